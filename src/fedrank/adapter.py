@@ -1,0 +1,235 @@
+"""The adapter: per module a set of rank-one components b_j e_j a_j^T, and the algebra on such sets."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+from jaxtyping import Float, Int
+
+Ids = Int[np.ndarray, "r"]
+Shapes = Mapping[str, tuple[int, int]]  # module -> (out, in)
+
+FACTORS = "BeA"
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """The components of one module; ``delta_W = scale * B diag(e) A``.
+
+    ids: (r,) stable names, ascending. B: (out, r). e: (r,), None means ones where A and B are there.
+    A: (r, in). A factor that did not travel is None.
+    """
+
+    ids: Ids
+    B: Float[np.ndarray, "out r"] | None
+    e: Float[np.ndarray, "r"] | None
+    A: Float[np.ndarray, "r in"] | None
+
+    def __post_init__(self) -> None:
+        if np.any(np.diff(self.ids) <= 0):
+            raise ValueError(f"component ids must ascend without repeats, got {self.ids.tolist()}")
+        for name in FACTORS:
+            factor = getattr(self, name)
+            if factor is not None and factor.shape[1 if name == "B" else 0] != len(self.ids):
+                raise ValueError(f"{name} has shape {factor.shape} for {len(self.ids)} components")
+        # One memory layout, each component's vector contiguous: sums over a vector then give the same
+        # bits whether a block was just trained, averaged, or read back from disk.
+        if self.B is not None:
+            object.__setattr__(self, "B", np.asfortranarray(self.B))
+        if self.A is not None:
+            object.__setattr__(self, "A", np.ascontiguousarray(self.A))
+
+    @property
+    def rank(self) -> int:
+        return len(self.ids)
+
+    def at(self, index: np.ndarray) -> "Block":
+        """The components at these positions (an index or a boolean mask)."""
+        return Block(
+            ids=self.ids[index],
+            B=None if self.B is None else self.B.T[index].T,
+            e=None if self.e is None else self.e[index],
+            A=None if self.A is None else self.A[index],
+        )
+
+    def delta(self, scale: float) -> Float[np.ndarray, "out in"]:
+        """The dense increment ``scale * B diag(e) A``."""
+        if self.B is None or self.A is None:
+            raise ValueError("the increment needs both B and A")
+        left = self.B if self.e is None else self.B * self.e
+        return scale * (left @ self.A)
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """Blocks by module name, one common scale, and the small dense tensors that learn beside them.
+
+    A module without components is absent. ``scale`` is alpha / rank at birth and is never
+    re-derived from today's rank. ``dense`` holds whole tensors, such as a classification head.
+    """
+
+    blocks: Mapping[str, Block]
+    scale: float
+    dense: Mapping[str, np.ndarray]
+
+    @property
+    def ids(self) -> dict[str, np.ndarray]:
+        return {name: block.ids for name, block in self.blocks.items()}
+
+    @property
+    def components(self) -> int:
+        return sum(block.rank for block in self.blocks.values())
+
+    def take(self, ids: Mapping[str, np.ndarray]) -> "Adapter":
+        """Only these components; KeyError where one is not there."""
+        blocks = {}
+        for name, wanted in ids.items():
+            if not len(wanted):
+                continue
+            if name not in self.blocks:
+                raise KeyError(f"module {name!r} has no components, asked for {np.asarray(wanted).tolist()}")
+            block = self.blocks[name]
+            if missing := np.setdiff1d(wanted, block.ids).tolist():
+                raise KeyError(f"module {name!r} has no components {missing}")
+            whole = len(wanted) == block.rank
+            blocks[name] = block if whole else block.at(np.searchsorted(block.ids, np.sort(wanted)))
+        return replace(self, blocks=blocks)
+
+    def without(self, ids: Mapping[str, np.ndarray]) -> "Adapter":
+        """All other components; a module left with none is dropped."""
+        return self.take({n: np.setdiff1d(b.ids, ids[n]) if n in ids else b.ids for n, b in self.blocks.items()})
+
+    def only(self, factors: str) -> "Adapter":
+        """Only these factors ("BeA"), the others None; the dense tensors stay with "h"."""
+        blocks = {
+            name: Block(block.ids, *(getattr(block, f) if f in factors else None for f in FACTORS))
+            for name, block in self.blocks.items()
+        }
+        return Adapter(blocks, self.scale, self.dense if "h" in factors else {})
+
+    def fill(self, other: "Adapter") -> "Adapter":
+        """This adapter, its missing factors and dense tensors taken from `other` (same components)."""
+        source = other.take(self.ids)
+        blocks = {}
+        for name, block in self.blocks.items():
+            parts = [(getattr(block, f), getattr(source.blocks[name], f)) for f in FACTORS]
+            blocks[name] = Block(block.ids, *(mine if mine is not None else theirs for mine, theirs in parts))
+        return Adapter(blocks, self.scale, {**other.dense, **self.dense})
+
+    def union(self, other: "Adapter") -> "Adapter":
+        """The components of both; an id that is in both is refused. Dense tensors: ours win."""
+        blocks = dict(self.blocks)
+        for name, theirs in other.blocks.items():
+            if name not in blocks:
+                blocks[name] = theirs
+                continue
+            mine = blocks[name]
+            ids = np.concatenate([mine.ids, theirs.ids])
+            order = np.argsort(ids, kind="stable")
+            parts = {}
+            for f in FACTORS:
+                a, b = getattr(mine, f), getattr(theirs, f)
+                if (a is None) != (b is None):
+                    raise ValueError(f"module {name!r}: factor {f} is in one of the two adapters only")
+                if a is None:
+                    parts[f] = None
+                elif f == "B":
+                    parts[f] = np.concatenate([a.T, b.T])[order].T
+                else:
+                    parts[f] = np.concatenate([a, b])[order]
+            blocks[name] = Block(ids[order], **parts)
+        return Adapter(blocks, self.scale, {**other.dense, **self.dense})
+
+    def delta(self) -> dict[str, np.ndarray]:
+        """Module -> dense increment (out, in)."""
+        return {name: block.delta(self.scale) for name, block in self.blocks.items()}
+
+
+def gaussian(shapes: Shapes, rank: int, scale: float, rng: np.random.Generator, std: float = 0.02) -> Adapter:
+    """The SVD form's start: A and B ~ N(0, std^2), e = 0, so the increment is zero (AdaLoRA's law)."""
+    blocks = {}
+    for name, (out, in_) in shapes.items():
+        a = rng.normal(0.0, std, (rank, in_)).astype(np.float32)
+        b = rng.normal(0.0, std, (rank, out)).astype(np.float32)
+        blocks[name] = Block(np.arange(rank), b.T, np.zeros(rank, np.float32), a)
+    return Adapter(blocks, scale, {})
+
+
+def kaiming(shapes: Shapes, rank: int, scale: float, rng: np.random.Generator) -> Adapter:
+    """LoRA's start: A ~ U(-1/sqrt(in), 1/sqrt(in)) (Kaiming with a = sqrt 5), B = 0, no e."""
+    blocks = {}
+    for name, (out, in_) in shapes.items():
+        bound = in_**-0.5
+        a = rng.uniform(-bound, bound, (rank, in_)).astype(np.float32)
+        blocks[name] = Block(np.arange(rank), np.zeros((rank, out), np.float32).T, None, a)
+    return Adapter(blocks, scale, {})
+
+
+def stack(adapters: Iterable[Adapter]) -> Adapter:
+    """Side by side: the increment is the sum of the increments; ids are new, 0, 1, ... per module.
+
+    Scales may differ: they are folded into B against the first one's. Dense tensors are left out.
+    """
+    adapters = list(adapters)
+    if not adapters:
+        raise ValueError("nothing to stack")
+    scale = adapters[0].scale
+    lefts: dict[str, list[np.ndarray]] = {}
+    rights: dict[str, list[np.ndarray]] = {}
+    for adapter in adapters:
+        for name, block in adapter.blocks.items():
+            if block.B is None or block.A is None:
+                raise ValueError(f"module {name!r}: stacking needs both B and A")
+            left = block.B if block.e is None else block.B * block.e
+            lefts.setdefault(name, []).append(left * (adapter.scale / scale))
+            rights.setdefault(name, []).append(block.A)
+    blocks = {}
+    for name in lefts:
+        a = np.concatenate(rights[name])
+        blocks[name] = Block(np.arange(len(a)), np.concatenate(lefts[name], axis=1), None, a)
+    return Adapter(blocks, scale, {})
+
+
+def recompress(adapter: Adapter, rank: int | None = None) -> Adapter:
+    """The same increment as its truncated SVD: B and A orthonormal, e = singular values / scale, descending.
+
+    QR of the factors and an SVD of the small core; no (out, in) matrix is formed. Singular values
+    below the round-off of the largest are dropped, and all beyond `rank` where it is given.
+    """
+    blocks = {}
+    for name, block in adapter.blocks.items():
+        if block.B is None or block.A is None:
+            raise ValueError(f"module {name!r}: recompression needs both B and A")
+        left = block.B if block.e is None else block.B * block.e
+        q_left, r_left = np.linalg.qr(left.astype(np.float64))
+        q_right, r_right = np.linalg.qr(block.A.T.astype(np.float64))
+        u, s, vt = np.linalg.svd(r_left @ r_right.T)
+        floor = s[0] * np.finfo(block.A.dtype).eps if len(s) else 0.0
+        keep = min(int((s > floor).sum()), len(s) if rank is None else rank)
+        if keep:
+            b, a = q_left @ u[:, :keep], vt[:keep] @ q_right.T
+            kind = block.A.dtype
+            blocks[name] = Block(np.arange(keep), b.astype(kind), s[:keep].astype(kind), a.astype(kind))
+    return Adapter(blocks, adapter.scale, adapter.dense)
+
+
+def norms(adapter: Adapter) -> dict[str, Float[np.ndarray, "r"]]:
+    """Module -> |e_j| * |b_j| * |a_j| per component, float64."""
+    result = {}
+    for name, block in adapter.blocks.items():
+        size = np.ones(block.rank)
+        if block.e is not None:
+            size = size * np.abs(block.e.astype(np.float64))
+        if block.B is not None:
+            size = size * np.linalg.norm(block.B.astype(np.float64), axis=0)
+        if block.A is not None:
+            size = size * np.linalg.norm(block.A.astype(np.float64), axis=1)
+        result[name] = size
+    return result
+
+
+def split(flat: np.ndarray, counts: Iterable[int]) -> list[np.ndarray]:
+    """A flat array cut into pieces of these lengths, as views."""
+    edges = np.concatenate([[0], np.cumsum(list(counts))]).astype(int)
+    return [flat[a:b] for a, b in pairwise(edges)]

@@ -1,0 +1,368 @@
+"""The command line: run, resume, import, export, show, methods."""
+
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+import fedrank
+from fedrank import config as settings
+from fedrank import methods as registry
+from fedrank.store import Store, StoreError
+
+app = typer.Typer(
+    help="Federated fine-tuning of language models with adaptive-rank LoRA.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    epilog="Exit codes: 0 done, 1 the run failed, 2 a mistake in what was asked, 130 stopped (resume goes on).",
+)  # fmt: skip
+errors = Console(stderr=True)
+
+
+class Output(StrEnum):
+    live = "live"
+    plain = "plain"
+    json = "json"
+    quiet = "quiet"
+
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys to set, such as local.lr=0.01.")
+]
+Show = Annotated[
+    Output,
+    typer.Option(
+        "--output",
+        "-o",
+        help="live: bars and a table; plain: a line per round; json: an event per line; quiet: errors only.",
+    ),
+]
+Out = Annotated[Path | None, typer.Option("--out", help="The run directory; by default the next free runs/METHOD-NNN.")]
+
+
+@app.command()
+def run(
+    config: Annotated[str, typer.Argument(help="A YAML file, or the preset: quickstart.")],
+    overrides: Overrides = None, out: Out = None, output: Show = Output.live,
+    baselines: Annotated[bool, typer.Option("--baselines", help="Also score a linear probe and TF-IDF on the same rows (needs scikit-learn).")] = False,
+) -> None:  # fmt: skip
+    """Play a whole federated run and leave a PEFT adapter."""
+    from fedrank import experiment
+
+    with _mistakes():
+        resolved = settings.load(config, overrides or [])
+        where = experiment.default_out(resolved) if out is None else out
+    _follow(lambda: experiment.start(resolved, where), where, output, baselines)
+
+
+@app.command()
+def resume(
+    path: Annotated[Path, typer.Argument(help="A run directory.")],
+    overrides: Overrides = None,
+    output: Show = Output.live,
+) -> None:
+    """Go on with a stopped run, to the same bits; or extend a finished one with rounds.count=+20."""
+    from fedrank import experiment
+
+    _follow(lambda: experiment.go_on(path, overrides or []), path, output, False)
+
+
+@app.command("import")
+def import_(
+    adapter: Annotated[Path, typer.Argument(help="A PEFT LoRA adapter's folder.")],
+    config: Annotated[str, typer.Argument(help="A YAML file or preset; its model must be the adapter's base model.")],
+    overrides: Overrides = None, out: Out = None, output: Show = Output.live,
+) -> None:  # fmt: skip
+    """Start a run from a PEFT adapter: its increment is the first state's."""
+    from fedrank import experiment
+    from fedrank.export import adopt, read_peft
+
+    with _mistakes():
+        resolved = settings.load(config, overrides or [])
+        found = read_peft(adapter)
+        where = experiment.default_out(resolved) if out is None else out
+    _follow(lambda: experiment.start(resolved, where, first=lambda state: adopt(state, found)), where, output, False)
+
+
+@app.command()
+def export(
+    path: Annotated[Path, typer.Argument(help="A run directory.")],
+    to: Annotated[Path | None, typer.Option("--to", help="Where to write; by default RUN/adapter.")] = None,
+    round: Annotated[int | None, typer.Option(help="The state to export; by default the last.")] = None,
+) -> None:
+    """Write a run's adapter in PEFT's format."""
+    from fedrank.export import export as write
+
+    with _mistakes():
+        print(write(path, to or path / "adapter", round))
+
+
+@app.command()
+def show(path: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
+    """Print a run's rounds and what it came to."""
+    from fedrank.experiment import Run
+
+    with _mistakes():
+        Store.open(path)
+        found = Run(path)
+        rows = found.rounds
+        console = Console()
+        table = _table()
+        for row in rows:
+            table.add_row(*_cells(row))
+        console.print(table)
+        if (path / "summary.json").exists():
+            console.print(_summary(found.summary))
+        else:
+            console.print(f"not finished: round {len(rows)} of {found.config.rounds.count}; fedrank resume {path}")
+
+
+@app.command()
+def methods(as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False) -> None:
+    """List the methods, their papers and their hyper-parameters."""
+    listed = []
+    for name in registry.names():
+        cls = registry.find(name)
+        paper = (sys.modules[cls.__module__].__doc__ or cls.__doc__ or "").strip().splitlines()[0]
+        knobs = {f.name: None if f.default is MISSING else f.default for f in fields(cls) if f.init}
+        listed.append({"name": name, "paper": paper, "default_lr": cls.default_lr, "hyper_parameters": knobs})
+    if as_json:
+        print(json.dumps(listed, indent=1))
+        return
+    table = Table("method", "paper", "hyper-parameters")
+    for m in listed:
+        table.add_row(m["name"], m["paper"], ", ".join(f"{k}={v}" for k, v in m["hyper_parameters"].items()) or "–")
+    Console().print(table)
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(fedrank.__version__)
+        raise typer.Exit
+
+
+# ---- following a run
+
+
+class _mistakes:
+    """What the user can mend is one line on stderr and exit code 2; anything else keeps its traceback."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, ValueError | StoreError | OSError | ImportError):
+            errors.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+            raise typer.Exit(2) from None
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _follow(start: Callable[[], Iterator[dict[str, Any]]], path: Path, output: Output, baselines: bool) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False, show_time=False)])  # fmt: skip
+    _hush()
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    last: dict[str, Any] = {}
+    try:
+        with _mistakes():
+            for last in _views[output](start()):
+                pass
+            if baselines:
+                _baselines(path, output)
+    except KeyboardInterrupt:
+        errors.print(
+            f"\nstopped; every finished round is saved. Go on with: [bold]fedrank resume {path}[/]",
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(130) from None
+    if last.get("clients_ok") == 0 and last.get("rounds"):
+        errors.print(f"[bold red]error:[/] no client answered in any round; see {path}/clients.jsonl", highlight=False)
+        raise typer.Exit(1)
+
+
+def _hush() -> None:
+    """Loading bars and advice of the libraries below are not this program's output."""
+    from transformers.utils import logging as theirs
+
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+
+
+def _quiet(events: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    yield from events
+
+
+def _json(events: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for event in events:
+        print(json.dumps(event), flush=True)
+        yield event
+
+
+def _plain(events: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    console = Console()
+    for event in events:
+        if event["event"] in ("start", "resume"):
+            console.print(_about(event), highlight=False, soft_wrap=True)
+        elif event["event"] == "round":
+            values = zip(COLUMNS, _cells(event), strict=True)
+            console.print("  ".join(f"{name} {value}" for name, value in values), highlight=False, soft_wrap=True)
+        elif event["event"] == "end":
+            console.print(_summary(event))
+        yield event
+
+
+def _live(events: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    console = Console()
+    if not console.is_terminal:
+        yield from _plain(events)
+        return
+    bars = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    )
+    rounds, clients = bars.add_task("rounds", total=None), bars.add_task("clients", total=None)
+    recent: list[tuple[str, ...]] = []
+    with Live(console=console, refresh_per_second=4) as live:
+        for event in events:
+            match event["event"]:
+                case "start" | "resume":
+                    console.print(_about(event), highlight=False)
+                case "cohort":
+                    bars.update(rounds, total=event["rounds"], completed=event["round"] - 1)
+                    bars.reset(clients, total=len(event["clients"]))
+                case "client":
+                    bars.advance(clients)
+                    if not event["ok"]:
+                        console.print(
+                            f"[yellow]round {event['round']}: client {event['client']} failed: {_escape(event['error'])}[/]",
+                            highlight=False,
+                        )
+                case "round":
+                    bars.update(rounds, completed=event["round"])
+                    recent = [*recent[-11:], _cells(event)]
+                case "end":
+                    bars.update(rounds, visible=False)
+                    bars.update(clients, visible=False)
+            table = _table()
+            for cells in recent:
+                table.add_row(*cells)
+            live.update(Group(table, bars) if event["event"] != "end" else table)
+            yield event
+    console.print(_summary(event))
+
+
+_views: dict[Output, Callable[[Iterator[dict[str, Any]]], Iterator[dict[str, Any]]]] = {
+    Output.live: _live, Output.plain: _plain, Output.json: _json, Output.quiet: _quiet,
+}  # fmt: skip
+
+COLUMNS = (
+    "round",
+    "accuracy",
+    "personal",
+    "train loss",
+    "components",
+    "modules",
+    "adapter up",
+    "adapter down",
+    "ok/failed",
+    "seconds",
+)
+
+
+def _table() -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in COLUMNS:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        str(row["round"]), _share(row["accuracy"]), _share(row["personal_accuracy"]), _number(row["train_loss"]),
+        str(row["components"]), str(row["modules_alive"]), size(row["adapter_bytes_up"]), size(row["adapter_bytes_down"]),
+        f"{row['clients_ok']}/{row['clients_failed']}", f"{row['wall_seconds']:.1f}",
+    )  # fmt: skip
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1.5 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def _about(event: dict[str, Any]) -> str:
+    on = f", on from round {event['round']}" if event["event"] == "resume" else ""
+    return (
+        f"{event['method']} on {event['data']}: {event['train_rows']} train and {event['test_rows']} test rows, "
+        f"{event['classes']} classes (sha256 {event['hash']}…), {event['clients']} clients, "
+        f"{event['model']} with {event['modules']} adapted modules{on}\nrun directory: {event['path']}"
+    )
+
+
+def _summary(summary: dict[str, Any]) -> Table:
+    table = Table("", "", show_header=False, title=f"{summary['method']}, {summary['rounds']} rounds")
+    rows = [
+        ("accuracy, global test set", _share(summary["accuracy"])),
+        ("  majority class", _share(summary["majority"])),
+        ("personal accuracy, mean over clients", _share(summary["personal_accuracy"])),
+        ("  majority class of each client", _share(summary["personal_majority"])),
+        *((f"  {name}", _share(value)) for name, value in summary.get("baselines", {}).items()),
+        ("adapter bytes up / down", f"{size(summary['adapter_bytes_up'])} / {size(summary['adapter_bytes_down'])}"),
+        ("head bytes up / down", f"{size(summary['head_bytes_up'])} / {size(summary['head_bytes_down'])}"),
+        ("all bytes up / down", f"{size(summary['bytes_up'])} / {size(summary['bytes_down'])}"),
+        ("components, start and end", f"{summary['components_at_start']} and {summary['components']}"),
+        ("modules alive", f"{summary['modules_alive']} of {summary['modules']}"),
+        ("client updates merged / failed", f"{summary['clients_ok']} / {summary['clients_failed']}"),
+        ("seconds, of which training", f"{summary['wall_seconds']:.0f}, {summary['train_seconds']:.0f}"),
+        ("run directory", summary["path"]),
+    ]
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def _baselines(path: Path, output: Output) -> None:
+    from fedrank.training.probe import baselines
+
+    found = baselines(settings.load(path / "config.yaml"))
+    summary = json.loads((path / "summary.json").read_text()) | {"baselines": found}
+    Store.open(path).write("summary.json", json.dumps(summary, indent=1))
+    if output is Output.json:
+        print(json.dumps({"event": "baselines", **found}))
+    elif output is not Output.quiet:
+        table = Table("on the same rows, all of them in one place", "accuracy")
+        table.add_row(f"fedrank, {summary['method']}", _share(summary["accuracy"]))
+        for name, value in found.items():
+            table.add_row(name, _share(value))
+        Console().print(table)
+        best = max(found, key=lambda name: found[name])
+        if summary["accuracy"] < found[best]:
+            Console().print(f"The federated run is below the {best}, which saw all rows in one place.", highlight=False)
+
+
+if __name__ == "__main__":
+    app()

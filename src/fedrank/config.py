@@ -1,0 +1,228 @@
+"""The config of a run: YAML and dotted overrides, checked; an unknown key is answered with the nearest known one."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used: which key, what is wrong with it, what would be right."""
+
+
+class Model(BaseModel, extra="forbid", frozen=True):
+    """name: a hub name, a local folder, or tiny-encoder, tiny-decoder, minilm."""
+
+    name: str = "tiny-encoder"
+    pooling: Literal["auto", "cls", "mean"] = "auto"
+    trust_remote_code: bool = False
+
+
+class Columns(BaseModel, extra="forbid", frozen=True):
+    text: str = "text"
+    text_b: str = "text_b"
+    label: str = "label"
+    client: str = "client"
+    prompt: str = "prompt"
+    completion: str = "completion"
+
+
+class Partition(BaseModel, extra="forbid", frozen=True):
+    """alpha: of the Dirichlet draw (dirichlet, quantity). s: the sorted share (label_sorted)."""
+
+    kind: Literal["iid", "dirichlet", "pathological", "label_sorted", "quantity", "natural"] = "dirichlet"
+    alpha: Annotated[float, Field(gt=0)] = 0.5
+    classes_per_client: Positive = 2
+    s: Share = 0.5
+    min_rows: Positive = 2
+
+
+class Data(BaseModel, extra="forbid", frozen=True):
+    """name: "docstrings" (built in) or a Hugging Face dataset; or path: a file or a folder with train and test."""
+
+    name: str | None = None
+    path: str | None = None
+    train_limit: Positive | None = None
+    test_limit: Positive | None = None
+    columns: Columns = Columns()
+    partition: Partition = Partition()
+
+
+class Clients(BaseModel, extra="forbid", frozen=True):
+    """count: how many clients share the data (a natural partition has its own number)."""
+
+    count: Positive = 20
+
+
+class Rounds(BaseModel, extra="forbid", frozen=True):
+    """cohort: clients per round. evaluate_every: rounds between evaluations. deadline: modelled seconds per round."""
+
+    count: Positive = 20
+    cohort: Positive = 5
+    evaluate_every: Positive = 5
+    deadline: Annotated[float, Field(gt=0)] | None = None
+
+
+class Local(BaseModel, extra="forbid", frozen=True):
+    """Local training with AdamW. steps, where given, is the number of optimizer steps, whatever `epochs` says.
+
+    lr: the method's own default where null. clip: largest gradient norm, null for none.
+    dropout: of the base model in training.
+    """
+
+    epochs: Positive = 1
+    steps: Positive | None = None
+    lr: Annotated[float, Field(gt=0)] | None = None
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    batch_size: Positive = 16
+    max_length: Positive = 64
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class AdapterSettings(BaseModel, extra="forbid", frozen=True):
+    """rank at birth; alpha: 2 * rank where null; targets: "all" linear layers of the blocks, or the ends of names.
+
+    head: the classification head learns and travels, stays frozen, or is each client's own.
+    """
+
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    targets: Literal["all"] | tuple[str, ...] = "all"
+    head: Literal["train", "frozen", "own"] = "train"
+
+
+class EngineSettings(BaseModel, extra="forbid", frozen=True):
+    """threads: of each worker. failure_rate: share of requests that get no answer, drawn by address.
+
+    seconds_per_example: the modelled speed of a client, against `rounds.deadline`.
+    """
+
+    kind: Literal["local"] = "local"
+    threads: Positive = 1
+    failure_rate: Share = 0.0
+    seconds_per_example: Annotated[float, Field(ge=0)] = 0.0
+
+
+class WireSettings(BaseModel, extra="forbid", frozen=True):
+    dtype: Literal["f64", "f32", "f16", "bf16", "int8"] = "f32"
+
+
+class Config(BaseModel, extra="forbid", frozen=True):
+    """Everything a run is made of; the same config and seed give the same run."""
+
+    task: Literal["classify", "generate"] = "classify"
+    model: Model = Model()
+    data: Data = Data()
+    clients: Clients = Clients()
+    rounds: Rounds = Rounds()
+    local: Local = Local()
+    adapter: AdapterSettings = AdapterSettings()
+    method: dict[str, Any] = {"name": "fedavg"}
+    engine: EngineSettings = EngineSettings()
+    wire: WireSettings = WireSettings()
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: str = "cpu"
+
+    @model_validator(mode="after")
+    def _together(self) -> "Config":
+        if (self.data.name is None) == (self.data.path is None):
+            raise ValueError("give one of data.name (docstrings, or a Hugging Face dataset) and data.path")
+        if not isinstance(self.method.get("name"), str):
+            raise ValueError("method.name must name a method; `fedrank methods` lists them")
+        return self
+
+
+def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Config:
+    """The config of a YAML file, a preset ("quickstart") or a mapping, with ``key=value`` overrides on top."""
+    where, raw = _read(source)
+    for item in overrides:
+        override(raw, item)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{where}: {_explain(e)}" for e in error.errors())) from None
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def override(raw: dict[str, Any], item: str) -> None:
+    """Set one dotted ``key=value`` in a raw config; the value is YAML."""
+    key, equals, text = item.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {item!r} is not of the form key=value, such as local.lr=0.01")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    *path, last = key.split(".")
+    node = raw
+    for part in path:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {key!r}: {part!r} is a value, not a section")
+    node[last] = value
+
+
+def presets() -> list[str]:
+    return sorted(f.name.removesuffix(".yaml") for f in (files("fedrank") / "presets").iterdir())
+
+
+def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    if isinstance(source, Mapping):
+        return "config", yaml.safe_load(yaml.safe_dump(dict(source)))
+    path = Path(source)
+    if str(source) in presets():
+        where, text = str(source), (files("fedrank") / "presets" / f"{source}.yaml").read_text()
+    elif path.is_file():
+        where, text = str(path), path.read_text(encoding="utf-8")
+    else:
+        beside = [str(p) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise ConfigError(f"no config file or preset {str(source)!r}{_near(str(source), [*beside, *presets()])}")
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where}: a config is a mapping of sections, this is {type(raw).__name__}")
+    return where, raw
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), 1, 0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the config."""
+    keys = []
+    for name, entry in model.model_fields.items():
+        kinds = [k for k in (entry.annotation, *get_args(entry.annotation)) if isinstance(k, type)]
+        nested = [k for k in kinds if issubclass(k, BaseModel)]
+        keys += known_keys(nested[0], f"{prefix}{name}.") if nested else [f"{prefix}{name}"]
+    return keys
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        siblings = [k for k in known_keys() if k.rpartition(".")[0] == key.rpartition(".")[0]]
+        return f"unknown key {key!r}{_near(key, siblings) or _near(key, known_keys()) or f'; known here: {siblings}'}"
+    message = error["msg"].removeprefix("Value error, ")
+    if not key:
+        return message
+    got = repr(error["input"])
+    hint = ""
+    if error["type"] == "literal_error" and isinstance(error["input"], str):
+        hint = _near(error["input"], [w.strip("'") for w in error["ctx"]["expected"].replace(" or ", ", ").split(", ")])
+    return f"{key}: {message[0].lower()}{message[1:]}, got {got}{hint}"

@@ -1,0 +1,1 @@
+"""The engines: who carries bytes between the server and the clients."""

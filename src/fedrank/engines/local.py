@@ -1,0 +1,45 @@
+"""The local engine: every client runs in this process, through the real wire, on modelled devices."""
+
+import logging
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from fedrank import client
+from fedrank.protocol import ClientId, Device, rng
+from fedrank.wire import Refused
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Local:
+    """devices: every client. site: its client side, made when first needed. work: modelled seconds of a request.
+
+    failure_rate: the share of requests that get no answer, drawn by client and frame, so that it repeats.
+    """
+
+    devices: Mapping[ClientId, Device]
+    site: Callable[[ClientId], client.Site]
+    work: Callable[[Device], float]
+    failure_rate: float
+    seed: int
+
+    def fleet(self) -> Mapping[ClientId, Device]:
+        return self.devices
+
+    def exchange(
+        self, requests: Iterable[tuple[ClientId, Callable[[], bytes]]], seconds: float | None
+    ) -> Iterator[tuple[ClientId, bytes]]:
+        for name, build in requests:
+            frame = build()
+            if seconds is not None and self.work(self.devices[name]) > seconds:
+                continue  # too late on the modelled clock: its answer would not be waited for
+            if self.failure_rate and rng(self.seed, "failure", name, zlib.crc32(frame)).random() < self.failure_rate:
+                continue
+            try:
+                reply = client.handle(frame, self.site(name))
+            except Refused as error:
+                log.warning("client %s refused its request: %s", name, error)
+                continue
+            yield name, reply

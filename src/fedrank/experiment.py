@@ -1,0 +1,287 @@
+"""A run from its config: model, data, method and engine put together, played, and closed with a summary."""
+
+import json
+import logging
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import fedrank
+from fedrank import config as settings
+from fedrank import ledger, methods
+from fedrank.adapter import Adapter
+from fedrank.client import MIN_TEST_ROWS, Site
+from fedrank.config import Config, ConfigError
+from fedrank.engines.local import Local as LocalEngine
+from fedrank.protocol import ClientId, Device, Method, ModelSpec, State, rng
+from fedrank.server import Event, Server
+from fedrank.store import Store, StoreError
+from fedrank.wire import Wire
+
+log = logging.getLogger(__name__)
+
+CHANGEABLE = ("rounds.", "engine.failure_rate", "engine.seconds_per_example")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished (or stopped) run: its directory and what it holds."""
+
+    path: Path
+
+    @property
+    def config(self) -> Config:
+        return settings.load(self.path / "config.yaml")
+
+    @property
+    def rounds(self) -> list[dict[str, Any]]:
+        return ledger.read(self.path / "rounds.jsonl")
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return dict(json.loads((self.path / "summary.json").read_text()))
+
+    @property
+    def state(self) -> State:
+        return Store.open(self.path).state()[0]
+
+
+def run(
+    source: str | Path | Mapping[str, Any] | Config,
+    *overrides: str,
+    out: str | Path | None = None,
+    method: Method | None = None,
+    watch: Callable[[Event], None] = lambda event: None,
+) -> Run:
+    """Play a whole run: a config file, a preset's name or a mapping, with ``key=value`` overrides.
+
+    method: an object of one's own instead of the config's method; hand the same one to `resume`.
+    watch: called with every event. Raises ConfigError, DataError, ModelError or StoreError with what to mend.
+    """
+    config = source if isinstance(source, Config) else settings.load(source, overrides)
+    path = default_out(config) if out is None else Path(out)
+    for event in start(config, path, method):
+        watch(event)
+    return Run(path)
+
+
+def resume(
+    path: str | Path, *overrides: str, method: Method | None = None, watch: Callable[[Event], None] = lambda event: None
+) -> Run:
+    """Go on with a stopped run from its last state, or extend a finished one (``rounds.count=+20``)."""
+    for event in go_on(Path(path), overrides, method):
+        watch(event)
+    return Run(Path(path))
+
+
+def start(
+    config: Config, path: Path, method: Method | None = None, first: Callable[[State], State] = lambda state: state
+) -> Iterator[Event]:
+    """Set up a new run directory and play. first: what to make of the method's first state (an import)."""
+    parts = prepare(config, method)  # before anything is written: most mistakes show here
+    store = Store.create(path)
+    with store.locked():
+        store.write("config.yaml", settings.dump(parts.config))
+        store.write("data.json", json.dumps(parts.facts, indent=1))
+        server = parts.server(store)
+        state = first(parts.begin)
+        store.save_state(state, parts.numerics)
+        yield {"event": "start", "path": str(path), **parts.about}
+        yield from _play(server, state, parts)
+
+
+def go_on(path: Path, overrides: Iterable[str] = (), method: Method | None = None) -> Iterator[Event]:
+    """Resume from the last committed state; what came after it is cut from the ledgers and played again."""
+    store = Store.open(path)
+    with store.locked():
+        config = _changed(settings.load(path / "config.yaml"), overrides)
+        state, numerics = store.state()
+        if config.rounds.count < state.round:
+            raise ConfigError(f"rounds.count={config.rounds.count}: {path} has played {state.round} rounds already")
+        parts = prepare(config, method)
+        _same(path, numerics, parts.numerics, "numerics")
+        _same(path, json.loads((path / "data.json").read_text()), parts.facts, "data and model")
+        for name in ("rounds.jsonl", "clients.jsonl"):
+            ledger.cut(path / name, state.round)
+        store.write("config.yaml", settings.dump(config))
+        yield {"event": "resume", "path": str(path), "round": state.round, **parts.about}
+        longer = State(**{**vars(state), "rounds": config.rounds.count})
+        yield from _play(parts.server(store), longer, parts)
+
+
+def _play(server: Server, state: State, parts: "Parts") -> Iterator[Event]:
+    last: Event = {}
+    for event in server.play(state):
+        if event["event"] != "end":
+            yield event
+        last = event
+    summary = summarise(server.store.path, parts, last)
+    server.store.write("summary.json", json.dumps(summary, indent=1))
+    from fedrank.export import export  # reads the run directory that is complete only now
+
+    export(server.store.path, server.store.path / "adapter")
+    yield {"event": "end", **summary}
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """Everything a config stands for, built."""
+
+    config: Config
+    method: Method
+    spec: ModelSpec
+    begin: State
+    run_id: str
+    devices: dict[ClientId, Device]
+    site: Callable[[ClientId, Wire, Store], Site]
+    evaluate: Callable[[Adapter], Mapping[str, float]] | None
+    numerics: dict[str, Any]
+    facts: dict[str, Any]  # what data and model were: a resumed run must find the same
+    about: dict[str, Any]  # what is worth telling at the start
+
+    def server(self, store: Store) -> Server:
+        config = self.config
+        wire = Wire(self.spec, self.begin.adapter, config.wire.dtype, self.run_id, config.seed, self.numerics)
+        engine = LocalEngine(
+            self.devices,
+            cache(lambda client: self.site(client, wire, store)),
+            lambda device: device.examples * config.local.epochs * device.seconds_per_example,
+            config.engine.failure_rate,
+            config.seed,
+        )
+        return Server(self.method, engine, wire, store, config.rounds, config.seed, config.adapter.head, self.evaluate)
+
+
+def prepare(config: Config, method: Method | None = None) -> Parts:
+    """Load the data and the model, share the rows out, and build what the config names."""
+    chosen = methods.build(config.method) if method is None else method
+    from fedrank.training import (
+        data,
+        local,
+        models,
+        partition,
+        tasks,
+    )  # torch is slow to import: a typo should not wait
+
+    dataset = data.load(
+        config.data.name, config.data.path, config.task, config.data.columns.model_dump(), config.data.train_limit,
+        config.data.test_limit, config.seed,
+    )  # fmt: skip
+    for notice in dataset.notices:
+        log.warning("%s", notice)
+    p = config.data.partition
+    shares = partition.partition(
+        p.kind, dataset.train.label, config.clients.count, config.seed, alpha=p.alpha,
+        classes_per_client=p.classes_per_client, s=p.s, min_rows=p.min_rows, column=dataset.train.client,
+        test_labels=dataset.test.label, test_rows=len(dataset.test),
+    )  # fmt: skip
+    model = models.load(config, dataset.labels)
+    encode = partial(tasks.encode, tokenizer=model.tokenizer, task=config.task, max_length=config.local.max_length)
+    train, test = encode(dataset.train), encode(dataset.test)
+    trainer = local.Trainer(
+        model, train, test, config.local.lr or chosen.default_lr, config.engine.threads, config.device
+    )
+    own_rows, own_set = (dataset.test, test) if shares.test_from == "test" else (dataset.train, train)
+    index = {name: at for at, name in enumerate(shares.names)}
+    devices = {
+        name: Device(name, len(rows), config.engine.seconds_per_example)
+        for name, rows in zip(shares.names, shares.train, strict=True)
+    }
+
+    def personal(rows: np.ndarray, adapter: Adapter) -> dict[str, float]:
+        found = trainer.evaluate(adapter, own_set, rows)
+        labels = own_rows.label
+        most = 0.0 if labels is None else local.majority(labels[rows])
+        return {"accuracy": found["accuracy"], "loss": found["loss"], "rows": len(rows), "majority": most}
+
+    def site(client: ClientId, wire: Wire, store: Store) -> Site:
+        at = index[client]
+        mine = shares.test[at]
+        return Site(
+            devices[client], chosen, wire, store.private, config.local, config.seed,
+            fit=partial(trainer.fit, rows=shares.train[at]),
+            evaluate=partial(personal, mine) if len(mine) >= MIN_TEST_ROWS else None, session=trainer.session,
+        )  # fmt: skip
+
+    def evaluate(adapter: Adapter) -> Mapping[str, float]:
+        with trainer.session():
+            return trainer.evaluate(adapter, test, np.arange(len(test)))
+
+    spec = model.spec
+    begin = chosen.begin(spec, config.rounds.count, config.seed)
+    facts = {
+        "data": dataset.name, "rows": {"train": len(dataset.train), "test": len(dataset.test)},
+        "hash": {"train": dataset.train.digest(), "test": dataset.test.digest()}, "labels": list(dataset.labels),
+        "model": {"name": config.model.name, "fingerprint": spec.fingerprint, "pooling": model.pooling,
+                  "source": model.source, "base_class": type(model.base).__name__, "task": config.task,
+                  "conv1d": any(type(m).__name__ == "Conv1D" for m in model.modules.values())},
+        "partition": shares.summary(),
+    }  # fmt: skip
+    about = {
+        "data": dataset.name, "train_rows": len(dataset.train), "test_rows": len(dataset.test),
+        "classes": len(dataset.labels), "hash": dataset.train.digest()[:16], "model": config.model.name,
+        "modules": len(spec.modules), "clients": len(devices), "method": config.method["name"],
+        "redraws": shares.redraws,
+        "majority": None if dataset.test.label is None else local.majority(dataset.test.label),
+    }  # fmt: skip
+    run_id = f"{rng(config.seed, 'run', settings.dump(_identity(config))).integers(1 << 62):016x}"
+    numerics = local.numerics(config.engine.threads, config.device)
+    return Parts(
+        config, chosen, spec, begin, run_id, devices, site, None if config.adapter.head == "own" else evaluate,
+        numerics, facts, about,
+    )  # fmt: skip
+
+
+def _identity(config: Config) -> Config:
+    """The config less what a resumed run may change, so that its frames still belong to it."""
+    return config.model_copy(update={"rounds": settings.Rounds(), "engine": settings.EngineSettings()})
+
+
+def _changed(config: Config, overrides: Iterable[str]) -> Config:
+    raw = config.model_dump(mode="json")
+    for item in overrides:
+        key, _, value = item.partition("=")
+        if not key.startswith(CHANGEABLE):
+            raise ConfigError(f"{key!r} cannot be changed in a run that has begun; these can: {', '.join(CHANGEABLE)}")
+        if key == "rounds.count" and value.startswith("+") and value[1:].isdigit():
+            item = f"{key}={config.rounds.count + int(value[1:])}"
+        settings.override(raw, item)
+    return settings.load(raw)
+
+
+def _same(path: Path, then: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
+    odd = [f"{k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in {**then, **now} if then.get(k) != now.get(k)]
+    if odd:
+        short = "; ".join(text[:300] for text in odd)
+        raise StoreError(f"{path} cannot go on to the same bits, its {what} differ here: {short}")
+
+
+def summarise(path: Path, parts: Parts, end: Event) -> dict[str, Any]:
+    """What the run came to: the last scores and the sums of the ledger."""
+    rows = ledger.read(path / "rounds.jsonl")
+    scored = [row for row in rows if row.get("accuracy") is not None or row.get("personal_accuracy") is not None]
+    last = scored[-1] if scored else {}
+    sums = ("bytes_up", "bytes_down", "adapter_bytes_up", "adapter_bytes_down", "head_bytes_up", "head_bytes_down",
+            "clients_ok", "clients_failed", "wall_seconds", "train_seconds")  # fmt: skip
+    return {
+        "path": str(path), "version": fedrank.__version__, "method": parts.config.method["name"],
+        "rounds": rows[-1]["round"] if rows else 0,
+        "accuracy": last.get("accuracy"), "loss": last.get("loss"),
+        "personal_accuracy": end.get("personal_accuracy"), "personal_majority": end.get("personal_majority"),
+        "majority": parts.about["majority"],
+        **{name: round(sum(row[name] for row in rows), 4) for name in sums},
+        "components": rows[-1]["components"] if rows else parts.begin.adapter.components,
+        "components_at_start": parts.begin.adapter.components,
+        "modules_alive": rows[-1]["modules_alive"] if rows else len(parts.begin.adapter.blocks),
+        "modules": len(parts.spec.modules), "python": platform.python_version(), "numerics": parts.numerics,
+    }  # fmt: skip
+
+
+def default_out(config: Config) -> Path:
+    name = str(config.method["name"])
+    return next(p for n in range(1, 1_000_000) if not (p := Path("runs") / f"{name}-{n:03d}").exists())

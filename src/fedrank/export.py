@@ -1,0 +1,140 @@
+"""Adapters in PEFT's format: written from a run directory, and read to start a run from."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from fedrank.adapter import Adapter, Block, recompress
+from fedrank.protocol import State
+from fedrank.store import Store, StoreError, write
+
+PREFIX = "base_model.model."
+
+
+def export(run: Path, out: Path, round: int | None = None) -> Path:
+    """Write the adapter of a run (after `round` rounds; default: its last) as PEFT loads it, with the head.
+
+    e is folded into B, modules without components are left out, ranks and alphas go module by module.
+    A head on mean pooling is no part of the base model: it is written beside, as head.safetensors.
+    """
+    state, _ = Store.open(run).state(round)
+    model = json.loads((run / "data.json").read_text())["model"]
+    ranks = {name: block.rank for name, block in state.adapter.blocks.items()}
+    if not ranks:
+        raise StoreError(f"{run}: the adapter has no components to export")
+    top, scale = max(ranks.values()), state.adapter.scale
+    inside = model["task"] == "classify" and model["pooling"] != "mean"
+    heads = sorted({name.rpartition(".")[0] for name in state.adapter.dense}) if inside else []
+    kind = "CAUSAL_LM" if model["task"] == "generate" else "SEQ_CLS" if inside else "FEATURE_EXTRACTION"
+    settings: dict[str, Any] = {
+        "peft_type": "LORA", "task_type": kind, "base_model_name_or_path": model["source"], "r": top,
+        "lora_alpha": scale * top, "rank_pattern": {n: r for n, r in ranks.items() if r != top},
+        "alpha_pattern": {n: scale * r for n, r in ranks.items() if r != top}, "target_modules": list(ranks),
+        "fan_in_fan_out": model["conv1d"], "use_rslora": False, "lora_dropout": 0.0, "bias": "none",
+        "inference_mode": True, "modules_to_save": heads or None,
+    }  # fmt: skip
+    tensors = {}
+    for name, block in state.adapter.blocks.items():
+        assert block.B is not None and block.A is not None
+        b = block.B if block.e is None else block.B * block.e
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = block.A
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(b)
+    head = {n: np.ascontiguousarray(t) for n, t in state.adapter.dense.items()}
+    if inside:
+        tensors |= {f"{PREFIX}{name}": tensor for name, tensor in head.items()}
+    elif head:
+        write(out / "head.safetensors", save(head))
+    write(out / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
+    write(out / "adapter_config.json", json.dumps(settings, indent=1).encode())
+    write(out / "README.md", _readme(model, bool(head) and not inside, state.round).encode())
+    return out
+
+
+def _readme(model: dict[str, Any], beside: bool, rounds: int) -> str:
+    kind = {"generate": "AutoModelForCausalLM", "classify": "AutoModelForSequenceClassification"}[model["task"]]
+    kind, classes = ("AutoModel", "") if beside else (kind, ", num_labels=N" if model["task"] == "classify" else "")
+    tail = (
+        "\nThe classes' head is head.safetensors: a linear layer on the mean of the last hidden states.\n"
+        if beside
+        else ""
+    )
+    return (
+        f"# Adapter trained with fedrank, {rounds} rounds\n\nBase model: `{model['name']}`\n\n```python\n"
+        f"from peft import PeftModel\nfrom transformers import {kind}\n\n"
+        f"base = {kind}.from_pretrained({model['source']!r}{classes})\n"
+        f'model = PeftModel.from_pretrained(base, "PATH OF THIS FOLDER")\n```\n{tail}'
+    )
+
+
+def read_peft(folder: Path) -> Adapter:
+    """A PEFT LoRA adapter. StoreError where it is none, or of a form that LoRA factors alone do not give."""
+    try:
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise StoreError(
+            f"{folder} is no PEFT adapter (adapter_config.json, adapter_model.safetensors): {error}"
+        ) from None
+    odd = [key for key in ("use_rslora", "use_dora", "lora_bias") if settings.get(key)]
+    if settings.get("peft_type") != "LORA" or odd:
+        raise StoreError(f"{folder} is {settings.get('peft_type')} with {odd}; plain LoRA can be imported")
+    blocks, scale, suffix = {}, None, ".lora_A.weight"
+    for key in (k for k in tensors if k.endswith(suffix)):
+        name = key.removeprefix(PREFIX).removesuffix(suffix)
+        a, b = tensors[key], tensors[key.replace("lora_A", "lora_B")]
+        alpha = _pattern(settings.get("alpha_pattern"), name, settings["lora_alpha"])
+        own = alpha / len(a)
+        scale = own if scale is None else scale
+        blocks[name] = Block(np.arange(len(a)), b * np.asarray(own / scale, b.dtype), None, a)
+    if scale is None:
+        raise StoreError(f"{folder} holds no lora_A tensors")
+    dense = {k.removeprefix(PREFIX): t for k, t in tensors.items() if ".lora_" not in k}
+    if (folder / "head.safetensors").exists():
+        dense |= load_file(folder / "head.safetensors")
+    return Adapter(blocks, scale, dense)
+
+
+def _pattern(pattern: dict[str, Any] | None, name: str, default: float) -> float:
+    for key, value in (pattern or {}).items():
+        if name == key or name.endswith(f".{key}"):
+            return float(value)
+    return float(default)
+
+
+def adopt(state: State, imported: Adapter) -> State:
+    """A method's first state with an imported adapter in it, its increment kept exactly.
+
+    Each module's increment is rewritten as rank-one components by its SVD, in the method's own form
+    (with or without e); components beyond its rank stay as the method began them, but add nothing.
+    StoreError where a module is unknown or the increment needs more components than there are.
+    """
+    blocks = dict(state.adapter.blocks)
+    if unknown := sorted(imported.blocks.keys() - blocks.keys()):
+        raise StoreError(f"the adapter has modules that this run does not adapt: {unknown[:3]}; see adapter.targets")
+    for name, found in recompress(imported).blocks.items():
+        begun = blocks[name]
+        assert begun.B is not None and begun.A is not None and found.B is not None and found.e is not None
+        if found.B.shape[0] != begun.B.shape[0] or found.A is None or found.A.shape[1] != begun.A.shape[1]:
+            raise StoreError(f"module {name!r} has other sizes in the adapter than in the model")
+        if found.rank > begun.rank:
+            raise StoreError(f"module {name!r} needs {found.rank} components; set adapter.rank={found.rank} or more")
+        size = found.e * (imported.scale / state.adapter.scale)
+        b, a, r = begun.B.copy(), begun.A.copy(), found.rank
+        a[:r] = found.A
+        if begun.e is None:
+            b[:, :r] = found.B * size
+            blocks[name] = Block(begun.ids, b, None, a)
+        else:
+            e = begun.e.copy()
+            b[:, :r], e[:r] = found.B, size
+            blocks[name] = Block(begun.ids, b, e, a)
+    dense = dict(state.adapter.dense)
+    for name, tensor in imported.dense.items():
+        if name in dense and dense[name].shape == tensor.shape:
+            dense[name] = tensor
+    return replace(state, adapter=Adapter(blocks, state.adapter.scale, dense))

@@ -1,0 +1,63 @@
+"""The methods: each module here is one paper, found by its name; others come through entry points."""
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import fields
+from importlib.metadata import entry_points
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+HOOKS = ("begin", "plan", "train", "merge")
+
+
+def names() -> list[str]:
+    """Every method that can be named in a config: the modules of this package and the entry points."""
+    own = [module.name for module in pkgutil.iter_modules(__path__)]
+    return sorted({*own, *(point.name for point in entry_points(group="fedrank.methods"))})
+
+
+def find(name: str) -> type[Any]:
+    """The method's class. ValueError names the nearest method where there is none of this name."""
+    if name in {module.name for module in pkgutil.iter_modules(__path__)}:
+        module = importlib.import_module(f"{__name__}.{name}")
+        classes = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
+        found = [c for c in classes if all(hasattr(c, hook) for hook in HOOKS)]
+        if len(found) != 1:
+            raise TypeError(f"{module.__name__} must define one class with {', '.join(HOOKS)}; it has {len(found)}")
+        return found[0]
+    for point in entry_points(group="fedrank.methods", name=name):
+        return check(point.load())
+    near = difflib.get_close_matches(name, names(), 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"no method is called {name!r}{hint} Known: {', '.join(names())}")
+
+
+def build(settings: Mapping[str, Any]) -> Any:
+    """The method of a config's ``method`` section: its name and hyper-parameters. ValueError where one is wrong."""
+    values = dict(settings)
+    name = values.pop("name")
+    cls = find(name)
+    known = [field.name for field in fields(cls) if field.init]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"method.{key}: {name} has no such hyper-parameter{hint} It has: {', '.join(known) or 'none'}"
+            )
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(["method", *map(str, first["loc"])])
+        raise ValueError(f"{key}: {first['msg'].removeprefix('Value error, ')}, got {first['input']!r}") from None
+
+
+def check(cls: type[Any]) -> type[Any]:
+    """The class itself, or a TypeError that names the hooks it lacks."""
+    if missing := [hook for hook in HOOKS if not hasattr(cls, hook)]:
+        raise TypeError(f"{cls.__qualname__} is no method: it lacks {', '.join(missing)}")
+    return cls

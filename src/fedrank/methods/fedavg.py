@@ -1,0 +1,33 @@
+"""FedAvg over LoRA factors, also known as FedIT (Zhang et al., 2023, arXiv:2305.05644)."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedrank.adapter import kaiming
+from fedrank.aggregation import average
+from fedrank.protocol import ClientId, Device, Job, ModelSpec, Plan, State, Update, Updates, rng
+from fedrank.selection import everything
+
+
+@dataclass(frozen=True)
+class FedAvg:
+    """Every client trains all of A and B; the server averages A and B apart, weighted by examples.
+
+    The product of the means is not the mean of the products: the aggregate is biased under skew.
+    """
+
+    default_lr: ClassVar[float] = 3e-3
+
+    def begin(self, spec: ModelSpec, rounds: int, seed: int) -> State:
+        adapter = kaiming(spec.shapes, spec.rank, spec.scale, rng(seed, "begin"))
+        return State(0, rounds, spec.with_head(adapter))
+
+    def plan(self, state: State, cohort: Mapping[ClientId, Device], seed: int) -> dict[ClientId, Plan]:
+        return {client: Plan(train=everything(state.adapter)) for client in cohort}
+
+    def train(self, jobs: Iterable[Job]) -> Iterable[Update]:
+        return (job.fit(job) for job in jobs)
+
+    def merge(self, state: State, updates: Updates) -> State:
+        return state.next(average(state.adapter, updates))

@@ -1,0 +1,226 @@
+"""The nouns every part of fedrank speaks: model, device, state, plan, job, update, method, engine."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from fedrank.adapter import Adapter
+
+ClientId = str
+Address = str | int
+
+
+def rng(seed: int, *address: Address) -> np.random.Generator:
+    """Addressed randomness: the same seed and address give the same numbers, whatever ran before."""
+    key = hashlib.blake2b(json.dumps([seed, *address]).encode(), digest_size=16).digest()
+    return np.random.default_rng(int.from_bytes(key, "little"))
+
+
+@dataclass(frozen=True)
+class Module:
+    """One adapted linear map: its name in the model, its sizes, and the transformer block it is in."""
+
+    name: str
+    out: int
+    in_: int
+    block: int
+
+
+@dataclass(frozen=True, eq=False)
+class ModelSpec:
+    """What a method may know of the model: the adapted modules, input side first, and the dense tensors.
+
+    ``rank`` and ``scale`` (= alpha / rank) are the adapter's at birth; ``dense`` holds the initial
+    classification head, empty where the task has none; ``fingerprint`` names modules and weights.
+    """
+
+    modules: tuple[Module, ...]
+    blocks: int
+    dense: Mapping[str, np.ndarray]
+    rank: int
+    scale: float
+    fingerprint: str
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        return {m.name: (m.out, m.in_) for m in self.modules}
+
+    def with_head(self, adapter: Adapter) -> Adapter:
+        """The adapter with the model's initial dense tensors beside it."""
+        return replace(adapter, dense=self.dense)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A client as the server knows it: its id, its number of training rows, its modelled speed."""
+
+    id: ClientId
+    examples: int
+    seconds_per_example: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """All the server knows between rounds; saved whole, resumed whole.
+
+    ``round`` counts the rounds done: hooks called with it play round ``round + 1`` of ``rounds``.
+    ``seen`` maps a client to the last round in which an update of its was merged.
+    ``arrays`` is the method's own memory; ``metrics`` are of the last merge.
+    """
+
+    round: int
+    rounds: int
+    adapter: Adapter
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    seen: Mapping[ClientId, int] = field(default_factory=dict)
+
+    def next(self, adapter: Adapter, **changes: Any) -> "State":
+        """The state after a merge: a new adapter, and whatever else changed. The server counts the round."""
+        return replace(self, adapter=adapter, metrics=changes.pop("metrics", {}), **changes)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What one client does in one round.
+
+    train: components that learn. frozen: components present in the forward pass, not learning.
+    learn, up, down: which of "BeAh" move, travel up, travel down (h = the dense tensors).
+    own: factors that are the client's private ones, from its store, else as ``begin`` made them.
+    select: the client may return any subset of `train` of this size. since: the last round in which
+    an update of this client was merged; -1: never, so everything not `own` is sent (the server fills it in).
+    arrays: what the method tells the client. returns: the arrays that the client must send
+    back, name -> (dtype, shape); anything else is refused.
+    """
+
+    train: Mapping[str, np.ndarray]
+    frozen: Mapping[str, np.ndarray] = field(default_factory=dict)
+    learn: str = "BeAh"
+    up: str = "BeAh"
+    down: str = "BeAh"
+    own: str = ""
+    select: int | None = None
+    since: int = -1
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    returns: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+
+    @property
+    def width(self) -> int:
+        """One more than the largest component id: the bits per module in which its ids travel."""
+        parts = (self.train, self.frozen)
+        return 1 + max((int(ids[-1]) for part in parts for ids in part.values() if len(ids)), default=0)
+
+    @property
+    def sent(self) -> str:
+        """The factors that travel down: all that are not the client's own on first contact, then `down`."""
+        return "".join(f for f in "BeAh" if f not in self.own and (self.since < 0 or f in self.down))
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """What a client sends back. ``private`` has no field on the wire: it goes to the client's own store."""
+
+    adapter: Adapter
+    examples: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    private: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+class Observe(Protocol):
+    """Called after every backward pass, before the optimizer's step.
+
+    values, grads: factor -> one flat tensor of all learning components, in module and id order,
+    each component's vector contiguous (the wire's order).
+    """
+
+    def __call__(self, values: Mapping[str, Any], grads: Mapping[str, Any]) -> None: ...
+
+
+class Fit(Protocol):
+    """Local training, injected into a job: returns the trained components, by the job's plan."""
+
+    def __call__(self, job: "Job", observe: Observe | None = None) -> Update: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One client's work in one round, with all it may use. ``local`` holds the local-training settings."""
+
+    plan: Plan
+    round: int
+    rounds: int
+    spec: ModelSpec
+    adapter: Adapter
+    private: Mapping[str, np.ndarray]
+    local: Any
+    device: Device
+    seed: int
+    fit: Fit
+
+    def rng(self, *address: Address) -> np.random.Generator:
+        """Randomness of this client and round."""
+        return rng(self.seed, "job", self.round, self.device.id, *address)
+
+
+@dataclass(frozen=True, eq=False)
+class Total:
+    """A weighted sum of adapters in float64, with the weight behind each part of it.
+
+    weights: module -> (r,) per component, dense name -> scalar array. weight: of all updates together.
+    """
+
+    sums: Adapter
+    weights: Mapping[str, np.ndarray]
+    weight: float
+
+
+class Updates(Protocol):
+    """The arrived updates, checked, in client order, one decoded at a time, any number of passes."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[tuple[ClientId, Update]]: ...
+
+    def total(self, fn: Callable[[Update], Adapter], weight: Callable[[Update], float]) -> Total:
+        """The weighted sum of ``fn(update)``; a method that uses nothing else can be securely aggregated."""
+        ...
+
+
+class Method(Protocol):
+    """A frozen dataclass of hyper-parameters with pure hooks: nothing is mutated, nothing kept in self.
+
+    A method may also define ``adapt(job) -> Adapter``, what this client predicts with;
+    without it, that is the received adapter. ``default_lr`` is used where the config names no rate.
+    """
+
+    default_lr: float
+
+    def begin(self, spec: ModelSpec, rounds: int, seed: int) -> State: ...
+
+    def plan(self, state: State, cohort: Mapping[ClientId, Device], seed: int) -> dict[ClientId, Plan]: ...
+
+    def train(self, jobs: Iterable[Job]) -> Iterable[Update]: ...
+
+    def merge(self, state: State, updates: Updates) -> State: ...
+
+
+class Engine(Protocol):
+    """Who carries bytes between the server and the clients."""
+
+    def fleet(self) -> Mapping[ClientId, Device]:
+        """Every registered client; may be lazy."""
+        ...
+
+    def exchange(
+        self, requests: Iterable[tuple[ClientId, Callable[[], bytes]]], seconds: float | None
+    ) -> Iterable[tuple[ClientId, bytes]]:
+        """Carry each request, built when pulled, and yield the replies as they come.
+
+        A client that is silent, or slower than `seconds`, never appears.
+        """
+        ...

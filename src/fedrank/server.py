@@ -1,0 +1,206 @@
+"""The server: one loop over rounds — choose a cohort, plan, exchange, check, merge, evaluate, save."""
+
+import logging
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fedrank import ledger
+from fedrank.adapter import Adapter
+from fedrank.config import Rounds
+from fedrank.protocol import ClientId, Device, Engine, Method, Plan, State, Update, rng
+from fedrank.selection import everything
+from fedrank.store import Store
+from fedrank.wire import EXACT, Kind, Refused, Reply, Sizes, Wire
+from fedrank.wire import sizes as wire_sizes
+
+log = logging.getLogger(__name__)
+Event = dict[str, Any]
+Evaluate = Callable[[Adapter], Mapping[str, float]]
+
+
+@dataclass(frozen=True, eq=False)
+class Server:
+    """The parts of one run. evaluate: the global model on the server's test set; None where there is neither."""
+
+    method: Method
+    engine: Engine
+    wire: Wire
+    store: Store
+    rounds: Rounds
+    seed: int
+    head: str
+    evaluate: Evaluate | None
+
+    def play(self, state: State) -> Iterator[Event]:
+        """Play the rounds that are left, one event per client and round; each round is committed by its State."""
+        fleet = self.engine.fleet()
+        clients = tuple(fleet)
+        while state.round < state.rounds:
+            state, event = yield from self._round(state, fleet, clients)
+            yield event
+        yield {"event": "end", "round": state.round, **self._personal(state, fleet, clients)}
+
+    def _round(
+        self, state: State, fleet: Mapping[ClientId, Device], clients: tuple[ClientId, ...]
+    ) -> Generator[Event, None, tuple[State, Event]]:
+        started, t = time.perf_counter(), state.round + 1
+        size = min(self.rounds.cohort, len(clients))
+        drawn = rng(self.seed, "cohort", t).choice(len(clients), size, replace=False)
+        cohort = {clients[i]: fleet[clients[i]] for i in sorted(drawn)}
+        plans = self._plans(state, cohort)
+        yield {"event": "cohort", "round": t, "rounds": state.rounds, "clients": list(cohort)}
+        self.store.clear_spool()
+        rows = []
+        for row in self._exchange("train", state, plans):
+            rows.append(row)
+            yield {"event": "client", **row}
+        arrived = tuple(sorted(row["client"] for row in rows if row["ok"]))
+        merged = self._merge(state, plans, arrived) if arrived else replace(state, metrics={})
+        after = replace(merged, round=t, seen={**merged.seen, **dict.fromkeys(arrived, t)})
+        row = self._row(t, rows, after) | self._scores(after, cohort)
+        row["wall_seconds"] = round(time.perf_counter() - started, 4)
+        ledger.append(self.store.path / "clients.jsonl", rows)
+        ledger.append(self.store.path / "rounds.jsonl", [row])
+        self.store.save_state(after, self.wire.numerics)
+        return after, {"event": "round", "rounds": state.rounds, **row}
+
+    def _plans(self, state: State, cohort: Mapping[ClientId, Device]) -> dict[ClientId, Plan]:
+        """The method's plans, with what the server knows: the last round merged, and whose the head is."""
+        plans = self.method.plan(state, cohort, self.seed)
+        if missing := sorted(cohort.keys() - plans.keys()):
+            raise ValueError(f"{type(self.method).__name__}.plan left out clients {missing[:5]}")
+        result = {}
+        for client in cohort:
+            plan = replace(plans[client], since=state.seen.get(client, -1))
+            if self.head != "train":  # it stays where it is: trained there, or as begin() made it
+                learn = plan.learn if self.head == "own" else plan.learn.replace("h", "")
+                up, down = plan.up.replace("h", ""), plan.down.replace("h", "")
+                plan = replace(plan, learn=learn, up=up, down=down, own=plan.own + "h")
+            result[client] = plan
+        return result
+
+    def _exchange(self, kind: Kind, state: State, plans: Mapping[ClientId, Plan]) -> Iterator[dict[str, Any]]:
+        """Send every plan and check what comes back; one row per client, those that stayed silent last."""
+        t, sizes = state.round + 1, dict[ClientId, Sizes]()
+
+        def build(client: ClientId) -> Callable[[], bytes]:
+            def request() -> bytes:
+                frame = self.wire.request(kind, client, plans[client], state)
+                sizes[client] = wire_sizes(frame)
+                return frame
+
+            return request
+
+        answered = set()
+        for client, frame in self.engine.exchange(((c, build(c)) for c in plans), self.rounds.deadline):
+            row: dict[str, Any] = {"round": t, "client": client, "ok": False}
+            if client not in plans or client in answered:
+                log.warning("round %d: an answer from client %r that was not awaited is dropped", t, client)
+                continue
+            answered.add(client)
+            row |= self._down(sizes[client])
+            try:
+                reply = self._open(kind, state, client, plans[client], frame)
+            except Refused as error:
+                yield row | {"error": str(error)}
+                continue
+            row |= {
+                "bytes_up": reply.sizes.frame,
+                "adapter_bytes_up": reply.sizes.adapter,
+                "head_bytes_up": reply.sizes.head,
+            }
+            if reply.error is not None:
+                yield row | {"error": reply.error}
+                continue
+            self._compare(client, reply.numerics)
+            if reply.update is not None:
+                self.store.spool(client, frame)
+                row["examples"] = reply.update.examples
+            yield row | {"ok": True, **{n: v for n, v in reply.metrics.items() if n not in row}}
+        for client in plans:
+            if client not in answered:
+                down = self._down(sizes[client]) if client in sizes else {}
+                yield {"round": t, "client": client, "ok": False, **down, "error": "no answer"}
+
+    def _down(self, size: Sizes) -> dict[str, int]:
+        return {"bytes_down": size.frame, "adapter_bytes_down": size.adapter, "head_bytes_down": size.head}
+
+    def _open(self, kind: Kind, state: State, client: ClientId, plan: Plan, frame: bytes) -> Reply:
+        received = state.adapter
+        if self.wire.dtype not in EXACT and kind == "train":
+            # In low precision the client did not receive the state itself: read what its frame told it.
+            received = self.wire.open_request(self.wire.request(kind, client, plan, state)).adapter
+        return self.wire.open_reply(frame, kind, state.round + 1, client, plan, received)
+
+    def _merge(self, state: State, plans: Mapping[ClientId, Plan], arrived: tuple[ClientId, ...]) -> State:
+        def read(client: ClientId, frame: bytes) -> Update:
+            update = self._open("train", state, client, plans[client], frame).update
+            assert update is not None  # it was checked on arrival
+            return update
+
+        return self.method.merge(state, self.store.spooled(arrived, read))
+
+    def _compare(self, client: ClientId, theirs: Mapping[str, Any]) -> None:
+        """Other numerics are no fault, but end the claim that this run can be repeated to the bit."""
+        ours = self.wire.numerics
+        if odd := {k: (ours.get(k), theirs.get(k)) for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)}:
+            log.warning("client %s computes otherwise than the server, bit equality is not claimed: %s", client, odd)
+
+    # ---- what goes into the ledger
+
+    def _row(self, t: int, rows: list[dict[str, Any]], after: State) -> dict[str, Any]:
+        ok = [row for row in rows if row["ok"]]
+        sums = {name: sum(row.get(name, 0) for row in rows) for name in BYTES}
+        examples = sum(row["examples"] for row in ok)
+        adapter = after.adapter
+        alive = {m.block for m in self.wire.spec.modules if m.name in adapter.blocks}
+        return {
+            "round": t, "accuracy": None, "loss": None, "personal_accuracy": None,
+            "train_loss": sum(row["loss"] * row["examples"] for row in ok if "loss" in row) / examples if ok else None,
+            **sums, "clients_ok": len(ok), "clients_failed": len(rows) - len(ok), "components": adapter.components,
+            "modules_alive": len(adapter.blocks), "lowest_active_block": min(alive, default=None),
+            "train_seconds": round(sum(row.get("seconds", 0.0) for row in ok), 4), **after.metrics,
+        }  # fmt: skip
+
+    def _scores(self, after: State, cohort: Mapping[ClientId, Device]) -> dict[str, Any]:
+        """The evaluations of this round, where it is one that is evaluated; the last always is."""
+        if after.round % self.rounds.evaluate_every and after.round != after.rounds:
+            return {}
+        scores: dict[str, Any] = {}
+        if self.evaluate is not None:
+            found = self.evaluate(after.adapter)
+            scores = {"accuracy": found["accuracy"], "loss": found["loss"]}
+        personal = self._personal(after, cohort, tuple(cohort))
+        if self.evaluate is None and self.head != "own":
+            scores = {"accuracy": personal.pop("mean_accuracy"), "loss": personal.pop("mean_loss")}
+        return scores | {k: v for k, v in personal.items() if not k.startswith("mean_")}
+
+    def _personal(
+        self, state: State, fleet: Mapping[ClientId, Device], clients: tuple[ClientId, ...]
+    ) -> dict[str, Any]:
+        """Every client's own test rows: the unweighted mean accuracy, and that of its majority class."""
+        plans = self._plans(state, {client: fleet[client] for client in clients})
+        ids: dict[str, np.ndarray] = {}
+        present = everything(state.adapter)
+        plans = {c: replace(p, train=ids, frozen=present, learn="", up="", returns={}) for c, p in plans.items()}
+        rows = list(self._exchange("evaluate", state, plans))
+        frames = sum(row.get("bytes_down", 0) + row.get("bytes_up", 0) for row in rows)
+        scored = [row for row in rows if row["ok"] and row.get("accuracy") is not None]
+        result: dict[str, Any] = {"personal_accuracy": None, "personal_majority": None, "personal_clients": len(scored)}
+        result |= {"evaluation_bytes": frames, "mean_accuracy": None, "mean_loss": None}
+        if scored:
+            total = sum(row["rows"] for row in scored)
+            result |= {
+                "personal_accuracy": float(np.mean([row["accuracy"] for row in scored])),
+                "personal_majority": float(np.mean([row["majority"] for row in scored])),
+                "mean_accuracy": sum(row["accuracy"] * row["rows"] for row in scored) / total,
+                "mean_loss": sum(row["loss"] * row["rows"] for row in scored) / total,
+            }
+        return result
+
+
+BYTES = tuple(f"{part}bytes_{way}" for way in ("up", "down") for part in ("", "adapter_", "head_"))

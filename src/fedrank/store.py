@@ -1,0 +1,189 @@
+"""The run directory: config, states, spooled updates and the clients' private state; killed anywhere, it resumes."""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save
+
+from fedrank import aggregation
+from fedrank.adapter import Adapter, Block
+from fedrank.protocol import ClientId, State, Total, Update
+
+KEEP_LAST, KEEP_EVERY = 3, 10
+_CLIENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+
+
+class StoreError(Exception):
+    """A run directory that is missing, taken, in use or damaged."""
+
+
+def write(path: Path, data: bytes) -> None:
+    """Beside, to disk, then renamed: the file is the old one or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".new")
+    with beside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def _numbered(folder: Path) -> dict[int, Path]:
+    files = folder.glob("*.safetensors") if folder.is_dir() else ()
+    return {int(file.stem): file for file in sorted(files) if file.stem.isdigit()}
+
+
+@dataclass(frozen=True)
+class Private:
+    """One place for the private state of clients; each version is kept under the round that wrote it."""
+
+    root: Path
+
+    def _folder(self, client: ClientId) -> Path:
+        if not _CLIENT.fullmatch(client):
+            raise ValueError(f"client id {client!r} must be letters, digits, '_', '-' or '.', at most 128")
+        return self.root / client
+
+    def load(self, client: ClientId, since: int) -> dict[str, np.ndarray]:
+        """The version of round `since`, never a newer one; empty for a client that was never merged or keeps nothing."""
+        path = self._folder(client) / f"{since:04d}.safetensors"
+        return dict(load_file(path)) if since >= 0 and path.exists() else {}
+
+    def save(self, client: ClientId, round: int, since: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write this round's version; all others but `since`, which a redone round needs, are over."""
+        folder = self._folder(client)
+        if arrays:
+            write(folder / f"{round:04d}.safetensors", save({n: np.ascontiguousarray(a) for n, a in arrays.items()}))
+        for number, path in _numbered(folder).items():
+            if number not in (since, round if arrays else -1):
+                path.unlink()
+
+
+@dataclass(frozen=True)
+class Spool:
+    """The updates of one round on disk, read one at a time in client order, whatever order they came in."""
+
+    folder: Path
+    clients: tuple[ClientId, ...]
+    read: Callable[[ClientId, bytes], Update]
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+    def __iter__(self) -> Iterator[tuple[ClientId, Update]]:
+        for client in sorted(self.clients):
+            yield client, self.read(client, (self.folder / client).read_bytes())
+
+    def total(self, fn: Callable[[Update], Adapter], weight: Callable[[Update], float]) -> Total:
+        return aggregation.total((fn(update), weight(update)) for _, update in self)
+
+
+@dataclass(frozen=True)
+class Store:
+    """One run's directory."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path) -> "Store":
+        """A new directory; StoreError where something is in it already."""
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise StoreError(
+                f"{path} is not an empty folder; choose another --out, or go on with: fedrank resume {path}"
+            )
+        for folder in ("states", "clients", "spool"):
+            (path / folder).mkdir(parents=True, exist_ok=True)
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> "Store":
+        """An existing run; StoreError says what is missing."""
+        if not (path / "config.yaml").is_file():
+            raise StoreError(f"{path} is no run directory: it has no config.yaml")
+        return cls(path)
+
+    @property
+    def private(self) -> Private:
+        return Private(self.path / "clients")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One process at a time; the lock goes with the process, so a kill leaves none behind."""
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise StoreError(f"{self.path} is in use by another process") from None
+            yield
+
+    def write(self, name: str, text: str) -> None:
+        write(self.path / name, text.encode())
+
+    # ---- states
+
+    def save_state(self, state: State, numerics: Mapping[str, Any]) -> None:
+        """Commit a round: after this, resume starts here. Keeps the last 3 states and every 10th."""
+        blocks = state.adapter.blocks
+        tensors: dict[str, np.ndarray] = {}
+        for name, block in blocks.items():
+            parts = {"ids": block.ids, "B": block.B, "e": block.e, "A": block.A}
+            tensors |= {f"adapter/{name}/{part}": value for part, value in parts.items() if value is not None}
+        tensors |= {f"dense/{name}": tensor for name, tensor in state.adapter.dense.items()}
+        tensors |= {f"arrays/{name}": array for name, array in state.arrays.items()}
+        tensors["seen"] = np.frombuffer(json.dumps(dict(state.seen)).encode(), np.uint8)
+        meta = {
+            "round": state.round, "rounds": state.rounds, "scale": state.adapter.scale, "modules": list(blocks),
+            "dense": list(state.adapter.dense), "metrics": dict(state.metrics), "numerics": dict(numerics),
+        }  # fmt: skip
+        data = save({n: np.ascontiguousarray(t) for n, t in tensors.items()}, {"fedrank": json.dumps(meta)})
+        write(self.path / "states" / f"{state.round:04d}.safetensors", data)
+        for number, path in _numbered(self.path / "states").items():
+            if number <= state.round - KEEP_LAST and number % KEEP_EVERY:
+                path.unlink()
+
+    def state(self, round: int | None = None) -> tuple[State, dict[str, Any]]:
+        """The state after `round` rounds (default: the last one saved), and the numerics it was made with."""
+        states = _numbered(self.path / "states")
+        if not states or round not in {None, *states}:
+            have = ", ".join(map(str, states)) or "none"
+            raise StoreError(f"{self.path} holds no state of round {'any' if round is None else round}; it has: {have}")
+        path = states[max(states) if round is None else round]
+        try:
+            with safe_open(path, "np") as file:
+                meta = json.loads(file.metadata()["fedrank"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise StoreError(f"{path} is damaged: {error}") from None
+        blocks = {
+            name: Block(*(tensors.get(f"adapter/{name}/{part}") for part in ("ids", "B", "e", "A")))
+            for name in meta["modules"]
+        }
+        dense = {name: tensors[f"dense/{name}"] for name in meta["dense"]}
+        arrays = {name.split("/", 1)[1]: array for name, array in tensors.items() if name.startswith("arrays/")}
+        state = State(
+            meta["round"], meta["rounds"], Adapter(blocks, meta["scale"], dense), arrays=arrays,
+            metrics=meta["metrics"], seen=json.loads(tensors["seen"].tobytes()),
+        )  # fmt: skip
+        return state, meta["numerics"]
+
+    # ---- the spool of the round that is being played
+
+    def clear_spool(self) -> None:
+        shutil.rmtree(self.path / "spool", ignore_errors=True)
+        (self.path / "spool").mkdir()
+
+    def spool(self, client: ClientId, frame: bytes) -> None:
+        (self.path / "spool" / client).write_bytes(frame)
+
+    def spooled(self, clients: tuple[ClientId, ...], read: Callable[[ClientId, bytes], Update]) -> Spool:
+        return Spool(self.path / "spool", clients, read)

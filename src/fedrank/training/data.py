@@ -1,0 +1,382 @@
+"""Reading rows: a folder, a file, a Hugging Face dataset or the built-in docstrings become a Dataset."""
+
+import csv
+import difflib
+import gzip
+import hashlib
+import importlib
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedrank.protocol import rng
+
+BUILT_IN = "docstrings"
+SPLITS = ("train", "dev", "test")
+TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
+
+Record = tuple[str, Mapping[str, Any]]  # where the row stands ("train.csv:12"), its columns
+Written = tuple[str, int | str]  # where a label stands, the label as written
+
+
+class DataError(ValueError):
+    """The data cannot be used: the file and the line, what is wrong, what would be right."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Parallel columns, one entry a row; in task generate ``text`` is the prompt. label: (rows,) int64."""
+
+    text: list[str]
+    text_b: list[str] | None = None
+    label: np.ndarray | None = None
+    client: list[str] | None = None
+    completion: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def take(self, index: np.ndarray) -> "Rows":
+        def column(values: list[str] | None) -> list[str] | None:
+            return None if values is None else [values[i] for i in index]
+
+        return Rows(
+            text=[self.text[i] for i in index],
+            text_b=column(self.text_b),
+            label=None if self.label is None else self.label[index],
+            client=column(self.client),
+            completion=column(self.completion),
+        )
+
+    def digest(self) -> str:
+        label = None if self.label is None else self.label.tolist()
+        contents = json.dumps([self.text, self.text_b, label, self.client, self.completion])
+        return hashlib.sha256(contents.encode()).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """The splits, the class names by label id (none for generate), and what the reader should be told."""
+
+    name: str
+    train: Rows
+    test: Rows
+    dev: Rows | None
+    labels: tuple[str, ...]
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Splits not read yet: split -> (its name in messages, its records); a split "all" is cut later."""
+
+    name: str
+    splits: Mapping[str, tuple[str, Iterable[Record]]]
+    names: tuple[str, ...] | None = None
+    notices: tuple[str, ...] = ()
+
+
+def load(
+    name: str | None,
+    path: str | Path | None,
+    task: str,
+    columns: Mapping[str, str],
+    train_limit: int | None,
+    test_limit: int | None,
+    seed: int,
+    test_fraction: float = 0.2,
+) -> Dataset:
+    """The dataset at ``path``, or the one called ``name``: docstrings, or a Hugging Face "name[:config]"."""
+    if (name is None) == (path is None):
+        raise DataError(f"data.name is {name!r} and data.path is {path!r}: give exactly one of them")
+    if name == BUILT_IN:
+        dataset = built_in(task)
+    else:
+        source = from_hub(name, columns) if name is not None else from_path(Path(str(path)))
+        dataset = assemble(source, task, columns, test_fraction, seed)
+    train = limit(dataset.train, train_limit, seed, "train")
+    return replace(dataset, train=train, test=limit(dataset.test, test_limit, seed, "test"))
+
+
+def limit(rows: Rows, count: int | None, seed: int, split: str) -> Rows:
+    """A random subset of ``count`` rows, in the original order."""
+    if count is None or count >= len(rows):
+        return rows
+    return rows.take(np.sort(rng(seed, "data", "limit", split).permutation(len(rows))[:count]))
+
+
+def stratified(label: np.ndarray, fraction: float, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The kept and the held-out indices: a systematic sample, true to each label within one row."""
+    order = np.lexsort((random.permutation(len(label)), label))
+    held_out = np.diff(np.floor(np.arange(len(label) + 1) * fraction + random.random())) > 0
+    return np.sort(order[~held_out]), np.sort(order[held_out])
+
+
+def built_in(task: str) -> Dataset:
+    from fedrank.training.docstrings import load_docstrings  # here, because docstrings builds on Rows
+
+    if task == "generate":
+        raise DataError(f"{BUILT_IN}: it has labels and no completions; task generate needs another set")
+    train, test, labels = load_docstrings()
+    return Dataset(BUILT_IN, train, test, None, labels)
+
+
+# -- from records to a dataset ---------------------------------------------------------------------
+
+
+def assemble(source: Source, task: str, columns: Mapping[str, str], fraction: float, seed: int) -> Dataset:
+    read = {split: collect(*place, task, columns) for split, place in source.splits.items()}
+    splits = {split: rows for split, (rows, _) in read.items()}
+    labels: tuple[str, ...] = ()
+    if task != "generate":
+        labels = source.names or class_names(read["all" if "all" in read else "train"][1])
+        ids = {label: i for i, label in enumerate(labels)}
+        splits = {
+            split: replace(rows, label=np.array([label_id(w, ids) for w in written], np.int64))
+            for split, (rows, written) in read.items()
+        }
+    if "all" in splits:
+        splits = cut(splits["all"], source.name, fraction, seed)
+    for split, rows in splits.items():
+        if (rows.text_b is None) != (splits["train"].text_b is None):
+            raise DataError(f"{source.name}: train and {split} must both have the column text_b, or neither")
+    return Dataset(source.name, splits["train"], splits["test"], splits.get("dev"), labels, source.notices)
+
+
+def cut(rows: Rows, name: str, fraction: float, seed: int) -> dict[str, Rows]:
+    """Train and test from one file. Rows of one prompt stay together: the test must not repeat the train."""
+    random = rng(seed, "data", "split")
+    if rows.label is not None:
+        train, test = stratified(rows.label, fraction, random)
+    else:
+        prompts, prompt = np.unique(rows.text, return_inverse=True)
+        held_out = np.isin(prompt, stratified(np.zeros(len(prompts)), fraction, random)[1])
+        train, test = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    if not len(train) or not len(test):
+        raise DataError(f"{name}: {len(rows)} rows are too few to hold {fraction:g} out; give a folder")
+    return {"train": rows.take(train), "test": rows.take(test)}
+
+
+def collect(place: str, records: Iterable[Record], task: str, columns: Mapping[str, str]) -> tuple[Rows, list[Written]]:
+    """One split's rows, and their labels still as written. The first row decides on optional columns."""
+    generate = task == "generate"
+    keys = ["prompt", "completion"] if generate else ["text", "label"]
+    optional = ["client"] if generate else ["text_b", "client"]
+    cells: dict[str, list[Any]] = {}
+    places: list[str] = []
+    for where, row in records:
+        if not places:
+            keys += [key for key in optional if columns.get(key, key) in row or columns.get(key, key) != key]
+            cells = {key: [] for key in keys}
+        places.append(where)
+        for key, values in cells.items():
+            values.append(cell(where, row, key, columns.get(key, key)))
+    if not places:
+        raise DataError(f"{place}:1: no rows; a split needs at least one")
+    text = cells["prompt" if generate else "text"]
+    rows = Rows(text, cells.get("text_b"), None, cells.get("client"), cells.get("completion"))
+    return rows, list(zip(places, cells.get("label", []), strict=False))
+
+
+def cell(where: str, row: Mapping[str, Any], key: str, column: str) -> Any:
+    """One checked value: a text, a label (int or string) or a client (as a string)."""
+    if column not in row:
+        raise DataError(f"{where}: no column {column!r}{nearest(column, list(row))}; set data.columns.{key}")
+    value = row[column]
+    if key in ("label", "client") and isinstance(value, int) and not isinstance(value, bool):
+        return value if key == "label" else str(value)
+    if not isinstance(value, str) or not value.strip():
+        right = "a non-empty string or an integer" if key in ("label", "client") else "a non-empty string"
+        raise DataError(f"{where}: column {column!r} holds {value!r:.60}; it must be {right}")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise DataError(f"{where}: column {column!r} holds a lone surrogate; it must be valid Unicode text")
+    return value
+
+
+def class_names(written: Sequence[Written]) -> tuple[str, ...]:
+    """The classes where no list of names is given: the ids 0..max, or the sorted distinct names."""
+    if all(is_id(label) for _, label in written):
+        ids = {int(label) for _, label in written}
+        for where, label in written:
+            if int(label) not in range(len(ids)):
+                raise DataError(
+                    f"{where}: label {label}, but there are {len(ids)} classes, so ids must be "
+                    f"0..{len(ids) - 1}; name the classes in labels.txt if some have no row"
+                )
+        return tuple(str(i) for i in range(len(ids)))
+    for where, label in written:
+        if isinstance(label, int):
+            raise DataError(f"{where}: label {label} is an integer among names; use one kind only")
+    return tuple(sorted({str(label) for _, label in written}))
+
+
+def is_id(label: int | str) -> bool:
+    """CSV has only strings, so digits count as an id."""
+    return isinstance(label, int) or (label.isascii() and label.isdigit())
+
+
+def label_id(written: Written, ids: Mapping[str, int]) -> int:
+    where, label = written
+    if isinstance(label, str) and label in ids:
+        return ids[label]
+    if not is_id(label):
+        raise DataError(f"{where}: unknown label {label!r} among {len(ids)}{nearest(str(label), list(ids))}")
+    if not 0 <= int(label) < len(ids):
+        raise DataError(f"{where}: label {label} is outside 0..{len(ids) - 1}")
+    return int(label)
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    return "".join(f", the nearest is {near!r}" for near in difflib.get_close_matches(word, known, 1, 0.0))
+
+
+# -- from files and the hub to records -------------------------------------------------------------
+
+
+def from_hub(name: str, columns: Mapping[str, str]) -> Source:
+    path, _, config = name.partition(":")
+    try:
+        found = optional("datasets", name).load_dataset(path, config or None)
+    except (OSError, ValueError, RuntimeError) as error:  # what it raises for a wrong name, config or network
+        raise DataError(f"{name}: Hugging Face cannot load it: {error}") from error
+    splits = {split.replace("validation", "dev"): split for split in found}
+    missing = [split for split in ("train", "test") if split not in splits]
+    if missing:
+        raise DataError(f"{name}: no split {missing[0]!r}; it has {', '.join(found)}")
+    places = {split: f"{name}/{splits[split]}" for split in SPLITS if split in splits}
+    records = {split: (place, numbered(place, found[splits[split]])) for split, place in places.items()}
+    names = getattr(found["train"].features.get(columns.get("label", "label")), "names", None)
+    return Source(name, records, tuple(names) if names else None, ignored(name, set(splits) - set(SPLITS)))
+
+
+def from_path(path: Path) -> Source:
+    if not path.exists():
+        siblings = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
+        raise DataError(f"{path}: no such file or folder{nearest(path.name, siblings)}")
+    if path.is_file():
+        return Source(str(path), {"all": (str(path), read(path))})
+    files: dict[str, Path] = {}
+    for file in sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")):
+        split = file.name.split(".")[0]
+        if split not in SPLITS and suffix(file) not in (*TEXT_SUFFIXES, ".parquet"):
+            continue
+        if split in files:
+            raise DataError(f"{file}: {files[split].name} is there too; keep one file for {split}")
+        files[split] = file
+    for split in ("train", "test"):
+        if split not in files:
+            held = ", ".join(f.name for f in files.values()) or "no data files"
+            raise DataError(f"{path}: no file {split}.jsonl (or .csv, .tsv, .parquet); it holds {held}")
+    names = path / "labels.txt"
+    return Source(
+        path.name,
+        {split: (str(files[split]), read(files[split])) for split in SPLITS if split in files},
+        names_in(names) if names.exists() else None,
+        ignored(str(path), set(files) - set(SPLITS)),
+    )
+
+
+def ignored(name: str, splits: Iterable[str]) -> tuple[str, ...]:
+    return tuple(f"{name}: split {split} is ignored; train, dev and test are read" for split in sorted(splits))
+
+
+def names_in(path: Path) -> tuple[str, ...]:
+    """labels.txt: the class names, label id = 0-based line."""
+    names: list[str] = []
+    for number, line in enumerate(lines(path), 1):
+        if not line.strip() or line.strip() in names:
+            raise DataError(f"{path}:{number}: an empty or repeated class name; each line names another class")
+        names.append(line.strip())
+    if not names:
+        raise DataError(f"{path}:1: no class names; write one a line, or remove the file")
+    return tuple(names)
+
+
+def suffix(path: Path) -> str:
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def read(path: Path) -> Iterator[Record]:
+    kind = suffix(path)
+    if kind in (".jsonl", ".json"):
+        return read_json(path)
+    if kind in (".csv", ".tsv"):
+        return read_csv(path, kind)
+    if path.suffix.lower() == ".parquet":
+        return read_parquet(path)
+    raise DataError(f"{path}:1: unknown suffix; use {', '.join(TEXT_SUFFIXES)} (each also .gz) or .parquet")
+
+
+def lines(path: Path) -> Iterator[str]:
+    """The decoded lines with their ends; line by line, so that an error can name the line."""
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}:{number}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}:{number + 1}: cannot be read: {error}") from error
+
+
+def read_json(path: Path) -> Iterator[Record]:
+    """JSON lines. One array over the whole file is refused: its rows have no lines to name."""
+    for number, line in enumerate(lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}:{number}: not JSON: {error}; each line must be one object") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}:{number}: {line.strip()!r:.40} is not an object, as each line must be")
+        yield f"{path}:{number}", row
+
+
+def read_csv(path: Path, kind: str) -> Iterator[Record]:
+    """A header line, then rows. Tab-separated files have no quoting, as their media type defines it."""
+    if kind == ".tsv":
+        table = csv.reader(lines(path), delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
+    else:
+        table = csv.reader(lines(path), strict=True)
+    header: list[str] = []
+    start = 1
+    try:
+        for fields in table:
+            if fields and not header:
+                header = fields
+                if len(set(header)) < len(header):
+                    raise DataError(f"{path}:{start}: a column name is repeated in {header}; names must differ")
+            elif fields and len(fields) != len(header):
+                raise DataError(f"{path}:{start}: {len(fields)} fields; the header has {len(header)}")
+            elif fields:
+                yield f"{path}:{start}", dict(zip(header, fields, strict=True))
+            start = table.line_num + 1  # a quoted field may span lines: a row is named by its first
+    except csv.Error as error:
+        raise DataError(f"{path}:{start}: not valid CSV: {error}") from error
+
+
+def read_parquet(path: Path) -> Iterator[Record]:
+    arrow, parquet = optional("pyarrow", str(path)), optional("pyarrow.parquet", str(path))
+    try:
+        batches = parquet.ParquetFile(path).iter_batches()
+        yield from numbered(str(path), (row for batch in batches for row in batch.to_pylist()))
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}:1: not a readable parquet file: {error}") from error
+
+
+def numbered(place: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Record]:
+    return ((f"{place}, row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def optional(module: str, place: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise DataError(f"{place}: reading it needs {module}: pip install fedrank[data]") from error

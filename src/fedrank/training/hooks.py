@@ -1,0 +1,154 @@
+"""Adapters as forward hooks on a frozen model: tensors live outside it, unmounting leaves it bit for bit as it was."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedrank.adapter import FACTORS, Adapter, Block, split
+
+
+@dataclass(eq=False)
+class Part:
+    """Some components of one module on the device. Bt: (r, out), e: (r,) or None, A: (r, in)."""
+
+    Bt: Tensor
+    e: Tensor | None
+    A: Tensor
+
+    def add(self, x: Tensor, output: Tensor, scale: float) -> Tensor:
+        """output + scale * B diag(e) A x, over the last axis."""
+        weight = scale if self.e is None else self.e * scale
+        hidden = functional.linear(x, self.A) * weight
+        flat = torch.addmm(output.reshape(-1, output.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), self.Bt)
+        return flat.view(output.shape)
+
+
+@dataclass(eq=False)
+class Live:
+    """An adapter on the device, ready to mount.
+
+    values, grads: factor (and "h.<name>") -> one flat tensor of what learns, in module and id order;
+    the parts' tensors are views of them, so an optimizer sees a handful of tensors.
+    """
+
+    scale: float
+    parts: dict[str, list[Part]] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    grads: dict[str, Tensor] = field(default_factory=dict)
+    dense: dict[str, Tensor] = field(default_factory=dict)
+
+    def learn(self, factor: str, flat: np.ndarray, device: str) -> Tensor:
+        value = torch.tensor(flat, dtype=torch.float32, device=device)
+        value.grad = torch.zeros_like(value)
+        self.values[factor], self.grads[factor] = value, value.grad
+        return value
+
+    def export(self, like: Adapter) -> Adapter:
+        """The learnt values in the shape of `like`, all else as it is there."""
+        flat = {name: value.cpu().numpy() for name, value in self.values.items()}
+        rows = {f: iter(_pieces(flat[f], like, f)) for f in FACTORS if f in flat}
+        blocks = {}
+        for name, block in like.blocks.items():
+            new = {f: next(rows[f]) if f in rows else getattr(block, f) for f in FACTORS}
+            if "B" in rows:
+                new["B"] = new["B"].T
+            blocks[name] = Block(block.ids, **new)
+        dense = {n: flat[f"h.{n}"].reshape(t.shape) if f"h.{n}" in flat else t for n, t in like.dense.items()}
+        return Adapter(blocks, like.scale, dense)
+
+
+def live(train: Adapter, frozen: Adapter, learn: str, device: str) -> Live:
+    """The components of `train`, of which the factors in `learn` get gradients, and those of `frozen`."""
+    result = Live(train.scale)
+    views: dict[str, list[Tensor | None]] = {}
+    for f in FACTORS:
+        present = [getattr(block, f) for block in train.blocks.values()]
+        if not present or present[0] is None:
+            views[f] = [None] * len(present)
+            continue
+        flat = np.concatenate([(p.T if f == "B" else p).reshape(-1) for p in present])
+        shapes = [p.T.shape if f == "B" else p.shape for p in present]
+        if f in learn:
+            value = result.learn(f, flat, device)
+            views[f] = _leaves(value, shapes)
+        else:
+            value = torch.tensor(flat, dtype=torch.float32, device=device)
+            views[f] = [part.view(shape) for part, shape in _cut(value, shapes)]
+    for at, name in enumerate(train.blocks):
+        result.parts[name] = [_part(name, views["B"][at], views["e"][at], views["A"][at])]
+    for name, block in frozen.blocks.items():
+        tensors = [None if t is None else torch.tensor(t, dtype=torch.float32, device=device)
+                   for t in (None if block.B is None else block.B.T, block.e, block.A)]  # fmt: skip
+        result.parts.setdefault(name, []).append(_part(name, *tensors))
+    for name, tensor in {**frozen.dense, **train.dense}.items():
+        if "h" in learn:
+            result.dense[name] = _leaves(result.learn(f"h.{name}", tensor.reshape(-1), device), [tensor.shape])[0]
+        else:
+            result.dense[name] = torch.tensor(tensor, dtype=torch.float32, device=device)
+    return result
+
+
+def _part(name: str, bt: Tensor | None, e: Tensor | None, a: Tensor | None) -> Part:
+    if bt is None or a is None:
+        raise ValueError(f"module {name!r}: the forward pass needs both B and A")
+    return Part(bt, e, a)
+
+
+def _cut(flat: Tensor, shapes: list[tuple[int, ...]]) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+    at = 0
+    for shape in shapes:
+        size = int(np.prod(shape))
+        yield flat[at : at + size], shape
+        at += size
+
+
+def _leaves(flat: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
+    """Views of a flat tensor as leaves whose gradients accumulate in the flat gradient."""
+    assert flat.grad is not None
+    leaves = []
+    pieces = zip(_cut(flat.detach(), shapes), _cut(flat.grad, shapes), strict=True)
+    for (value, shape), (grad, _) in pieces:
+        leaf = value.view(shape).requires_grad_()
+        leaf.grad = grad.view(shape)
+        leaves.append(leaf)
+    return leaves
+
+
+def _pieces(flat: np.ndarray, like: Adapter, factor: str) -> list[np.ndarray]:
+    shapes = [(b.B.T.shape if factor == "B" else getattr(b, factor).shape) for b in like.blocks.values()]  # type: ignore[union-attr]
+    parts = split(flat, (int(np.prod(shape)) for shape in shapes))
+    return [part.reshape(shape).copy() for part, shape in zip(parts, shapes, strict=True)]
+
+
+@contextmanager
+def mounted(modules: Mapping[str, nn.Module], heads: Mapping[str, nn.Module], adapter: Live) -> Iterator[None]:
+    """The adapter on the model while the block runs. heads: name of a dense linear layer -> the layer."""
+
+    def add(parts: list[Part]):  # type: ignore[no-untyped-def]
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Float[Tensor, "... out"]) -> Tensor:
+            for part in parts:
+                output = part.add(inputs[0], output, adapter.scale)
+            return output
+
+        return hook
+
+    def replace(name: str):  # type: ignore[no-untyped-def]
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return functional.linear(inputs[0], adapter.dense[f"{name}.weight"], adapter.dense.get(f"{name}.bias"))
+
+        return hook
+
+    handles = [modules[name].register_forward_hook(add(parts)) for name, parts in adapter.parts.items()]
+    if adapter.dense:
+        handles += [layer.register_forward_hook(replace(name)) for name, layer in heads.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

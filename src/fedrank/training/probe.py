@@ -1,0 +1,63 @@
+"""Baselines on pooled rows: what a linear probe on the frozen model and TF-IDF reach without any federation."""
+
+import numpy as np
+import torch
+
+from fedrank.config import Config
+from fedrank.training import data, models, tasks
+
+
+def baselines(config: Config) -> dict[str, float]:
+    """Test accuracy of the majority class, of TF-IDF with logistic regression, and of a linear probe."""
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+    except ImportError:
+        raise ImportError("the baselines need scikit-learn: pip install 'fedrank[quickstart]'") from None
+    dataset = data.load(
+        config.data.name, config.data.path, config.task, config.data.columns.model_dump(), config.data.train_limit,
+        config.data.test_limit, config.seed,
+    )  # fmt: skip
+    if dataset.train.label is None or dataset.test.label is None:
+        raise ValueError("baselines are for classification")
+    y, truth = dataset.train.label, dataset.test.label
+    most = np.bincount(y).argmax()
+    words = make_pipeline(
+        TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2)), LogisticRegression(C=10, max_iter=1000)
+    )
+    words.fit(_joined(dataset.train), y)
+    model = models.load(config, dataset.labels)
+    x, x_test = (features(model, rows, config) for rows in (dataset.train, dataset.test))
+    probe = LogisticRegression(C=10, max_iter=2000).fit(x, y)
+    return {
+        "majority class": float((truth == most).mean()),
+        "TF-IDF and logistic regression": float(words.score(_joined(dataset.test), truth)),
+        "linear probe on the frozen model": float(probe.score(x_test, truth)),
+    }
+
+
+def _joined(rows: data.Rows) -> list[str]:
+    return rows.text if rows.text_b is None else [f"{a} {b}" for a, b in zip(rows.text, rows.text_b, strict=True)]
+
+
+def features(model: models.Model, rows: data.Rows, config: Config) -> np.ndarray:
+    """What the head sees of each row (rows, width): the input of the last linear layer."""
+    encoded = tasks.encode(rows, model.tokenizer, config.task, config.local.max_length)
+    (layer,) = model.heads.values()
+    seen: list[torch.Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    result = None
+    try:
+        for batch in tasks.by_length(encoded, np.arange(len(encoded)), 64):
+            inputs, _ = encoded.batch(batch, config.device)
+            with torch.inference_mode():
+                model.network(**inputs)
+            found = seen.pop().cpu().numpy()
+            found = found if found.ndim == 2 else found[:, -1]
+            result = np.zeros((len(encoded), found.shape[1]), np.float32) if result is None else result
+            result[batch] = found
+    finally:
+        handle.remove()
+    assert result is not None
+    return result

@@ -1,0 +1,462 @@
+"""The wire: plans, adapters and updates as safetensors frames; the reader checks everything.
+
+A frame is one safetensors file: a JSON header padded to a fixed size, one flat tensor per factor in
+module and id order, and last a CRC-32 of all bytes before it. Nothing in it is ever executed.
+"""
+
+import hashlib
+import json
+import math
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from fedrank.adapter import FACTORS, Adapter, Block, split
+from fedrank.protocol import ClientId, ModelSpec, Plan, State, Update, rng
+
+SCHEMA = 1
+HEADER = 2048  # bytes; the header grows in steps of this, so that a frame's length can be predicted
+MAX_HEADER = 1 << 20
+MAX_WIDTH = 1 << 16  # component ids are below this
+
+Dtype = Literal["f64", "f32", "f16", "bf16", "int8"]
+DTYPES: Mapping[str, Any] = {"f64": np.float64, "f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16, "int8": np.int8}  # fmt: skip
+EXACT = ("f64", "f32")
+_CODES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I8": np.int8,
+          "U8": np.uint8, "I64": np.int64, "I32": np.int32, "U32": np.uint32, "BOOL": np.bool_}  # fmt: skip
+_NAMES = {np.dtype(kind): code for code, kind in _CODES.items()}
+
+Kind = Literal["train", "evaluate", "update", "evaluation", "error"]
+
+
+class Refused(ValueError):
+    """A frame that is damaged, of another run or round, or not what was asked for."""
+
+
+def pack(meta: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> bytes:
+    """One frame of these JSON-able facts and arrays."""
+    header: dict[str, Any] = {"__metadata__": {"fedrank": json.dumps(meta, sort_keys=True)}}
+    at, parts = 0, []
+    for name, array in tensors.items():
+        array = np.ascontiguousarray(array)
+        header[name] = {
+            "dtype": _NAMES[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [at, at + array.nbytes],
+        }
+        at += array.nbytes
+        parts.append(array.reshape(-1).view(np.uint8).data if array.size else b"")
+    header["checksum"] = {"dtype": "U32", "shape": [1], "data_offsets": [at, at + 4]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    size = HEADER * math.ceil((8 + len(text)) / HEADER) - 8
+    body = b"".join([struct.pack("<Q", size), text.ljust(size), *parts, b"\0\0\0\0"])
+    checksum = zlib.crc32(memoryview(body)[:-4])
+    return b"".join([memoryview(body)[:-4], struct.pack("<I", checksum)])
+
+
+def unpack(frame: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The facts and arrays of a frame; Refused where it is damaged or not of this schema."""
+    if len(frame) < HEADER + 4:
+        raise Refused(f"a frame of {len(frame)} bytes is too short")
+    if zlib.crc32(memoryview(frame)[:-4]) != struct.unpack("<I", frame[-4:])[0]:
+        raise Refused("the checksum does not fit: the frame was damaged on its way")
+    (size,) = struct.unpack("<Q", frame[:8])
+    if size > min(MAX_HEADER, len(frame) - 8):
+        raise Refused(f"a header of {size} bytes is over the limit")
+    try:
+        meta = json.loads(json.loads(frame[8 : 8 + size])["__metadata__"]["fedrank"])
+        entries = safetensors.deserialize(frame)
+        tensors = {name: np.frombuffer(e["data"], _CODES[e["dtype"]]).reshape(e["shape"]) for name, e in entries}
+    except (KeyError, TypeError, ValueError, RecursionError, safetensors.SafetensorError) as error:
+        raise Refused(f"not a frame: {type(error).__name__}: {error}") from None
+    if not isinstance(meta, dict) or meta.get("schema") != SCHEMA:
+        got = meta.get("schema") if isinstance(meta, dict) else None
+        raise Refused(f"the frame has schema version {got!r}, this fedrank speaks {SCHEMA}")
+    tensors.pop("checksum", None)
+    for name, array in tensors.items():
+        if (
+            array.dtype.kind in "fV"
+            and not np.isfinite(array.astype(np.float32) if array.dtype.itemsize == 2 else array).all()
+        ):
+            raise Refused(f"tensor {name!r} holds NaN or infinity")
+    return meta, tensors
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of one frame: the factors B, e, A; the dense tensors; everything."""
+
+    adapter: int
+    head: int
+    frame: int
+
+
+def sizes(frame: bytes) -> Sizes:
+    """What the bytes of a frame of this module are spent on, read from its header."""
+    (size,) = struct.unpack("<Q", frame[:8])
+    totals = {"adapter": 0, "head": 0}
+    for name, entry in json.loads(frame[8 : 8 + size]).items():
+        part = "head" if name.startswith("h.") else "adapter" if name.split(".")[0] in FACTORS else None
+        if part:
+            start, end = entry["data_offsets"]
+            totals[part] += end - start
+    return Sizes(totals["adapter"], totals["head"], len(frame))
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What a client reads from the server's frame."""
+
+    kind: Kind
+    round: int
+    rounds: int
+    client: ClientId
+    plan: Plan
+    adapter: Adapter
+    numerics: Mapping[str, Any]
+    digest: str
+
+
+@dataclass(frozen=True, eq=False)
+class Reply:
+    """What the server reads from a client's frame: an update, an evaluation, or an error's text."""
+
+    update: Update | None
+    metrics: Mapping[str, float]
+    error: str | None
+    numerics: Mapping[str, Any]
+    sizes: Sizes
+
+
+@dataclass(frozen=True, eq=False)
+class Wire:
+    """Both ends' knowledge of one run, by which frames are written and checked.
+
+    start: the adapter as ``begin`` made it; it says which factors and dense tensors exist, and low
+    precision travels down as the difference to it (and up as the difference to what came down).
+    """
+
+    spec: ModelSpec
+    start: Adapter
+    dtype: Dtype
+    run: str
+    seed: int
+    numerics: Mapping[str, Any] = field(default_factory=dict)
+
+    # ---- server to client
+
+    def request(self, kind: Kind, client: ClientId, plan: Plan, state: State) -> bytes:
+        """The server's frame for the round after `state`: the plan, and what of the adapter travels by it."""
+        round, adapter = state.round + 1, state.adapter
+        sent = adapter.take(_union(plan.train, plan.frozen)).only(plan.sent)
+        tensors = self._write(sent, self.start, "down", kind, round, client)
+        for name, ids in (("plan.train", plan.train), ("plan.frozen", plan.frozen)):
+            if any(map(len, ids.values())):
+                tensors[name] = self._bits(ids, plan.width)
+        tensors |= {f"arrays.{name}": array for name, array in plan.arrays.items()}
+        meta = self._meta(kind, round, client) | {
+            "plan": _plan(plan),
+            "digest": self.digest(kind, round, client, plan),
+            "fingerprint": self.spec.fingerprint,
+            "scale": adapter.scale,
+            "rounds": state.rounds,
+        }
+        return pack(meta, tensors)
+
+    def open_request(self, frame: bytes) -> Request:
+        """Read on the client; Refused where the frame is not of this run or the base model differs."""
+        meta, tensors = unpack(frame)
+        try:
+            kind, round, rounds, client = meta["kind"], int(meta["round"]), int(meta["rounds"]), str(meta["client"])
+            told = meta["plan"]
+            theirs, scale, numerics, digest = meta["fingerprint"], meta["scale"], meta["numerics"], meta["digest"]
+            returns = {name: (kind_, tuple(shape)) for name, (kind_, shape) in told["returns"].items()}
+            settings = {key: told[key] for key in ("learn", "up", "down", "own", "select", "since")}
+            width = int(told["width"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise Refused(f"the request lacks or garbles a field: {error}") from None
+        if meta.get("run") != self.run or kind not in ("train", "evaluate"):
+            raise Refused(f"a {kind!r} frame of run {meta.get('run')!r} came to run {self.run!r}")
+        if theirs != self.spec.fingerprint:
+            raise Refused(f"the server's base model {theirs} is not this client's {self.spec.fingerprint}")
+        train, frozen = (self._ids(tensors.pop(f"plan.{name}", None), width) for name in ("train", "frozen"))
+        arrays = {n[len("arrays.") :]: tensors.pop(n) for n in list(tensors) if n.startswith("arrays.")}
+        plan = Plan(train=train, frozen=frozen, arrays=arrays, returns=returns, **settings)
+        if self.digest(kind, round, client, plan) != digest:
+            raise Refused("the plan does not fit its digest")
+        adapter = self._read(tensors, _union(train, frozen), plan.sent, self.start, scale)
+        return Request(kind, round, rounds, client, plan, adapter, numerics, digest)
+
+    # ---- client to server
+
+    def update(self, request: Request, update: Update) -> bytes:
+        """The client's frame: of its trained components, what the plan sends up."""
+        up = update.adapter.only(request.plan.up)
+        tensors = self._write(up, request.adapter, "up", "update", request.round, request.client)
+        if request.plan.select is not None:
+            tensors["ids"] = self._bits(update.adapter.ids, request.plan.width)
+        tensors |= {f"arrays.{name}": np.asarray(array) for name, array in update.arrays.items()}
+        meta = self._meta("update", request.round, request.client) | {
+            "digest": request.digest,
+            "examples": update.examples,
+            "metrics": dict(update.metrics),
+        }
+        return pack(meta, tensors)
+
+    def evaluation(self, request: Request, metrics: Mapping[str, float]) -> bytes:
+        """The client's answer to an evaluation."""
+        meta = self._meta("evaluation", request.round, request.client)
+        return pack(meta | {"digest": request.digest, "metrics": dict(metrics)}, {})
+
+    def error(self, round: int, client: ClientId, digest: str, text: str) -> bytes:
+        """The client's word that it could not do its work."""
+        return pack(self._meta("error", round, client) | {"digest": digest, "error": text[:400]}, {})
+
+    def open_reply(
+        self, frame: bytes, kind: Kind, round: int, client: ClientId, plan: Plan, reference: Adapter
+    ) -> Reply:
+        """Read on the server; Refused unless it answers exactly this request.
+
+        reference: what this client received, to which low-precision values are differences.
+        """
+        meta, tensors = unpack(frame)
+        got = tuple(meta.get(key) for key in ("run", "round", "client", "digest"))
+        digest = self.digest(kind, round, client, plan)
+        if got != (self.run, round, client, digest):
+            raise Refused(f"an answer to run, round, client, plan {got}, not to {(self.run, round, client, digest)}")
+        numerics = meta.get("numerics")
+        if not isinstance(numerics, dict):
+            raise Refused("the reply has no numerics record")
+        size = sizes(frame)
+        if meta.get("kind") == "error":
+            return Reply(None, {}, str(meta.get("error"))[:400], numerics, size)
+        expected = "update" if kind == "train" else "evaluation"
+        if meta.get("kind") != expected:
+            raise Refused(f"a frame of kind {meta.get('kind')!r} where {expected!r} was asked for")
+        metrics = _metrics(meta.get("metrics"))
+        if kind == "evaluate":
+            if tensors:
+                raise Refused(f"an evaluation carries no tensors, this one has {sorted(tensors)}")
+            return Reply(None, metrics, None, numerics, size)
+        examples = meta.get("examples")
+        if type(examples) is not int or not 0 < examples < 1 << 53:
+            raise Refused(f"examples must be a positive whole number, got {examples!r}")
+        arrays = {n[len("arrays.") :]: tensors.pop(n) for n in list(tensors) if n.startswith("arrays.")}
+        found = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
+        if found != dict(plan.returns):
+            raise Refused(f"arrays {found} came back, asked for were {dict(plan.returns)}")
+        ids = dict(plan.train)
+        if plan.select is not None:
+            ids = self._chosen(tensors.pop("ids", None), plan)
+        adapter = self._read(tensors, ids, plan.up, reference, reference.scale)
+        return Reply(Update(adapter, examples, metrics, arrays), metrics, None, numerics, size)
+
+    def digest(self, kind: Kind, round: int, client: ClientId, plan: Plan) -> str:
+        """A short hash by which a reply names the request it answers."""
+        state = hashlib.blake2b(digest_size=8)
+        state.update(json.dumps([self.run, kind, round, client, _plan(plan)], sort_keys=True).encode())
+        for ids in (plan.train, plan.frozen):
+            state.update(self._bits(ids, plan.width).tobytes() + b"|")
+        for name, array in sorted(plan.arrays.items()):
+            state.update(f"{name}{array.dtype}{array.shape}".encode() + array.tobytes())
+        return state.hexdigest()
+
+    # ---- parts of a frame
+
+    def _meta(self, kind: str, round: int, client: ClientId) -> dict[str, Any]:
+        return {"schema": SCHEMA, "kind": kind, "run": self.run, "round": round, "client": client,
+                "dtype": self.dtype, "numerics": dict(self.numerics)}  # fmt: skip
+
+    def _bits(self, ids: Mapping[str, np.ndarray], width: int) -> np.ndarray:
+        """Id sets as bits: one row of `width` bits per module, packed without padding between rows."""
+        grid = np.zeros((len(self.spec.modules), width), bool)
+        for row, module in zip(grid, self.spec.modules, strict=True):
+            row[np.asarray(ids.get(module.name, ()), int)] = True
+        return np.packbits(grid)
+
+    def _ids(self, bits: np.ndarray | None, width: int) -> dict[str, np.ndarray]:
+        if bits is None:
+            return {}
+        count = len(self.spec.modules)
+        if not 0 < width <= MAX_WIDTH or bits.dtype != np.uint8 or bits.shape != (math.ceil(width * count / 8),):
+            raise Refused(f"component ids {bits.dtype}{list(bits.shape)} do not fit {count} modules of {width}")
+        grid = np.unpackbits(bits, count=width * count).reshape(count, width)
+        return {m.name: np.flatnonzero(row) for m, row in zip(self.spec.modules, grid, strict=True) if row.any()}
+
+    def _chosen(self, bits: np.ndarray | None, plan: Plan) -> dict[str, np.ndarray]:
+        ids = self._ids(bits, plan.width)
+        extra = {name: i for name, i in ids.items() if np.setdiff1d(i, plan.train.get(name, [])).size}
+        count = sum(map(len, ids.values()))
+        if extra or count != plan.select:
+            raise Refused(f"{count} components came back ({sorted(extra)} not planned), asked for were {plan.select}")
+        return ids
+
+    def _write(self, adapter: Adapter, reference: Adapter, *address: Any) -> dict[str, np.ndarray]:
+        tensors = {}
+        for name, values, lengths in self._flat(adapter):
+            if self.dtype not in EXACT:
+                values = values - self._reference(name, adapter.ids, reference, values.size)
+            generator = rng(self.seed, "rounding", *address, name)
+            tensors |= encode(name, values, lengths, self.dtype, generator)
+        return tensors
+
+    def _read(
+        self, tensors: dict[str, np.ndarray], ids: Mapping[str, np.ndarray], factors: str, reference: Adapter,
+        scale: float,
+    ) -> Adapter:  # fmt: skip
+        """The adapter of exactly these components and factors; Refused where a tensor is missing, extra or odd."""
+        forms = {f for b in self.start.blocks.values() for f in FACTORS if getattr(b, f) is not None}
+        ids = {m.name: np.asarray(ids[m.name]) for m in self.spec.modules if len(ids.get(m.name, ()))}
+        if unknown := set(factors) - set("BeAh"):
+            raise Refused(f"unknown factors {sorted(unknown)}")
+        lengths = {f: self._lengths(f, ids) for f in FACTORS if f in factors and f in forms and ids}
+        flat: dict[str, np.ndarray] = {}
+        shapes = self.start.dense if "h" in factors else {}
+        every = lengths | {f"h.{name}": _rows(tensor.shape) for name, tensor in shapes.items()}
+        for name, rows in every.items():
+            values = decode(name, tensors, rows, self.dtype)
+            if self.dtype not in EXACT:
+                values = (self._reference(name, ids, reference, values.size) + values).astype(np.float32)
+            flat[name] = values
+        names = set(every) | ({f"{name}.scale" for name in every} if self.dtype == "int8" else set())
+        if extra := set(tensors) - names:
+            raise Refused(f"tensors {sorted(extra)} were not asked for")
+        blocks = {}
+        counts = {name: len(i) for name, i in ids.items()}
+        pieces = {f: split(flat[f], (self._vector(f, n) * r for n, r in counts.items())) for f in lengths}
+        for at, (name, i) in enumerate(ids.items()):
+            rows = {f: pieces[f][at] for f in lengths}
+            b = rows["B"].reshape(len(i), -1).T if "B" in rows else None
+            a = rows["A"].reshape(len(i), -1) if "A" in rows else None
+            blocks[name] = Block(i, b, rows.get("e"), a)
+        dense = {name: flat[f"h.{name}"].reshape(tensor.shape) for name, tensor in shapes.items()}
+        return Adapter(blocks, scale, dense)
+
+    def _vector(self, factor: str, module: str) -> int:
+        """Numbers per component."""
+        out, in_ = self.spec.shapes[module]
+        return {"B": out, "e": 1, "A": in_}[factor]
+
+    def _lengths(self, factor: str, ids: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The lengths of the rows that a flat factor is made of: one per component; e is one row per module."""
+        if factor == "e":
+            return np.array([len(i) for i in ids.values()])
+        shapes = self.spec.shapes
+        side = 0 if factor == "B" else 1
+        return np.repeat([shapes[name][side] for name in ids], [len(i) for i in ids.values()])
+
+    def _flat(self, adapter: Adapter) -> list[tuple[str, np.ndarray, np.ndarray]]:
+        ordered = {m.name: adapter.blocks[m.name] for m in self.spec.modules if m.name in adapter.blocks}
+        ids = {name: block.ids for name, block in ordered.items()}
+        result = []
+        for f in FACTORS:
+            parts = [
+                getattr(b, f).T if f == "B" else getattr(b, f) for b in ordered.values() if getattr(b, f) is not None
+            ]
+            if parts:
+                result.append((f, np.concatenate([p.reshape(-1) for p in parts]), self._lengths(f, ids)))
+        for name, tensor in adapter.dense.items():
+            result.append((f"h.{name}", tensor.reshape(-1), _rows(tensor.shape)))
+        return result
+
+    def _reference(self, name: str, ids: Mapping[str, np.ndarray], reference: Adapter, size: int) -> np.ndarray:
+        """What the other end holds of this tensor, flat; zeros for components that it does not hold."""
+        if name.startswith("h."):
+            held = reference.dense.get(name[2:])
+            return np.zeros(size) if held is None else held.reshape(-1)
+        parts = []
+        for module in self.spec.modules:
+            wanted = ids.get(module.name, np.empty(0, int))
+            part = np.zeros((len(wanted), self._vector(name, module.name)))
+            block = reference.blocks.get(module.name)
+            factor = None if block is None else getattr(block, name)
+            if block is not None and factor is not None:
+                rows = (factor.T if name == "B" else factor).reshape(block.rank, -1)
+                common, mine, theirs = np.intersect1d(wanted, block.ids, assume_unique=True, return_indices=True)
+                part[mine] = rows[theirs]
+            parts.append(part.reshape(-1))
+        return np.concatenate(parts)
+
+
+def encode(
+    name: str, values: np.ndarray, lengths: np.ndarray, dtype: Dtype, generator: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """A flat array in the wire's dtype; low precision is rounded stochastically, so its mean is exact.
+
+    int8 has one f32 scale per row (the rows' `lengths` sum to the array's size).
+    """
+    if dtype in EXACT:
+        return {name: values.astype(DTYPES[dtype], copy=False)}
+    values = values.astype(np.float32)
+    if dtype == "int8":
+        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(int)
+        scales = (np.maximum.reduceat(np.abs(values), starts) / 127).astype(np.float32)
+        steps = values / np.repeat(np.where(scales > 0, scales, 1), lengths)
+        low = np.floor(steps)
+        steps = low + (generator.random(values.size, np.float32) < steps - low)
+        return {name: np.clip(steps, -127, 127).astype(np.int8), f"{name}.scale": scales}
+    if dtype == "bf16":  # the low 16 bits of an f32, plus 16 random ones, carry into the rest
+        limit = np.float32(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
+        bits = np.clip(values, -limit, limit).view(np.uint32)
+        noise = generator.integers(0, 1 << 16, values.size, np.uint32)
+        room = (bits & 0x7FFFFFFF) <= 0x7F7F0000 - 0x10000  # the largest values must not round up to infinity
+        bits = np.where(room, bits + noise, bits)
+        return {name: (bits >> 16).astype(np.uint16).view(ml_dtypes.bfloat16)}
+    limit = np.float32(np.finfo(np.float16).max)
+    values = np.clip(values, -limit, limit)
+    near = values.astype(np.float16)
+    error = values - near.astype(np.float32)
+    other = np.nextafter(near, np.where(error > 0, np.float16(np.inf), np.float16(-np.inf)))
+    gap = np.abs(other.astype(np.float32) - near.astype(np.float32))
+    cross = generator.random(values.size, np.float32) * gap < np.abs(error)
+    return {name: np.where(cross & np.isfinite(other), other, near)}
+
+
+def decode(name: str, tensors: Mapping[str, np.ndarray], lengths: np.ndarray, dtype: Dtype) -> np.ndarray:
+    """The flat values of a tensor; Refused unless its dtype and size are the ones asked for."""
+
+    def part(key: str, kind: Any, size: int) -> np.ndarray:
+        if key not in tensors:
+            raise Refused(f"tensor {key!r} is missing")
+        array = tensors[key]
+        if array.dtype != np.dtype(kind) or array.shape != (size,):
+            raise Refused(f"tensor {key!r} is {array.dtype}{list(array.shape)}, asked for was {np.dtype(kind)}[{size}]")
+        return array
+
+    values = part(name, DTYPES[dtype], int(lengths.sum()))
+    if dtype in EXACT:
+        return values
+    if dtype == "int8":
+        return values * np.repeat(part(f"{name}.scale", np.float32, len(lengths)), lengths)
+    return values.astype(np.float32)
+
+
+def _rows(shape: tuple[int, ...]) -> np.ndarray:
+    """Row lengths of a dense tensor: its last axis; a vector is one row."""
+    return np.full(math.prod(shape[:-1]), shape[-1]) if shape else np.array([1])
+
+
+def _union(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {n: np.union1d(a.get(n, []), b.get(n, [])).astype(int) for n in dict.fromkeys([*a, *b])}
+
+
+def _plan(plan: Plan) -> dict[str, Any]:
+    """The plan's JSON-able part; its ids and arrays travel as tensors."""
+    returns = {name: [kind, list(shape)] for name, (kind, shape) in plan.returns.items()}
+    return {"learn": plan.learn, "up": plan.up, "down": plan.down, "own": plan.own, "select": plan.select,
+            "since": plan.since, "width": plan.width, "returns": returns}  # fmt: skip
+
+
+def _metrics(metrics: Any) -> dict[str, float]:
+    if not isinstance(metrics, dict) or len(metrics) > 64:
+        raise Refused("metrics must be a small object of numbers")
+    for name, value in metrics.items():
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise Refused(f"metric {name!r} must be a finite number, got {value!r}")
+    return {name: float(value) for name, value in metrics.items()}
