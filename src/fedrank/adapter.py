@@ -58,7 +58,7 @@ class Block:
         if self.B is None or self.A is None:
             raise ValueError("the increment needs both B and A")
         left = self.B if self.e is None else self.B * self.e
-        return scale * (left @ self.A)
+        return np.asarray(scale * (left @ self.A))
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +127,7 @@ class Adapter:
             mine = blocks[name]
             ids = np.concatenate([mine.ids, theirs.ids])
             order = np.argsort(ids, kind="stable")
-            parts = {}
+            parts: dict[str, np.ndarray | None] = {}
             for f in FACTORS:
                 a, b = getattr(mine, f), getattr(theirs, f)
                 if (a is None) != (b is None):
@@ -138,7 +138,7 @@ class Adapter:
                     parts[f] = np.concatenate([a.T, b.T])[order].T
                 else:
                     parts[f] = np.concatenate([a, b])[order]
-            blocks[name] = Block(ids[order], **parts)
+            blocks[name] = Block(ids[order], parts["B"], parts["e"], parts["A"])
         return Adapter(blocks, self.scale, {**other.dense, **self.dense})
 
     def delta(self) -> dict[str, np.ndarray]:

@@ -4,6 +4,7 @@ import json
 import logging
 import signal
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
 from enum import StrEnum
@@ -172,14 +173,14 @@ def _escape(text: str) -> str:
 
 
 def _follow(start: Callable[[], Iterator[dict[str, Any]]], path: Path, output: Output, baselines: bool) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False, show_time=False)])  # fmt: skip
+    level = logging.ERROR if output is Output.quiet else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False, show_time=False)])  # fmt: skip
     _hush()
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     last: dict[str, Any] = {}
     try:
         with _mistakes():
-            for last in _views[output](start()):
-                pass
+            last = deque(_views[output](start()), maxlen=1).pop()
             if baselines:
                 _baselines(path, output)
     except KeyboardInterrupt:

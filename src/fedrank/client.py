@@ -84,7 +84,7 @@ def _evaluate(request: Request, site: Site) -> dict[str, float]:
 
 
 def _pack(adapter: Adapter, factors: str) -> dict[str, np.ndarray]:
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for name, block in adapter.blocks.items():
         for f in FACTORS:
             factor = getattr(block, f)
@@ -99,7 +99,7 @@ def _complete(adapter: Adapter, plan: Plan, kept: Mapping[str, np.ndarray], star
     """The received adapter with the factors that did not travel, from the client's store, else as begun."""
     if all(f in plan.sent for f in "BeAh"):
         return adapter
-    blocks = {}
+    blocks: dict[str, Block] = {}
     for name, block in start.blocks.items():
         begun = Adapter({name: block}, start.scale, {})
         if f"ids/{name}" in kept:

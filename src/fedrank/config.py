@@ -45,12 +45,16 @@ class Partition(BaseModel, extra="forbid", frozen=True):
 
 
 class Data(BaseModel, extra="forbid", frozen=True):
-    """name: "docstrings" (built in) or a Hugging Face dataset; or path: a file or a folder with train and test."""
+    """name: "docstrings" (built in) or a Hugging Face dataset; or path: a file or a folder with train and test.
+
+    split: what a run is scored on. validation is for tuning: the dev split, or a tenth of train where there is none.
+    """
 
     name: str | None = None
     path: str | None = None
     train_limit: Positive | None = None
     test_limit: Positive | None = None
+    split: Literal["test", "validation"] = "test"
     columns: Columns = Columns()
     partition: Partition = Partition()
 
@@ -153,7 +157,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
 
 def dump(config: Config) -> str:
     """The resolved config as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 def override(raw: dict[str, Any], item: str) -> None:
@@ -218,7 +222,7 @@ def _explain(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         siblings = [k for k in known_keys() if k.rpartition(".")[0] == key.rpartition(".")[0]]
         return f"unknown key {key!r}{_near(key, siblings) or _near(key, known_keys()) or f'; known here: {siblings}'}"
-    message = error["msg"].removeprefix("Value error, ")
+    message = str(error["msg"]).removeprefix("Value error, ")
     if not key:
         return message
     got = repr(error["input"])

@@ -172,6 +172,8 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
         config.data.name, config.data.path, config.task, config.data.columns.model_dump(), config.data.train_limit,
         config.data.test_limit, config.seed,
     )  # fmt: skip
+    if config.data.split == "validation":
+        dataset = data.validation(dataset, config.seed)
     for notice in dataset.notices:
         log.warning("%s", notice)
     p = config.data.partition

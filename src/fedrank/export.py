@@ -40,11 +40,12 @@ def export(run: Path, out: Path, round: int | None = None) -> Path:
     }  # fmt: skip
     tensors = {}
     for name, block in state.adapter.blocks.items():
-        assert block.B is not None and block.A is not None
+        assert block.B is not None
+        assert block.A is not None
         b = block.B if block.e is None else block.B * block.e
         tensors[f"{PREFIX}{name}.lora_A.weight"] = block.A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(b)
-    head = {n: np.ascontiguousarray(t) for n, t in state.adapter.dense.items()}
+    head = {n: np.asarray(t, order="C") for n, t in state.adapter.dense.items()}
     if inside:
         tensors |= {f"{PREFIX}{name}": tensor for name, tensor in head.items()}
     elif head:
@@ -118,8 +119,12 @@ def adopt(state: State, imported: Adapter) -> State:
         raise StoreError(f"the adapter has modules that this run does not adapt: {unknown[:3]}; see adapter.targets")
     for name, found in recompress(imported).blocks.items():
         begun = blocks[name]
-        assert begun.B is not None and begun.A is not None and found.B is not None and found.e is not None
-        if found.B.shape[0] != begun.B.shape[0] or found.A is None or found.A.shape[1] != begun.A.shape[1]:
+        assert begun.B is not None
+        assert begun.A is not None
+        assert found.B is not None
+        assert found.e is not None
+        assert found.A is not None
+        if found.B.shape[0] != begun.B.shape[0] or found.A.shape[1] != begun.A.shape[1]:
             raise StoreError(f"module {name!r} has other sizes in the adapter than in the model")
         if found.rank > begun.rank:
             raise StoreError(f"module {name!r} needs {found.rank} components; set adapter.rank={found.rank} or more")

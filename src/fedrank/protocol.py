@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -131,6 +131,7 @@ class Update:
     private: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
+@runtime_checkable
 class Observe(Protocol):
     """Called after every backward pass, before the optimizer's step.
 
@@ -141,6 +142,7 @@ class Observe(Protocol):
     def __call__(self, values: Mapping[str, Any], grads: Mapping[str, Any]) -> None: ...
 
 
+@runtime_checkable
 class Fit(Protocol):
     """Local training, injected into a job: returns the trained components, by the job's plan."""
 
@@ -179,6 +181,7 @@ class Total:
     weight: float
 
 
+@runtime_checkable
 class Updates(Protocol):
     """The arrived updates, checked, in client order, one decoded at a time, any number of passes."""
 
@@ -191,6 +194,7 @@ class Updates(Protocol):
         ...
 
 
+@runtime_checkable
 class Method(Protocol):
     """A frozen dataclass of hyper-parameters with pure hooks: nothing is mutated, nothing kept in self.
 
@@ -209,6 +213,7 @@ class Method(Protocol):
     def merge(self, state: State, updates: Updates) -> State: ...
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Who carries bytes between the server and the clients."""
 

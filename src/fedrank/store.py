@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from fedrank import aggregation
-from fedrank.adapter import Adapter, Block
+from fedrank.adapter import FACTORS, Adapter, Block
 from fedrank.protocol import ClientId, State, Total, Update
 
 KEEP_LAST, KEEP_EVERY = 3, 10
@@ -63,7 +63,7 @@ class Private:
         """Write this round's version; all others but `since`, which a redone round needs, are over."""
         folder = self._folder(client)
         if arrays:
-            write(folder / f"{round:04d}.safetensors", save({n: np.ascontiguousarray(a) for n, a in arrays.items()}))
+            write(folder / f"{round:04d}.safetensors", save({n: np.asarray(a, order="C") for n, a in arrays.items()}))
         for number, path in _numbered(folder).items():
             if number not in (since, round if arrays else -1):
                 path.unlink()
@@ -145,7 +145,7 @@ class Store:
             "round": state.round, "rounds": state.rounds, "scale": state.adapter.scale, "modules": list(blocks),
             "dense": list(state.adapter.dense), "metrics": dict(state.metrics), "numerics": dict(numerics),
         }  # fmt: skip
-        data = save({n: np.ascontiguousarray(t) for n, t in tensors.items()}, {"fedrank": json.dumps(meta)})
+        data = save({n: np.asarray(t, order="C") for n, t in tensors.items()}, {"fedrank": json.dumps(meta)})
         write(self.path / "states" / f"{state.round:04d}.safetensors", data)
         for number, path in _numbered(self.path / "states").items():
             if number <= state.round - KEEP_LAST and number % KEEP_EVERY:
@@ -161,11 +161,11 @@ class Store:
         try:
             with safe_open(path, "np") as file:
                 meta = json.loads(file.metadata()["fedrank"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise StoreError(f"{path} is damaged: {error}") from None
         blocks = {
-            name: Block(*(tensors.get(f"adapter/{name}/{part}") for part in ("ids", "B", "e", "A")))
+            name: Block(tensors[f"adapter/{name}/ids"], *(tensors.get(f"adapter/{name}/{f}") for f in FACTORS))
             for name in meta["modules"]
         }
         dense = {name: tensors[f"dense/{name}"] for name in meta["dense"]}

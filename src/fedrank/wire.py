@@ -44,7 +44,7 @@ def pack(meta: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"fedrank": json.dumps(meta, sort_keys=True)}}
     at, parts = 0, []
     for name, array in tensors.items():
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")  # ascontiguousarray would make a scalar one-dimensional
         header[name] = {
             "dtype": _NAMES[array.dtype],
             "shape": list(array.shape),
@@ -71,7 +71,7 @@ def unpack(frame: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise Refused(f"a header of {size} bytes is over the limit")
     try:
         meta = json.loads(json.loads(frame[8 : 8 + size])["__metadata__"]["fedrank"])
-        entries = safetensors.deserialize(frame)
+        entries = safetensors.deserialize(frame)  # type: ignore[no-untyped-call]
         tensors = {name: np.frombuffer(e["data"], _CODES[e["dtype"]]).reshape(e["shape"]) for name, e in entries}
     except (KeyError, TypeError, ValueError, RecursionError, safetensors.SafetensorError) as error:
         raise Refused(f"not a frame: {type(error).__name__}: {error}") from None
@@ -298,7 +298,7 @@ class Wire:
         return ids
 
     def _write(self, adapter: Adapter, reference: Adapter, *address: Any) -> dict[str, np.ndarray]:
-        tensors = {}
+        tensors: dict[str, np.ndarray] = {}
         for name, values, lengths in self._flat(adapter):
             if self.dtype not in EXACT:
                 values = values - self._reference(name, adapter.ids, reference, values.size)
@@ -331,10 +331,10 @@ class Wire:
         counts = {name: len(i) for name, i in ids.items()}
         pieces = {f: split(flat[f], (self._vector(f, n) * r for n, r in counts.items())) for f in lengths}
         for at, (name, i) in enumerate(ids.items()):
-            rows = {f: pieces[f][at] for f in lengths}
-            b = rows["B"].reshape(len(i), -1).T if "B" in rows else None
-            a = rows["A"].reshape(len(i), -1) if "A" in rows else None
-            blocks[name] = Block(i, b, rows.get("e"), a)
+            part = {f: pieces[f][at] for f in lengths}
+            b = part["B"].reshape(len(i), -1).T if "B" in part else None
+            a = part["A"].reshape(len(i), -1) if "A" in part else None
+            blocks[name] = Block(i, b, part.get("e"), a)
         dense = {name: flat[f"h.{name}"].reshape(tensor.shape) for name, tensor in shapes.items()}
         return Adapter(blocks, scale, dense)
 
@@ -378,7 +378,7 @@ class Wire:
             factor = None if block is None else getattr(block, name)
             if block is not None and factor is not None:
                 rows = (factor.T if name == "B" else factor).reshape(block.rank, -1)
-                common, mine, theirs = np.intersect1d(wanted, block.ids, assume_unique=True, return_indices=True)
+                _, mine, theirs = np.intersect1d(wanted, block.ids, assume_unique=True, return_indices=True)
                 part[mine] = rows[theirs]
             parts.append(part.reshape(-1))
         return np.concatenate(parts)
@@ -433,7 +433,7 @@ def decode(name: str, tensors: Mapping[str, np.ndarray], lengths: np.ndarray, dt
     if dtype in EXACT:
         return values
     if dtype == "int8":
-        return values * np.repeat(part(f"{name}.scale", np.float32, len(lengths)), lengths)
+        return np.asarray(values * np.repeat(part(f"{name}.scale", np.float32, len(lengths)), lengths))
     return values.astype(np.float32)
 
 

@@ -40,7 +40,7 @@ class FedARA:
     def __post_init__(self) -> None:
         if self.target_rank < 1:
             raise ValueError(f"target_rank must be at least 1, got {self.target_rank}")
-        if not (0 <= self.warmup and 0 <= self.settle and self.warmup + self.settle < 1):
+        if not (self.warmup >= 0 and self.settle >= 0 and self.warmup + self.settle < 1):
             raise ValueError(f"warmup + settle must be below 1, got {self.warmup} + {self.settle}")
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
@@ -133,13 +133,13 @@ class Sensitivity:
 
     def triplets(self, adapter: Adapter) -> np.ndarray:
         """Q = q(e) + mean q(a) + mean q(b) for each component, in module and id order."""
-        q = {f: (self.mean[f] * self.uncertainty[f]).double().cpu().numpy() for f in "BeA"}
+        q = {f: (self.mean[f].double() * self.uncertainty[f].double()).cpu().numpy() for f in "BeA"}
         blocks = adapter.blocks.values()
         lengths = {
             "B": np.concatenate([np.full(b.rank, b.B.shape[0]) for b in blocks if b.B is not None]),
             "A": np.concatenate([np.full(b.rank, b.A.shape[1]) for b in blocks if b.A is not None]),
         }
-        scores = q["e"].copy()
+        scores: np.ndarray = q["e"].copy()
         for factor, length in lengths.items():
             scores += np.add.reduceat(q[factor], np.concatenate([[0], np.cumsum(length)[:-1]])) / length
         return scores

@@ -380,3 +380,16 @@ def optional(module: str, place: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise DataError(f"{place}: reading it needs {module}: pip install fedrank[data]") from error
+
+
+def validation(dataset: Dataset, seed: int) -> Dataset:
+    """The data set with its dev split, or a drawn tenth of train where it has none, in the place of test."""
+    if dataset.dev is not None:
+        return replace(dataset, test=dataset.dev)
+    held = np.zeros(len(dataset.train), bool)
+    held[rng(seed, "validation").permutation(len(held))[: max(1, len(held) // 10)]] = True
+    return replace(
+        dataset,
+        train=dataset.train.take(np.flatnonzero(~held)),
+        test=dataset.train.take(np.flatnonzero(held)),
+    )

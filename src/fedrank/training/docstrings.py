@@ -5,7 +5,6 @@ import re
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import numpy as np
 from fedrank.protocol import rng
 from fedrank.training.data import DataError, Rows, stratified
 
-# Pure Python, there in 3.11-3.14 on every platform, at least 60 docstrings each.
+# Pure Python, there in 3.11-3.14 on every platform, at least 50 docstrings each.
 LABELS = (
     "_pydecimal",
     "_pyio",
@@ -41,7 +40,6 @@ TEST_FOLDERS = {"test", "tests"}
 SEED = 0  # the set is the same whatever the seed of a run
 
 
-@cache
 def load_docstrings() -> tuple[Rows, Rows, tuple[str, ...]]:
     """Train, test and class names; the same on every call with one Python version."""
     texts, label = labelled(Path(sysconfig.get_path("stdlib")))
@@ -53,7 +51,8 @@ def load_docstrings() -> tuple[Rows, Rows, tuple[str, ...]]:
 def labelled(library: Path) -> tuple[list[str], np.ndarray]:
     """The texts in the order of class, file and line, capped per class, and their labels."""
     files = {name: sources(library, name) for name in LABELS}
-    masked = mask({word for name in LABELS for file in files[name] for word in module_names(file, name)})
+    modules = [file.relative_to(library) for name in LABELS for file in files[name]]
+    masked = mask({word for module in modules for word in public_names(module)})
     found = {name: [text for file in files[name] for text in texts_in(file, masked)] for name in LABELS}
     # A text that two classes share has no right label.
     owners = Counter(text for texts in found.values() for text in set(texts))
@@ -80,9 +79,9 @@ def sources(library: Path, name: str) -> list[Path]:
     return files
 
 
-def module_names(file: Path, name: str) -> set[str]:
-    parts = file.with_suffix("").parts
-    return {part for part in parts[parts.index(name) :] if not part.startswith("__")}
+def public_names(module: Path) -> set[str]:
+    """The names in a module's dotted path; _pyio is what its texts call io."""
+    return {part.removeprefix("_py") for part in module.with_suffix("").parts if not part.startswith("__")}
 
 
 def mask(names: set[str]) -> re.Pattern[str]:
@@ -93,8 +92,7 @@ def mask(names: set[str]) -> re.Pattern[str]:
 
 def texts_in(file: Path, masked: re.Pattern[str]) -> Iterator[str]:
     for docstring in docstrings(file):
-        prose = [line for line in docstring.splitlines() if not line.lstrip().startswith((">>>", "..."))]
-        text = " ".join(" ".join(prose).split())
+        text = " ".join(" ".join(prose(docstring)).split())
         if len(text.split()) >= MIN_WORDS:
             yield shorten(masked.sub("[name]", text))
 
@@ -110,6 +108,15 @@ def docstrings(file: Path) -> Iterator[str]:
             docstring = ast.get_docstring(node)
             if docstring:
                 yield docstring
+
+
+def prose(docstring: str) -> Iterator[str]:
+    """The lines outside doctests; a doctest runs from its prompt to the next blank line."""
+    example = False
+    for line in docstring.splitlines():
+        example = line.lstrip().startswith(">>>") or (example and bool(line.strip()))
+        if not example:
+            yield line
 
 
 def shorten(text: str) -> str:

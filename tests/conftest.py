@@ -1,0 +1,34 @@
+"""Shapes and types in annotations are checked at run time in every test; one torch thread per process."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from jaxtyping import install_import_hook
+
+hook = install_import_hook("fedrank", "beartype.beartype")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import fedrank  # noqa: E402, F401
+
+torch.set_num_threads(1)
+
+SHARED = Path(os.environ.get("FEDRANK_DATA", Path(__file__).parents[1] / ".." / "shared" / "data")).resolve()
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The real data sets; tests that need them skip where they are not."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no data sets at {SHARED}; set FEDRANK_DATA to their folder")
+    return SHARED

@@ -1,0 +1,225 @@
+"""A tiny real federation in this process, for tests: a random encoder, separable texts, real frames, real files."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedrank import aggregation, config
+from fedrank.adapter import Adapter, Block
+from fedrank.client import Site
+from fedrank.config import Config, Local, Rounds
+from fedrank.engines import local as engine
+from fedrank.protocol import Device, Job, ModelSpec, Module, Plan, State, Total, Update, rng
+from fedrank.server import Event, Server
+from fedrank.store import Store
+from fedrank.training import local, models, tasks
+from fedrank.training.data import Rows
+from fedrank.wire import Wire
+
+LABELS = ("ab", "cd", "ef", "gh")
+CLIENTS = ("c0", "c1", "c2", "c3")
+ROWS = 16  # of one client
+
+
+def texts(count: int, seed: int) -> Rows:
+    """Strings of a class's own two letters, of drawn lengths; the classes are of equal size."""
+    draw = rng(seed, "texts")
+    label = np.arange(count) % len(LABELS)
+    return Rows(["".join(draw.choice(list(LABELS[y]), draw.integers(3, 8))) for y in label], label=label)
+
+
+def settings(**sections: Any) -> Config:
+    """A config for the tiny encoder; data.name is only a name here."""
+    base: dict[str, Any] = {"model": {"pooling": "mean"}, "data": {"name": "toy"}, "adapter": {"rank": 4}, "local": {"batch_size": 8}}
+    return config.load({**base, **sections})
+
+
+@cache
+def encoder() -> models.Model:
+    return models.load(settings(), LABELS)
+
+
+@cache
+def encoded(split: str) -> tasks.Encoded:
+    rows = texts(ROWS * len(CLIENTS), 0) if split == "train" else texts(40, 1)
+    return tasks.encode(rows, encoder().tokenizer, "classify", 16)
+
+
+@cache
+def trainer(lr: float) -> local.Trainer:
+    return local.Trainer(encoder(), encoded("train"), encoded("test"), lr, 1, "cpu")
+
+
+@dataclass(frozen=True, eq=False)
+class Federation:
+    """server and begin play it: ``list(f.server.play(f.begin))``, or `play`, which gives the events by kind."""
+
+    server: Server
+    begin: State
+    store: Store
+    sites: Mapping[str, Site]
+
+    def play(self, state: State | None = None) -> dict[str, list[Event]]:
+        if state is None:
+            self.store.save_state(self.begin, self.server.wire.numerics)
+        found: dict[str, list[Event]] = {"cohort": [], "client": [], "round": [], "end": []}
+        for event in self.server.play(self.begin if state is None else state):
+            found[event["event"]].append(event)
+        return found
+
+    @property
+    def states(self) -> dict[int, State]:
+        kept = sorted(int(path.stem) for path in (self.store.path / "states").glob("*.safetensors"))
+        return {number: self.store.state(number)[0] for number in kept}
+
+    @property
+    def last(self) -> State:
+        return self.store.state()[0]
+
+
+def federation(
+    method: Any,
+    path: Path,
+    *,
+    rounds: int = 3,
+    cohort: int = len(CLIENTS),
+    head: str = "train",
+    dtype: str = "f32",
+    epochs: int = 1,
+    shares: Mapping[str, np.ndarray] | None = None,
+    alter: Callable[[Site], Site] = lambda site: site,
+    carry: Callable[[Any], Any] = lambda carrier: carrier,
+    evaluate_every: int = 100,
+    seed: int = 0,
+) -> Federation:
+    """The parts of one run, as `experiment.prepare` puts them together. alter: what to make of a client's site.
+
+    carry: what to make of the engine. shares: rows of each client; by default each has all classes.
+    """
+    spec, teacher = encoder().spec, trainer(method.default_lr)
+    shares = shares or {name: np.arange(at * ROWS, (at + 1) * ROWS) for at, name in enumerate(CLIENTS)}
+    begin = method.begin(spec, rounds, seed)
+    wire = Wire(spec, begin.adapter, dtype, "toy", seed, local.numerics(1, "cpu"))
+    store = Store.create(path) if not path.exists() else Store(path)
+    learning = Local(batch_size=8, epochs=epochs)
+    test = encoded("test")
+
+    def personal(rows: np.ndarray, adapter: Adapter) -> dict[str, float]:
+        found = teacher.evaluate(adapter, test, rows)
+        return {"accuracy": found["accuracy"], "loss": found["loss"], "rows": len(rows), "majority": 0.25}
+
+    sites = {
+        name: alter(Site(
+            Device(name, len(rows)), method, wire, store.private, learning, seed, partial(teacher.fit, rows=rows),
+            partial(personal, np.arange(at * 10, at * 10 + 10)), teacher.session,
+        ))
+        for at, (name, rows) in enumerate(shares.items())
+    }  # fmt: skip
+    devices = {name: site.device for name, site in sites.items()}
+    carrier = carry(engine.Local(devices, sites.__getitem__, lambda device: 0.0, 0.0, seed))
+
+    def evaluate(adapter: Adapter) -> dict[str, float]:
+        return teacher.evaluate(adapter, test, np.arange(len(test)))
+
+    played = Rounds(count=rounds, cohort=cohort, evaluate_every=evaluate_every)
+    server = Server(method, carrier, wire, store, played, seed, head, None if head == "own" else evaluate)
+    return Federation(server, begin, store, sites)
+
+
+@dataclass(frozen=True, eq=False)
+class Tampering:
+    """An engine between the server and a real one: it carries what `change` makes of each reply."""
+
+    engine: Any
+    change: Callable[[str, bytes], Iterable[tuple[str, bytes]]]
+    order: Callable[[list], list] = list
+
+    def fleet(self) -> Mapping[str, Device]:
+        return self.engine.fleet()
+
+    def exchange(self, requests: Any, seconds: float | None) -> Iterator[tuple[str, bytes]]:
+        replies = [pair for name, frame in self.engine.exchange(requests, seconds) for pair in self.change(name, frame)]
+        yield from self.order(replies)
+
+
+# ---- small numbers, without a model
+
+
+def small(sizes: Mapping[str, tuple[int, int]] = {"0.m": (2, 3), "1.m": (3, 2)}, rank: int = 2) -> ModelSpec:  # noqa: B006
+    """A model that exists only by its sizes; the head is one 2x2 matrix."""
+    modules = tuple(Module(name, out, in_, at) for at, (name, (out, in_)) in enumerate(sizes.items()))
+    return ModelSpec(modules, len(modules), {"head.weight": np.zeros((2, 2), np.float32)}, rank, 2.0, "small")
+
+
+def drawn(spec: ModelSpec, seed: int = 0) -> Adapter:
+    """An adapter in SVD form with nothing zero in it."""
+    draw = rng(seed, "drawn")
+    blocks = {
+        name: Block(np.arange(spec.rank), *(draw.normal(size=s).astype(np.float32) for s in ((o, spec.rank), (spec.rank,), (spec.rank, i))))
+        for name, (o, i) in spec.shapes.items()
+    }  # fmt: skip
+    return Adapter(blocks, spec.scale, spec.dense)
+
+
+@dataclass(frozen=True, eq=False)
+class Arrived:
+    """Updates in memory, in client order."""
+
+    updates: Mapping[str, Update]
+
+    def __len__(self) -> int:
+        return len(self.updates)
+
+    def __iter__(self) -> Iterator[tuple[str, Update]]:
+        yield from sorted(self.updates.items())
+
+    def total(self, fn: Callable[[Update], Adapter], weight: Callable[[Update], float]) -> Total:
+        return aggregation.total((fn(update), weight(update)) for _, update in self)
+
+
+def job(spec: ModelSpec, adapter: Adapter, plan: Plan, fit: Any, client: str = "c0", round: int = 2, **more: Any) -> Job:
+    return Job(plan, round, 10, spec, adapter, {}, Local(batch_size=8), Device(client, 4), 0, fit, **more)
+
+
+def flat(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """The factors as an observer sees them: flat, in module and id order, each component's vector contiguous."""
+    rows = {"B": lambda b: b.B.T, "e": lambda b: b.e, "A": lambda b: b.A}
+    return {
+        f: torch.tensor(np.concatenate([row(b).reshape(-1) for b in adapter.blocks.values()])) for f, row in rows.items()
+    }
+
+
+def arrays(adapter: Adapter) -> dict[str, np.ndarray]:
+    """All the numbers of an adapter by name."""
+    found = {
+        f"{name}/{part}": getattr(block, part)
+        for name, block in adapter.blocks.items()
+        for part in ("ids", "B", "e", "A")
+        if getattr(block, part) is not None
+    }
+    return found | {f"dense/{name}": tensor for name, tensor in adapter.dense.items()}
+
+
+def same(a: Adapter, b: Adapter) -> bool:
+    """Equal to the bit."""
+    one, two = arrays(a), arrays(b)
+    return list(one) == list(two) and all(
+        x.dtype == y.dtype and np.array_equal(x, y) for x, y in zip(one.values(), two.values(), strict=True)
+    )
+
+
+def equal(a: State, b: State) -> bool:
+    """Equal to the bit, in all that a method or a resumed run can see."""
+    return (
+        same(a.adapter, b.adapter)
+        and (a.round, a.rounds, dict(a.seen), dict(a.metrics)) == (b.round, b.rounds, dict(b.seen), dict(b.metrics))
+        and a.arrays.keys() == b.arrays.keys()
+        and all(np.array_equal(a.arrays[name], b.arrays[name]) for name in a.arrays)
+    )
