@@ -188,6 +188,10 @@ def job(spec: ModelSpec, adapter: Adapter, plan: Plan, fit: Any, client: str = "
     return Job(plan, round, 10, spec, adapter, {}, Local(batch_size=8), Device(client, 4), 0, fit, **more)
 
 
+def cohort(*names: str) -> dict[str, Device]:
+    return {name: Device(name, 4) for name in names}
+
+
 def flat(adapter: Adapter) -> dict[str, torch.Tensor]:
     """The factors as an observer sees them: flat, in module and id order, each component's vector contiguous."""
     rows = {"B": lambda b: b.B.T, "e": lambda b: b.e, "A": lambda b: b.A}

@@ -85,15 +85,18 @@ class Adapter:
         """Only these components; KeyError where one is not there."""
         blocks = {}
         for name, wanted in ids.items():
+            if name in self.blocks and np.array_equal(wanted, self.blocks[name].ids):
+                blocks[name] = self.blocks[name]
+                continue
+            wanted = np.unique(wanted)
             if not len(wanted):
                 continue
             if name not in self.blocks:
-                raise KeyError(f"module {name!r} has no components, asked for {np.asarray(wanted).tolist()}")
+                raise KeyError(f"module {name!r} has no components, asked for {wanted.tolist()}")
             block = self.blocks[name]
             if missing := np.setdiff1d(wanted, block.ids).tolist():
                 raise KeyError(f"module {name!r} has no components {missing}")
-            whole = len(wanted) == block.rank
-            blocks[name] = block if whole else block.at(np.searchsorted(block.ids, np.sort(wanted)))
+            blocks[name] = block.at(np.searchsorted(block.ids, wanted))
         return replace(self, blocks=blocks)
 
     def without(self, ids: Mapping[str, np.ndarray]) -> "Adapter":
@@ -119,6 +122,8 @@ class Adapter:
 
     def union(self, other: "Adapter") -> "Adapter":
         """The components of both; an id that is in both is refused. Dense tensors: ours win."""
+        if other.scale != self.scale:
+            raise ValueError(f"adapters of scale {self.scale} and {other.scale} have no union; stack folds scales")
         blocks = dict(self.blocks)
         for name, theirs in other.blocks.items():
             if name not in blocks:

@@ -123,7 +123,7 @@ def show(path: Annotated[Path, typer.Argument(help="A run directory.")]) -> None
         for row in rows:
             table.add_row(*_cells(row))
         console.print(table)
-        if (path / "summary.json").exists():
+        if (path / "summary.json").exists() and found.summary["rounds"] == found.config.rounds.count:
             console.print(_summary(found.summary))
         else:
             console.print(f"not finished: round {len(rows)} of {found.config.rounds.count}; fedrank resume {path}")
@@ -134,7 +134,11 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="For scripts.")
     """List the methods, their papers and their hyper-parameters."""
     listed = []
     for name in registry.names():
-        cls = registry.find(name)
+        try:
+            cls = registry.find(name)
+        except (TypeError, AttributeError, ImportError) as error:  # another package's: the rest are listed all the same
+            errors.print(f"[bold red]error:[/] {_escape(f'{name}: {error}')}", highlight=False, soft_wrap=True)
+            continue
         paper = (sys.modules[cls.__module__].__doc__ or cls.__doc__ or "").strip().splitlines()[0]
         knobs = {f.name: None if f.default is MISSING else f.default for f in fields(cls) if f.init}
         listed.append({"name": name, "paper": paper, "default_lr": cls.default_lr, "hyper_parameters": knobs})
@@ -175,23 +179,21 @@ def _escape(text: str) -> str:
 def _follow(start: Callable[[], Iterator[dict[str, Any]]], path: Path, output: Output, baselines: bool) -> None:
     level = logging.ERROR if output is Output.quiet else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False, show_time=False)])  # fmt: skip
-    _hush()
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     last: dict[str, Any] = {}
     try:
+        _hush()
         with _mistakes():
             last = deque(_views[output](start()), maxlen=1).pop()
             if baselines:
                 _baselines(path, output)
     except KeyboardInterrupt:
-        errors.print(
-            f"\nstopped; every finished round is saved. Go on with: [bold]fedrank resume {path}[/]",
-            highlight=False,
-            soft_wrap=True,
-        )
+        begun = (path / "config.yaml").exists()
+        go_on = f"every finished round is saved. Go on with: [bold]fedrank resume {_escape(str(path))}[/]"
+        errors.print(f"\nstopped; {go_on if begun else 'nothing had begun.'}", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     if last.get("clients_ok") == 0 and last.get("rounds"):
-        errors.print(f"[bold red]error:[/] no client answered in any round; see {path}/clients.jsonl", highlight=False)
+        errors.print(f"[bold red]error:[/] no client answered in any round; see {_escape(str(path))}/clients.jsonl", highlight=False)
         raise typer.Exit(1)
 
 
@@ -217,7 +219,7 @@ def _plain(events: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     console = Console()
     for event in events:
         if event["event"] in ("start", "resume"):
-            console.print(_about(event), highlight=False, soft_wrap=True)
+            console.print(_about(event), markup=False, highlight=False, soft_wrap=True)
         elif event["event"] == "round":
             values = zip(COLUMNS, _cells(event), strict=True)
             console.print("  ".join(f"{name} {value}" for name, value in values), highlight=False, soft_wrap=True)
@@ -240,7 +242,7 @@ def _live(events: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for event in events:
             match event["event"]:
                 case "start" | "resume":
-                    console.print(_about(event), highlight=False)
+                    console.print(_about(event), markup=False, highlight=False)
                 case "cohort":
                     bars.update(rounds, total=event["rounds"], completed=event["round"] - 1)
                     bars.reset(clients, total=len(event["clients"]))
@@ -339,7 +341,7 @@ def _summary(summary: dict[str, Any]) -> Table:
         ("modules alive", f"{summary['modules_alive']} of {summary['modules']}"),
         ("client updates merged / failed", f"{summary['clients_ok']} / {summary['clients_failed']}"),
         ("seconds, of which training", f"{summary['wall_seconds']:.0f}, {summary['train_seconds']:.0f}"),
-        ("run directory", summary["path"]),
+        ("run directory", _escape(summary["path"])),
     ]
     for name, value in rows:
         table.add_row(name, value)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fedrank.adapter import FACTORS, Adapter, Block
-from fedrank.protocol import Device, Fit, Job, Method, Plan
+from fedrank.protocol import Device, Fit, Job, Method, Plan, Update
 from fedrank.store import Private
 from fedrank.wire import Refused, Request, Wire
 
@@ -52,8 +52,25 @@ def handle(frame: bytes, site: Site) -> bytes:
             return site.wire.error(request.round, request.client, request.digest, text)
 
 
-def _job(request: Request, site: Site) -> Job:
+def _train(request: Request, site: Site) -> bytes:
     kept = site.private.load(site.device.id, request.plan.since)
+    job = _job(request, site, kept)
+    update = next(iter(site.method.train([job])))
+    arrays = _keep(job, update, kept, site.wire.start)
+    arrays |= {f"private/{name}": array for name, array in update.private.items()}
+    site.private.save(site.device.id, request.round, request.plan.since, arrays)
+    return site.wire.update(request, update)
+
+
+def _evaluate(request: Request, site: Site) -> dict[str, float]:
+    if site.evaluate is None:
+        return {"rows": 0.0}
+    job = _job(request, site, site.private.load(site.device.id, request.plan.since))
+    adapt = getattr(site.method, "adapt", None)
+    return site.evaluate(job.adapter if adapt is None else adapt(job))
+
+
+def _job(request: Request, site: Site, kept: Mapping[str, np.ndarray]) -> Job:
     adapter = _complete(request.adapter, request.plan, kept, site.wire.start)
     private = {name.split("/", 1)[1]: array for name, array in kept.items() if name.startswith("private/")}
     return Job(
@@ -62,51 +79,41 @@ def _job(request: Request, site: Site) -> Job:
     )  # fmt: skip
 
 
-def _train(request: Request, site: Site) -> bytes:
-    job = _job(request, site)
-    update = next(iter(site.method.train([job])))
-    # What later requests will not carry is kept: the client's own factors as trained, others as received.
-    later = "".join(f for f in "BeAh" if f not in request.plan.down)
-    own = "".join(f for f in later if f in request.plan.own)
-    received = "".join(f for f in later if f not in own)
-    arrays = _pack(job.adapter, received) | _pack(update.adapter, "".join(f for f in own if f in request.plan.learn))
-    arrays |= {f"private/{name}": array for name, array in update.private.items()}
-    site.private.save(site.device.id, request.round, request.plan.since, arrays)
-    return site.wire.update(request, update)
-
-
-def _evaluate(request: Request, site: Site) -> dict[str, float]:
-    if site.evaluate is None:
-        return {"examples": 0}
-    job = _job(request, site)
-    adapt = getattr(site.method, "adapt", None)
-    return site.evaluate(job.adapter if adapt is None else adapt(job))
-
-
-def _pack(adapter: Adapter, factors: str) -> dict[str, np.ndarray]:
-    arrays: dict[str, np.ndarray] = {}
-    for name, block in adapter.blocks.items():
-        for f in FACTORS:
-            factor = getattr(block, f)
-            if f in factors and factor is not None:
-                arrays |= {f"{f}/{name}": factor, f"ids/{name}": block.ids}
-    if "h" in factors:
-        arrays |= {f"h/{name}": tensor for name, tensor in adapter.dense.items()}
-    return arrays
-
-
 def _complete(adapter: Adapter, plan: Plan, kept: Mapping[str, np.ndarray], start: Adapter) -> Adapter:
     """The received adapter with the factors that did not travel, from the client's store, else as begun."""
     if all(f in plan.sent for f in "BeAh"):
         return adapter
-    blocks: dict[str, Block] = {}
+    held = _held(kept, start)
+    return adapter.fill(held.fill(start).union(start.without(held.ids)))
+
+
+def _keep(job: Job, update: Update, kept: Mapping[str, np.ndarray], start: Adapter) -> dict[str, np.ndarray]:
+    """What later requests will not carry: the client's own factors as trained, others as received.
+
+    Components that had no part in this round stay as they were kept.
+    """
+    plan = job.plan
+    factors = "".join(f for f in "BeAh" if f in plan.own or f not in plan.down)
+    if not factors:
+        return {}
+    trained = update.adapter.only("".join(f for f in plan.own if f in plan.learn))
+    now = trained.fill(job.adapter).union(job.adapter.without(trained.ids))
+    held = now.union(_held(kept, start).without(now.ids).fill(start))
+    arrays: dict[str, np.ndarray] = {}
+    for name, block in held.blocks.items():
+        parts = {f: getattr(block, f) for f in FACTORS if f in factors and getattr(block, f) is not None}
+        arrays |= {f"{f}/{name}": factor for f, factor in parts.items()} | ({f"ids/{name}": block.ids} if parts else {})
+    if "h" in factors:
+        arrays |= {f"h/{name}": tensor for name, tensor in held.dense.items()}
+    return arrays
+
+
+def _held(kept: Mapping[str, np.ndarray], start: Adapter) -> Adapter:
+    """What the client's store holds of the adapter."""
+    blocks = {}
     for name, block in start.blocks.items():
-        begun = Adapter({name: block}, start.scale, {})
         if f"ids/{name}" in kept:
             stored = Block(kept[f"ids/{name}"], *(kept.get(f"{f}/{name}") for f in FACTORS))
-            common = {name: np.intersect1d(stored.ids, block.ids)}
-            held = Adapter({name: stored}, start.scale, {}).take(common).fill(begun)
-            begun = begun.without(common).union(held)
-        blocks |= begun.blocks
-    head = {n.split("/", 1)[1]: array for n, array in kept.items() if n.startswith("h/")}
-    return adapter.fill(Adapter(blocks, start.scale, {**start.dense, **head}))
+            blocks[name] = stored.at(np.isin(stored.ids, block.ids))
+    dense = {name.split("/", 1)[1]: array for name, array in kept.items() if name.startswith("h/")}
+    return Adapter(blocks, start.scale, dense)

@@ -1,5 +1,6 @@
 """The config of a run: YAML and dotted overrides, checked; an unknown key is answered with the nearest known one."""
 
+import copy
 import difflib
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
@@ -184,12 +185,12 @@ def presets() -> list[str]:
 
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if isinstance(source, Mapping):
-        return "config", yaml.safe_load(yaml.safe_dump(dict(source)))
+        return "config", copy.deepcopy(dict(source))
     path = Path(source)
     if str(source) in presets():
-        where, text = str(source), (files("fedrank") / "presets" / f"{source}.yaml").read_text()
+        where, text = str(source), (files("fedrank") / "presets" / f"{source}.yaml").read_bytes()
     elif path.is_file():
-        where, text = str(path), path.read_text(encoding="utf-8")
+        where, text = str(path), path.read_bytes()  # YAML has its own word on text that is not UTF-8
     else:
         beside = [str(p) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise ConfigError(f"no config file or preset {str(source)!r}{_near(str(source), [*beside, *presets()])}")

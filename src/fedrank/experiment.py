@@ -4,7 +4,7 @@ import json
 import logging
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -84,15 +84,14 @@ def start(
 ) -> Iterator[Event]:
     """Set up a new run directory and play. first: what to make of the method's first state (an import)."""
     parts = prepare(config, method)  # before anything is written: most mistakes show here
+    parts = replace(parts, begin=first(parts.begin))
     store = Store.create(path)
     with store.locked():
-        store.write("config.yaml", settings.dump(parts.config))
+        store.save_state(parts.begin, parts.numerics)
         store.write("data.json", json.dumps(parts.facts, indent=1))
-        server = parts.server(store)
-        state = first(parts.begin)
-        store.save_state(state, parts.numerics)
+        store.write("config.yaml", settings.dump(parts.config))  # last: where it is, a run has begun
         yield {"event": "start", "path": str(path), **parts.about}
-        yield from _play(server, state, parts)
+        yield from _play(parts.server(store), parts.begin, parts)
 
 
 def go_on(path: Path, overrides: Iterable[str] = (), method: Method | None = None) -> Iterator[Event]:
@@ -103,7 +102,8 @@ def go_on(path: Path, overrides: Iterable[str] = (), method: Method | None = Non
         state, numerics = store.state()
         if config.rounds.count < state.round:
             raise ConfigError(f"rounds.count={config.rounds.count}: {path} has played {state.round} rounds already")
-        parts = prepare(config, method)
+        parts = replace(prepare(config, method), begin=store.state(0)[0])  # which an import may have made
+        _same(path, config.method, parts.config.method, "method")
         _same(path, numerics, parts.numerics, "numerics")
         _same(path, json.loads((path / "data.json").read_text()), parts.facts, "data and model")
         for name in ("rounds.jsonl", "clients.jsonl"):
@@ -159,7 +159,12 @@ class Parts:
 
 def prepare(config: Config, method: Method | None = None) -> Parts:
     """Load the data and the model, share the rows out, and build what the config names."""
-    chosen = methods.build(config.method) if method is None else method
+    if method is not None:  # recorded, so that it is not resumed as another one
+        config = config.model_copy(update={"method": {"name": type(method).__name__, "object": repr(method)}})
+    try:
+        chosen = methods.build(config.method) if method is None else method
+    except (TypeError, AttributeError) as error:  # what an entry point named is not there, or is no method
+        raise ConfigError(f"method.name={config.method['name']}: {error}") from None
     from fedrank.training import (
         data,
         local,
@@ -180,7 +185,7 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
     shares = partition.partition(
         p.kind, dataset.train.label, config.clients.count, config.seed, alpha=p.alpha,
         classes_per_client=p.classes_per_client, s=p.s, min_rows=p.min_rows, column=dataset.train.client,
-        test_labels=dataset.test.label, test_rows=len(dataset.test),
+        test_labels=dataset.test.label, test_rows=len(dataset.test), train_rows=len(dataset.train),
     )  # fmt: skip
     model = models.load(config, dataset.labels)
     encode = partial(tasks.encode, tokenizer=model.tokenizer, task=config.task, max_length=config.local.max_length)
@@ -197,9 +202,7 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
 
     def personal(rows: np.ndarray, adapter: Adapter) -> dict[str, float]:
         found = trainer.evaluate(adapter, own_set, rows)
-        labels = own_rows.label
-        most = 0.0 if labels is None else local.majority(labels[rows])
-        return {"accuracy": found["accuracy"], "loss": found["loss"], "rows": len(rows), "majority": most}
+        return found if own_rows.label is None else found | {"majority": local.majority(own_rows.label[rows])}
 
     def site(client: ClientId, wire: Wire, store: Store) -> Site:
         at = index[client]

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fedrank.store import write
+
 
 def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Add rows at the end, on disk before this returns."""
@@ -36,6 +38,4 @@ def cut(path: Path, round: int) -> None:
     if not path.exists():
         return
     rows = [row for row in read(path) if row["round"] <= round]
-    beside = path.with_name(path.name + ".new")
-    beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(beside, path)
+    write(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -45,7 +46,7 @@ class ModelSpec:
     scale: float
     fingerprint: str
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
         return {m.name: (m.out, m.in_) for m in self.modules}
 

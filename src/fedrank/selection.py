@@ -1,7 +1,5 @@
 """Which components take part: selections under a budget, and budget schedules over rounds."""
 
-import math
-
 import numpy as np
 from jaxtyping import Bool, Float
 
@@ -22,8 +20,9 @@ def cubic(round: int, rounds: int, start: int, end: int, warmup: int, settle: in
         return start
     if round > rounds - settle:
         return end
-    left = 1 - (round - warmup) / (rounds - settle - warmup)
-    return math.ceil(end + (start - end) * left**3)
+    last = rounds - settle
+    left, window = last - round, last - warmup
+    return end - (end - start) * left**3 // window**3  # whole numbers: a float cube rounds some budgets up by one
 
 
 def top(budget: int, *keys: Float[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:

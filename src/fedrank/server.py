@@ -39,6 +39,7 @@ class Server:
         """Play the rounds that are left, one event per client and round; each round is committed by its State."""
         fleet = self.engine.fleet()
         clients = tuple(fleet)
+        self.store.clear_spool()  # of a round that a kill left unfinished
         while state.round < state.rounds:
             state, event = yield from self._round(state, fleet, clients)
             yield event
@@ -53,7 +54,6 @@ class Server:
         cohort = {clients[i]: fleet[clients[i]] for i in sorted(drawn)}
         plans = self._plans(state, cohort)
         yield {"event": "cohort", "round": t, "rounds": state.rounds, "clients": list(cohort)}
-        self.store.clear_spool()
         rows = []
         for row in self._exchange("train", state, plans):
             rows.append(row)
@@ -66,6 +66,7 @@ class Server:
         ledger.append(self.store.path / "clients.jsonl", rows)
         ledger.append(self.store.path / "rounds.jsonl", [row])
         self.store.save_state(after, self.wire.numerics)
+        self.store.clear_spool()
         return after, {"event": "round", "rounds": state.rounds, **row}
 
     def _plans(self, state: State, cohort: Mapping[ClientId, Device]) -> dict[ClientId, Plan]:
@@ -196,7 +197,7 @@ class Server:
             total = sum(row["rows"] for row in scored)
             result |= {
                 "personal_accuracy": float(np.mean([row["accuracy"] for row in scored])),
-                "personal_majority": float(np.mean([row["majority"] for row in scored])),
+                "personal_majority": float(np.mean(most)) if (most := [r["majority"] for r in scored if "majority" in r]) else None,
                 "mean_accuracy": sum(row["accuracy"] * row["rows"] for row in scored) / total,
                 "mean_loss": sum(row["loss"] * row["rows"] for row in scored) / total,
             }

@@ -57,7 +57,10 @@ class Private:
     def load(self, client: ClientId, since: int) -> dict[str, np.ndarray]:
         """The version of round `since`, never a newer one; empty for a client that was never merged or keeps nothing."""
         path = self._folder(client) / f"{since:04d}.safetensors"
-        return dict(load_file(path)) if since >= 0 and path.exists() else {}
+        try:
+            return dict(load_file(path)) if since >= 0 and path.exists() else {}
+        except SafetensorError as error:
+            raise StoreError(f"{path} is damaged: {error}") from None
 
     def save(self, client: ClientId, round: int, since: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Write this round's version; all others but `since`, which a redone round needs, are over."""
@@ -96,11 +99,12 @@ class Store:
 
     @classmethod
     def create(cls, path: Path) -> "Store":
-        """A new directory; StoreError where something is in it already."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise StoreError(
-                f"{path} is not an empty folder; choose another --out, or go on with: fedrank resume {path}"
-            )
+        """A new directory; StoreError where something is in it already, but for a start that was cut short."""
+        held = {entry.name.removesuffix(".new") for entry in path.iterdir()} if path.is_dir() else set()
+        begun = (path / "config.yaml").exists()
+        if begun or path.is_file() or held - {"states", "clients", "spool", ".lock", "data.json", "config.yaml"}:
+            hint = f", or go on with: fedrank resume {path}" if begun else ""
+            raise StoreError(f"{path} is not an empty folder; choose another --out{hint}")
         for folder in ("states", "clients", "spool"):
             (path / folder).mkdir(parents=True, exist_ok=True)
         return cls(path)
@@ -162,19 +166,19 @@ class Store:
             with safe_open(path, "np") as file:
                 meta = json.loads(file.metadata()["fedrank"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            blocks = {
+                name: Block(tensors[f"adapter/{name}/ids"], *(tensors.get(f"adapter/{name}/{f}") for f in FACTORS))
+                for name in meta["modules"]
+            }
+            dense = {name: tensors[f"dense/{name}"] for name in meta["dense"]}
+            arrays = {name.split("/", 1)[1]: array for name, array in tensors.items() if name.startswith("arrays/")}
+            state = State(
+                meta["round"], meta["rounds"], Adapter(blocks, meta["scale"], dense), arrays=arrays,
+                metrics=meta["metrics"], seen=json.loads(tensors["seen"].tobytes()),
+            )  # fmt: skip
+            return state, meta["numerics"]
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise StoreError(f"{path} is damaged: {error}") from None
-        blocks = {
-            name: Block(tensors[f"adapter/{name}/ids"], *(tensors.get(f"adapter/{name}/{f}") for f in FACTORS))
-            for name in meta["modules"]
-        }
-        dense = {name: tensors[f"dense/{name}"] for name in meta["dense"]}
-        arrays = {name.split("/", 1)[1]: array for name, array in tensors.items() if name.startswith("arrays/")}
-        state = State(
-            meta["round"], meta["rounds"], Adapter(blocks, meta["scale"], dense), arrays=arrays,
-            metrics=meta["metrics"], seen=json.loads(tensors["seen"].tobytes()),
-        )  # fmt: skip
-        return state, meta["numerics"]
 
     # ---- the spool of the round that is being played
 

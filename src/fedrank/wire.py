@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import struct
+import sys
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -55,9 +56,11 @@ def pack(meta: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> bytes:
     header["checksum"] = {"dtype": "U32", "shape": [1], "data_offsets": [at, at + 4]}
     text = json.dumps(header, separators=(",", ":")).encode()
     size = HEADER * math.ceil((8 + len(text)) / HEADER) - 8
-    body = b"".join([struct.pack("<Q", size), text.ljust(size), *parts, b"\0\0\0\0"])
-    checksum = zlib.crc32(memoryview(body)[:-4])
-    return b"".join([memoryview(body)[:-4], struct.pack("<I", checksum)])
+    pieces = [struct.pack("<Q", size), text.ljust(size), *parts]
+    checksum = 0
+    for piece in pieces:
+        checksum = zlib.crc32(piece, checksum)
+    return b"".join([*pieces, struct.pack("<I", checksum)])
 
 
 def unpack(frame: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -164,7 +167,7 @@ class Wire:
             "plan": _plan(plan),
             "digest": self.digest(kind, round, client, plan),
             "fingerprint": self.spec.fingerprint,
-            "scale": adapter.scale,
+            "scale": float(adapter.scale),
             "rounds": state.rounds,
         }
         return pack(meta, tensors)
@@ -172,22 +175,24 @@ class Wire:
     def open_request(self, frame: bytes) -> Request:
         """Read on the client; Refused where the frame is not of this run or the base model differs."""
         meta, tensors = unpack(frame)
-        try:
-            kind, round, rounds, client = meta["kind"], int(meta["round"]), int(meta["rounds"]), str(meta["client"])
-            told = meta["plan"]
-            theirs, scale, numerics, digest = meta["fingerprint"], meta["scale"], meta["numerics"], meta["digest"]
-            returns = {name: (kind_, tuple(shape)) for name, (kind_, shape) in told["returns"].items()}
-            settings = {key: told[key] for key in ("learn", "up", "down", "own", "select", "since")}
-            width = int(told["width"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise Refused(f"the request lacks or garbles a field: {error}") from None
+        kind, round, rounds, client, told, theirs, scale, numerics, digest = _fields(
+            meta, kind=str, round=int, rounds=int, client=str, plan=dict, fingerprint=str, scale=float, numerics=dict,
+            digest=str,
+        )  # fmt: skip
         if meta.get("run") != self.run or kind not in ("train", "evaluate"):
             raise Refused(f"a {kind!r} frame of run {meta.get('run')!r} came to run {self.run!r}")
         if theirs != self.spec.fingerprint:
             raise Refused(f"the server's base model {theirs} is not this client's {self.spec.fingerprint}")
+        if not math.isfinite(scale):
+            raise Refused(f"the scale must be finite, got {scale}")
+        width, learn, up, down, own, since, returns = _fields(
+            told, width=int, learn=str, up=str, down=str, own=str, since=int, returns=dict
+        )
+        select = None if told.get("select") is None else _fields(told, select=int)[0]
+        returns = {name: _return(name, value) for name, value in returns.items()}
         train, frozen = (self._ids(tensors.pop(f"plan.{name}", None), width) for name in ("train", "frozen"))
         arrays = {n[len("arrays.") :]: tensors.pop(n) for n in list(tensors) if n.startswith("arrays.")}
-        plan = Plan(train=train, frozen=frozen, arrays=arrays, returns=returns, **settings)
+        plan = Plan(train, frozen, learn, up, down, own, select, since, arrays, returns)
         if self.digest(kind, round, client, plan) != digest:
             raise Refused("the plan does not fit its digest")
         adapter = self._read(tensors, _union(train, frozen), plan.sent, self.start, scale)
@@ -300,6 +305,8 @@ class Wire:
     def _write(self, adapter: Adapter, reference: Adapter, *address: Any) -> dict[str, np.ndarray]:
         tensors: dict[str, np.ndarray] = {}
         for name, values, lengths in self._flat(adapter):
+            if not np.isfinite(values).all():  # here, where it is known why; low precision would clip infinity
+                raise ValueError(f"factor {name} holds NaN or infinity")
             if self.dtype not in EXACT:
                 values = values - self._reference(name, adapter.ids, reference, values.size)
             generator = rng(self.seed, "rounding", *address, name)
@@ -320,9 +327,12 @@ class Wire:
         shapes = self.start.dense if "h" in factors else {}
         every = lengths | {f"h.{name}": _rows(tensor.shape) for name, tensor in shapes.items()}
         for name, rows in every.items():
-            values = decode(name, tensors, rows, self.dtype)
-            if self.dtype not in EXACT:
-                values = (self._reference(name, ids, reference, values.size) + values).astype(np.float32)
+            with np.errstate(over="ignore"):
+                values = decode(name, tensors, rows, self.dtype)
+                if self.dtype not in EXACT:
+                    values = (self._reference(name, ids, reference, values.size) + values).astype(np.float32)
+            if not np.isfinite(values).all():
+                raise Refused(f"tensor {name!r} decodes to NaN or infinity")
             flat[name] = values
         names = set(every) | ({f"{name}.scale" for name in every} if self.dtype == "int8" else set())
         if extra := set(tensors) - names:
@@ -403,19 +413,17 @@ def encode(
         return {name: np.clip(steps, -127, 127).astype(np.int8), f"{name}.scale": scales}
     if dtype == "bf16":  # the low 16 bits of an f32, plus 16 random ones, carry into the rest
         limit = np.float32(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
-        bits = np.clip(values, -limit, limit).view(np.uint32)
+        bits = np.clip(values, -limit, limit).view(np.uint32)  # at the limit all 16 are 0: nothing reaches infinity
         noise = generator.integers(0, 1 << 16, values.size, np.uint32)
-        room = (bits & 0x7FFFFFFF) <= 0x7F7F0000 - 0x10000  # the largest values must not round up to infinity
-        bits = np.where(room, bits + noise, bits)
-        return {name: (bits >> 16).astype(np.uint16).view(ml_dtypes.bfloat16)}
-    limit = np.float32(np.finfo(np.float16).max)
-    values = np.clip(values, -limit, limit)
+        return {name: (bits + noise >> 16).astype(np.uint16).view(ml_dtypes.bfloat16)}
+    top = np.finfo(np.float16).max
+    values = np.clip(values, -top, top)
     near = values.astype(np.float16)
     error = values - near.astype(np.float32)
-    other = np.nextafter(near, np.where(error > 0, np.float16(np.inf), np.float16(-np.inf)))
+    other = np.nextafter(near, np.where(error > 0, top, -top))
     gap = np.abs(other.astype(np.float32) - near.astype(np.float32))
     cross = generator.random(values.size, np.float32) * gap < np.abs(error)
-    return {name: np.where(cross & np.isfinite(other), other, near)}
+    return {name: np.where(cross, other, near)}
 
 
 def decode(name: str, tensors: Mapping[str, np.ndarray], lengths: np.ndarray, dtype: Dtype) -> np.ndarray:
@@ -443,7 +451,9 @@ def _rows(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _union(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {n: np.union1d(a.get(n, []), b.get(n, [])).astype(int) for n in dict.fromkeys([*a, *b])}
+    none = np.empty(0, int)
+    pairs = {n: (a.get(n, none), b.get(n, none)) for n in dict.fromkeys([*a, *b])}
+    return {n: np.union1d(x, y) if len(x) and len(y) else x if len(x) else y for n, (x, y) in pairs.items()}
 
 
 def _plan(plan: Plan) -> dict[str, Any]:
@@ -453,10 +463,25 @@ def _plan(plan: Plan) -> dict[str, Any]:
             "since": plan.since, "width": plan.width, "returns": returns}  # fmt: skip
 
 
+def _fields(record: Mapping[str, Any], **kinds: type) -> list[Any]:
+    """These fields of a JSON object; Refused where one is missing or of another type."""
+    for name, kind in kinds.items():
+        if type(record.get(name)) is not kind:
+            raise Refused(f"field {name!r} must be of type {kind.__name__}, got {record.get(name)!r}")
+    return [record[name] for name in kinds]
+
+
+def _return(name: str, value: Any) -> tuple[str, tuple[int, ...]]:
+    match value:
+        case [str(kind), [*shape]] if all(type(size) is int for size in shape):
+            return kind, tuple(shape)
+    raise Refused(f"array {name!r} must come back as a dtype and a shape, got {value!r}")
+
+
 def _metrics(metrics: Any) -> dict[str, float]:
     if not isinstance(metrics, dict) or len(metrics) > 64:
         raise Refused("metrics must be a small object of numbers")
     for name, value in metrics.items():
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:  # an int may be any size
             raise Refused(f"metric {name!r} must be a finite number, got {value!r}")
     return {name: float(value) for name, value in metrics.items()}

@@ -56,9 +56,10 @@ class FedARA:
 
     def budget(self, state: State) -> int | None:
         """b(t) for the round to come; None outside the window in which masks are made."""
-        # At least one round of warm-up: at the very first step e = 0, so every score is 0.
-        warmup = max(1, math.ceil(self.warmup * state.rounds))
-        settle = math.floor(self.settle * state.rounds)
+        # At least one round of warm-up: at the very first step e = 0, so every score is 0. And at least one
+        # round after it, so that a short run reaches its target too.
+        settle = max(0, min(math.floor(self.settle * state.rounds), state.rounds - 2))
+        warmup = max(1, min(math.ceil(self.warmup * state.rounds), state.rounds - settle - 1))
         round = state.round + 1
         if not warmup < round <= state.rounds - settle:
             return None

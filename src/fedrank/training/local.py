@@ -88,7 +88,7 @@ class Trainer:
         mean = float(torch.stack(losses).double().mean())
         if not math.isfinite(mean):
             raise TrainingError(f"the loss became {mean}; a lower local.lr than {rate:g} may help")
-        metrics = {"loss": mean, "steps": len(losses), "seconds": time.perf_counter() - started, "rows_seen": seen}
+        metrics = {"loss": mean, "steps": float(len(losses)), "seconds": time.perf_counter() - started, "rows_seen": float(seen)}
         return Update(adapter.export(train), examples=len(rows), metrics=metrics)
 
     def evaluate(self, adapter: Adapter, encoded: Encoded, rows: np.ndarray) -> dict[str, float]:
@@ -102,7 +102,7 @@ class Trainer:
                 loss, right, known = loss + part[0], right + part[1], known + part[2]
         if not known:
             raise TrainingError("no rows to evaluate on")
-        return {"loss": loss / known, "accuracy": right / known, "examples": len(rows)}
+        return {"loss": loss / known, "accuracy": right / known, "rows": float(len(rows))}
 
     @contextmanager
     def _training(self, dropout: float, job: Job) -> Iterator[None]:

