@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from toy import drawn, same, small
 
 from fedrank.adapter import Adapter, Block, gaussian, kaiming, norms, recompress, split, stack
 from fedrank.protocol import rng as addressed
+from toy import drawn, same, small
 
 SHAPES = {"m": (300, 200), "n": (100, 400)}
 SPEC = small({"m": (3, 4), "n": (4, 3)}, rank=5)
@@ -50,7 +50,7 @@ def test_no_increment_without_both_sides(missing: str) -> None:
     with pytest.raises(ValueError, match="needs both B and A"):
         part.delta()
     for operation in (recompress, lambda adapter: stack([adapter])):
-        with pytest.raises(ValueError, match="module 'm': .* needs both B and A"):
+        with pytest.raises(ValueError, match=r"module 'm': .* needs both B and A"):
             operation(part)
 
 
@@ -79,7 +79,12 @@ def test_parts_of_the_increment_add_up(chosen: dict[str, set[int]], seed: int) -
 def test_take_picks_by_id_not_by_position() -> None:
     adapter = Adapter({"m": block(([1], 2, [3]), ([4], 5, [6]), ([7], 8, [9]), ids=[2, 5, 9])}, 1.0, {})
     found = adapter.take({"m": np.array([9, 2, 9])}).blocks["m"]  # a set: order and repeats do not matter
-    assert [found.ids.tolist(), found.B.tolist(), found.e.tolist(), found.A.tolist()] == [[2, 9], [[1, 7]], [2, 8], [[3], [9]]]
+    assert [found.ids.tolist(), found.B.tolist(), found.e.tolist(), found.A.tolist()] == [
+        [2, 9],
+        [[1, 7]],
+        [2, 8],
+        [[3], [9]],
+    ]
 
 
 def test_repeated_ids_do_not_pass_for_the_whole_module() -> None:
@@ -178,7 +183,9 @@ def test_recompress_keeps_the_increment(seed: int) -> None:
     np.testing.assert_allclose(found.delta()["m"], want, atol=1e-5 * np.linalg.norm(want))
     np.testing.assert_allclose(at.B.T @ at.B, np.eye(at.rank), atol=1e-5)
     np.testing.assert_allclose(at.A @ at.A.T, np.eye(at.rank), atol=1e-5)
-    np.testing.assert_allclose(at.e * adapter.scale, np.linalg.svd(want.astype(float))[1][: at.rank], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(
+        at.e * adapter.scale, np.linalg.svd(want.astype(float))[1][: at.rank], rtol=1e-3, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
@@ -200,6 +207,7 @@ def test_recompress_drops_directions_that_are_nothing() -> None:
     assert {name: b.rank for name, b in found.blocks.items()} == {"m": 1}
     np.testing.assert_allclose(found.delta()["m"], [[2, 4, 0], [0, 0, 0], [2, 4, 0]], atol=1e-6)
     assert list(found.dense) == ["h"]
+    assert recompress(stack([low_rank(1), low_rank(1)])).components == low_rank(1).components
 
 
 # ---- norms, splits and starts

@@ -1,6 +1,5 @@
 """Weighted means of adapters, on numbers that can be checked by hand."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +7,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy import Arrived, arrays, drawn, same, small
 
 from fedrank.adapter import Adapter, Block
 from fedrank.aggregation import average, examples, total, uniform, vote
 from fedrank.protocol import Update
 from fedrank.store import Store
+from toy import Arrived, arrays, drawn, same, small
 
 
-def adapter(ids: list[int], e: list[float], head: float | None = None, scale: float = 2.0, kind: Any = np.float32) -> Adapter:
+def adapter(
+    ids: list[int], e: list[float], head: float | None = None, scale: float = 2.0, kind: Any = np.float32
+) -> Adapter:
     """One 2x2 module with component j: b = e_j [1 1], a = e_j [1 2]; the head is one number."""
     value = np.array(e, kind)
     block = Block(np.array(ids), np.stack([value, value]), value, np.stack([value, 2 * value], axis=1))
@@ -152,11 +153,16 @@ def test_nothing_has_no_mean() -> None:
 
 
 @settings(max_examples=25)
-@given(st.lists(st.tuples(st.integers(0, 99), st.integers(1, 50), st.sets(st.integers(0, 3))), min_size=1, max_size=5), st.randoms())
+@given(
+    st.lists(st.tuples(st.integers(0, 99), st.integers(1, 50), st.sets(st.integers(0, 3))), min_size=1, max_size=5),
+    st.randoms(),
+)
 def test_the_mean_does_not_depend_on_the_order(parts: list[tuple[int, int, set[int]]], random: Any) -> None:
     """Up to rounding: the bits are only claimed for one order, which the spool fixes."""
     old = drawn(small(rank=4))
-    found = [(drawn(small(rank=4), seed).take({"0.m": np.array(sorted(ids), int)}), weight) for seed, weight, ids in parts]
+    found = [
+        (drawn(small(rank=4), seed).take({"0.m": np.array(sorted(ids), int)}), weight) for seed, weight, ids in parts
+    ]
     shuffled = random.sample(found, len(found))
     one, other = average(old, arrived(*found)), average(old, arrived(*shuffled))
     for name, array in arrays(one).items():
@@ -186,8 +192,7 @@ def test_any_order_of_arrival_gives_the_same_bits(tmp_path: Path) -> None:
         assert [client for client, _ in spool] == sorted(order)
     assert same(*found)
     assert reads == [f"c{at}" for at in range(5)] * 4
-    clear: Callable[[], None] = store.clear_spool
-    clear()
+    store.clear_spool()
     assert list((tmp_path / "spool").iterdir()) == []
 
 
@@ -197,6 +202,11 @@ def test_examples_are_the_weight() -> None:
 
 def test_vote_is_the_share_of_clients_per_bit() -> None:
     """Every client counts the same, whatever its examples; bits past the size are padding."""
-    masks = {"c0": [1, 1, 0, 0, 0, 0, 0, 0, 1], "c1": [1, 0, 0, 0, 0, 0, 0, 0, 1], "c2": [1, 0, 1, 0, 0, 0, 0, 0, 0], "c3": [1] * 9}
+    masks = {
+        "c0": [1, 1, 0, 0, 0, 0, 0, 0, 1],
+        "c1": [1, 0, 0, 0, 0, 0, 0, 0, 1],
+        "c2": [1, 0, 1, 0, 0, 0, 0, 0, 0],
+        "c3": [1] * 9,
+    }
     updates = {c: Update(OLD, 10**at, arrays={"keep": np.packbits(mask)}) for at, (c, mask) in enumerate(masks.items())}
     assert vote(Arrived(updates), "keep", 9).tolist() == [1, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25, 0.25, 0.75]

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedrank.training.data import DataError, Dataset, Rows, load, stratified
+from fedrank.training.data import Dataset, Rows, load, stratified
+from fedrank.training.sources import DataError
 
 GOOD = [{"text": "a film", "label": 0}, {"text": "a good film", "label": 1}, {"text": "so so", "label": 0}]
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from fedrank.training import docstrings
-from fedrank.training.data import DataError, Rows, load
+from fedrank.training.data import Rows, load
+from fedrank.training.sources import DataError
 
 Loaded = tuple[Rows, Rows, tuple[str, ...]]
 

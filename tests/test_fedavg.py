@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import toy
 
+import toy
 from fedrank.adapter import Adapter, Block
 from fedrank.methods.fedavg import FedAvg
 from fedrank.protocol import State, Update

@@ -17,22 +17,24 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-import toy
 from safetensors.numpy import load_file
 
 import fedrank
+import toy
 from fedrank import ledger, store
 from fedrank.aggregation import average
 from fedrank.cli import app
 from fedrank.config import ConfigError
 from fedrank.methods.fedavg import FedAvg
-from fedrank.protocol import ClientId, Device, Job, ModelSpec, Plan, State, Update, Updates
+from fedrank.protocol import ClientId, Job, ModelSpec, Plan, State, Update, Updates
 from fedrank.selection import everything
 from fedrank.store import Private, Store, StoreError
 
 TIMES = {"wall_seconds", "train_seconds", "seconds"}
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="autograd with CUDA refuses to run in forked children")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="autograd with CUDA refuses to run in forked children"
+)
 
 
 @dataclass(frozen=True)
@@ -241,3 +243,179 @@ def test_killed_twice_between_private_state_and_commit(texts: Path, tmp_path: Pa
         assert list((path / "clients").glob("*/0004.safetensors"))
     play(path, config, METHODS["recalling"])
     equal(path, undisturbed("recalling", 4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", METHODS)
+def test_killed_at_random(kind: str, texts: Path, tmp_path: Path, undisturbed: Any) -> None:
+    """Ten kills and more, each at a drawn moment of what is left; run after run until there were so many."""
+    draw, kills, runs, config = random.Random(kind), 0, 0, settings(texts, kind, 12)
+    whole = undisturbed(kind, 12)
+    started = time.perf_counter()
+    fedrank.run(config, out=tmp_path / "timed", method=METHODS[kind])
+    seconds = time.perf_counter() - started
+    while kills < 11:
+        path, runs = tmp_path / f"{runs}", runs + 1
+        for _ in range(40):
+            pid = child(lambda path=path: play(path, config, METHODS[kind]))  # type: ignore[misc]
+            time.sleep(draw.uniform(0.1, 0.7) * seconds)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            if (status := ended(pid)) == 0:
+                break
+            assert status == -signal.SIGKILL
+            kills += 1
+        equal(path, whole)
+    assert kills > 10
+
+
+# ---- on purpose
+
+
+def test_resume_of_a_finished_run_changes_nothing(texts: Path, undisturbed: Any) -> None:
+    run = undisturbed("fedara", 4)
+    before, events = held(run), []
+    found = fedrank.resume(run, watch=lambda event: events.append(event["event"]))
+    assert events == ["resume", "end"]
+    assert held(run) == before
+    assert found.state.round == 4
+
+
+def test_extended_equals_longer_from_the_start(texts: Path, tmp_path: Path) -> None:
+    short = settings(texts, rounds=3, method={"name": "fedavg"})
+    fedrank.run(short, out=tmp_path / "extended")
+    found = fedrank.resume(tmp_path / "extended", "rounds.count=+2")
+    fedrank.run(settings(texts, rounds=5, method={"name": "fedavg"}), out=tmp_path / "whole")
+    one, two = held(tmp_path / "extended"), held(tmp_path / "whole")
+    assert found.config.rounds.count == 5
+    for name in ("states/0003.safetensors", "states/0004.safetensors", "states/0005.safetensors", "config.yaml"):
+        assert one[name] == two[name]
+    assert one["clients.jsonl"] == two["clients.jsonl"]
+    assert one["adapter/adapter_model.safetensors"] == two["adapter/adapter_model.safetensors"]
+    assert found.summary["rounds"] == 5
+
+
+def test_extended_by_count_and_refused_to_shrink(texts: Path, tmp_path: Path) -> None:
+    fedrank.run(settings(texts, rounds=2), out=tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"rounds.count=1: .* has played 2 rounds already"):
+        fedrank.resume(tmp_path / "run", "rounds.count=1")
+    assert fedrank.resume(tmp_path / "run", "rounds.count=3", "rounds.cohort=1").rounds[-1]["clients_ok"] == 1
+
+
+@pytest.mark.parametrize("field", ["torch", "threads", "cpu"])
+def test_other_numerics_are_refused_by_name(field: str, texts: Path, tmp_path: Path, undisturbed: Any) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.yaml", "data.json"):
+        (run / name).write_bytes((undisturbed("fedara", 4) / name).read_bytes())
+    (run / "states").mkdir()
+    for number in (0, 4):
+        state, numerics = Store.open(undisturbed("fedara", 4)).state(number)
+        Store(run).save_state(state, numerics | {field: "other"})
+    with pytest.raises(StoreError, match=f"numerics differ here: {field}: 'other' then, "):
+        fedrank.resume(run)
+
+
+def test_other_data_are_refused(texts: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_bytes((texts / f"{split}.jsonl").read_bytes())
+    fedrank.run(settings(folder, rounds=1), out=tmp_path / "run")
+    with (folder / "train.jsonl").open("a") as file:
+        file.write('\n{"text": "abab", "label": 0}')
+    with pytest.raises(StoreError, match=r"data and model differ here: rows: .*48.* then, .*49.* now; hash: "):
+        fedrank.resume(tmp_path / "run", "rounds.count=+1")
+
+
+@pytest.mark.parametrize("override", ["local.lr=1", "seed=3", "wire.dtype=int8", "method.target_rank=2"])
+def test_what_cannot_change_is_refused(override: str, undisturbed: Any) -> None:
+    key = override.partition("=")[0]
+    with pytest.raises(ConfigError, match=f"'{key}' cannot be changed in a run that has begun; these can: rounds"):
+        fedrank.resume(undisturbed("fedara", 4), override)
+
+
+def test_no_run_there(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"is no run directory: it has no config\.yaml"):
+        fedrank.resume(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_one_process_at_a_time(undisturbed: Any) -> None:
+    run = undisturbed("fedara", 4)
+    with Store.open(run).locked(), pytest.raises(StoreError, match="is in use by another process"):
+        fedrank.resume(run)
+    fedrank.resume(run)  # the lock went with its holder
+
+
+def test_a_method_of_ones_own_is_not_resumed_as_another(texts: Path, undisturbed: Any) -> None:
+    run = undisturbed("recalling", 4)
+    with pytest.raises(ValueError, match="no method is called 'Recalling'"):
+        fedrank.resume(run)
+    with pytest.raises(StoreError, match=r"its method differ here: object: 'Recalling\(step=0.01\)' then, "):
+        fedrank.resume(run, method=Recalling(step=1.0))
+    before = held(run)
+    fedrank.resume(run, method=Recalling())
+    assert held(run) == before
+
+
+def test_states_kept(undisturbed: Any) -> None:
+    kept = sorted(int(path.stem) for path in (undisturbed("recalling", 12) / "states").iterdir())
+    assert kept == [0, 10, 11, 12]
+
+
+def test_private_state_kept(undisturbed: Any) -> None:
+    """At most the version of a client's last merged round, and the one before it, of which nothing asks any more."""
+    run = undisturbed("recalling", 12)
+    seen = Store.open(run).state()[0].seen
+    for client in seen:
+        versions = sorted(int(path.stem) for path in (run / "clients" / client).iterdir())
+        assert versions[-1] == seen[client]
+        assert len(versions) <= 2
+
+
+@pytest.mark.parametrize("what", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+def test_stopped_by_a_signal(what: signal.Signals, texts: Path, tmp_path: Path, undisturbed: Any) -> None:
+    """130, a word on how to go on; and going on gives the same bits."""
+    path, config, said = tmp_path / "run", tmp_path / "config.yaml", tmp_path / "said"
+    config.write_text(json.dumps(settings(texts, rounds=12)))
+
+    def work() -> None:
+        sys.stdout = sys.stderr = said.open("w")
+        app(["run", str(config), "--out", str(path), "-o", "plain"])
+
+    pid = child(work)
+    for _ in range(6000):
+        if (path / "states" / "0002.safetensors").exists():
+            break
+        time.sleep(0.01)
+    os.kill(pid, what)
+    assert ended(pid) == 130
+    assert f"every finished round is saved. Go on with: fedrank resume {path}" in said.read_text()
+    assert "Traceback" not in said.read_text()
+    assert not (path / "summary.json").exists()
+    fedrank.resume(path)
+    equal(path, undisturbed("fedara", 12))
+
+
+def test_stopped_before_anything_began(texts: Path, tmp_path: Path) -> None:
+    path, config, said = tmp_path / "run", tmp_path / "config.yaml", tmp_path / "said"
+    config.write_text(json.dumps(settings(texts)))
+
+    def work() -> None:
+        sys.stdout = sys.stderr = said.open("w")
+        Store.create = lambda path: signal.raise_signal(signal.SIGINT)  # type: ignore[method-assign, assignment]
+        app(["run", str(config), "--out", str(path), "-o", "quiet"])
+
+    assert ended(child(work)) == 130
+    assert said.read_text().strip() == "stopped; nothing had begun."
+    assert not path.exists()
+
+
+def test_a_damaged_state_is_named(texts: Path, tmp_path: Path, undisturbed: Any) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_bytes((undisturbed("fedara", 4) / "config.yaml").read_bytes())
+    store.write(run / "states" / "0004.safetensors", b"not a state")
+    with pytest.raises(StoreError, match=r"0004.safetensors is damaged: "):
+        fedrank.resume(run)

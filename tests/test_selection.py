@@ -2,14 +2,15 @@
 
 import math
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from toy import drawn, small
 
 from fedrank.selection import by_module, cubic, everything, top
+from toy import drawn, small
 
 
 @st.composite
@@ -26,7 +27,7 @@ def test_cubic_starts_whole_ends_at_the_target_and_never_grows(law: dict[str, in
     """b(1..T_w) = N0, b non-increasing, b(t > T - T_f) = N_T."""
     budgets = [cubic(t, **law) for t in range(1, law["rounds"] + 1)]
     assert budgets[: law["warmup"]] == [law["start"]] * law["warmup"]
-    assert all(later <= earlier for earlier, later in zip(budgets, budgets[1:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(budgets))
     assert budgets[law["rounds"] - law["settle"] :] == [law["end"]] * law["settle"]
     assert law["end"] <= budgets[-1] <= budgets[0] <= law["start"]
 
@@ -50,7 +51,7 @@ def test_top_by_the_first_key() -> None:
 
 
 def test_top_breaks_ties_by_the_next_keys_then_by_position() -> None:
-    first, second = np.array([1.0, 2.0, 1.0, 1.0]), np.array([0.0, 0.0, 5.0, 0.0])
+    first, second = np.array([1.0, 2.0, 1.0, 1.0]), np.array([0.0, -9.0, 5.0, 0.0])
     assert np.flatnonzero(top(2, first, second)).tolist() == [1, 2]
     assert np.flatnonzero(top(3, first, second)).tolist() == [0, 1, 2]
     assert np.flatnonzero(top(2, np.zeros(4))).tolist() == [0, 1]

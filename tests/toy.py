@@ -1,15 +1,14 @@
 """A tiny real federation in this process, for tests: a random encoder, separable texts, real frames, real files."""
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 
 from fedrank import aggregation, config
 from fedrank.adapter import Adapter, Block
@@ -37,13 +36,46 @@ def texts(count: int, seed: int) -> Rows:
 
 def settings(**sections: Any) -> Config:
     """A config for the tiny encoder; data.name is only a name here."""
-    base: dict[str, Any] = {"model": {"pooling": "mean"}, "data": {"name": "toy"}, "adapter": {"rank": 4}, "local": {"batch_size": 8}}
+    base: dict[str, Any] = {
+        "model": {"pooling": "mean"},
+        "data": {"name": "toy"},
+        "adapter": {"rank": 4},
+        "local": {"batch_size": 8},
+    }
     return config.load({**base, **sections})
 
 
 @cache
 def encoder() -> models.Model:
     return models.load(settings(), LABELS)
+
+
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("Bert", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}),
+    "roberta": ("Roberta", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
+                            "pad_token_id": 0, "max_position_embeddings": 66}),
+    "distilbert": ("DistilBert", {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48}),
+    "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}),
+    "llama": ("Llama", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+                        "intermediate_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}),
+}  # fmt: skip
+
+
+def saved(kind: str, folder: Path, causal: bool = False, seed: int = 0) -> Path:
+    """A folder as `save_pretrained` leaves it: a random model of this kind with the tiny models' tokenizer."""
+    name, sizes = KINDS[kind]
+    made = getattr(transformers, f"{name}Config")(vocab_size=260, num_labels=len(LABELS), **sizes)
+    torch.manual_seed(seed)
+    tail = {"GPT2": "LMHeadModel"}.get(name, "ForCausalLM") if causal else "ForSequenceClassification"
+    getattr(transformers, f"{name}{tail}")(made).save_pretrained(folder)
+    encoder().tokenizer.save_pretrained(folder)
+    return folder
+
+
+def loaded(kind: str, folder: Path, task: str = "classify", **sections: Any) -> models.Model:
+    """Such a folder, loaded as a config names it."""
+    name = str(saved(kind, folder, causal=task == "generate"))
+    return models.load(settings(model={"name": name}, task=task, **sections), LABELS)
 
 
 @cache
@@ -152,7 +184,7 @@ class Tampering:
 # ---- small numbers, without a model
 
 
-def small(sizes: Mapping[str, tuple[int, int]] = {"0.m": (2, 3), "1.m": (3, 2)}, rank: int = 2) -> ModelSpec:  # noqa: B006
+def small(sizes: Mapping[str, tuple[int, int]] = {"0.m": (2, 3), "1.m": (3, 2)}, rank: int = 2) -> ModelSpec:
     """A model that exists only by its sizes; the head is one 2x2 matrix."""
     modules = tuple(Module(name, out, in_, at) for at, (name, (out, in_)) in enumerate(sizes.items()))
     return ModelSpec(modules, len(modules), {"head.weight": np.zeros((2, 2), np.float32)}, rank, 2.0, "small")
@@ -184,7 +216,9 @@ class Arrived:
         return aggregation.total((fn(update), weight(update)) for _, update in self)
 
 
-def job(spec: ModelSpec, adapter: Adapter, plan: Plan, fit: Any, client: str = "c0", round: int = 2, **more: Any) -> Job:
+def job(
+    spec: ModelSpec, adapter: Adapter, plan: Plan, fit: Any, client: str = "c0", round: int = 2, **more: Any
+) -> Job:
     return Job(plan, round, 10, spec, adapter, {}, Local(batch_size=8), Device(client, 4), 0, fit, **more)
 
 
@@ -196,7 +230,8 @@ def flat(adapter: Adapter) -> dict[str, torch.Tensor]:
     """The factors as an observer sees them: flat, in module and id order, each component's vector contiguous."""
     rows = {"B": lambda b: b.B.T, "e": lambda b: b.e, "A": lambda b: b.A}
     return {
-        f: torch.tensor(np.concatenate([row(b).reshape(-1) for b in adapter.blocks.values()])) for f, row in rows.items()
+        f: torch.tensor(np.concatenate([row(b).reshape(-1) for b in adapter.blocks.values()]))
+        for f, row in rows.items()
     }
 
 

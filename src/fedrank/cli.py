@@ -193,7 +193,8 @@ def _follow(start: Callable[[], Iterator[dict[str, Any]]], path: Path, output: O
         errors.print(f"\nstopped; {go_on if begun else 'nothing had begun.'}", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     if last.get("clients_ok") == 0 and last.get("rounds"):
-        errors.print(f"[bold red]error:[/] no client answered in any round; see {_escape(str(path))}/clients.jsonl", highlight=False)
+        what = f"no client answered in any round; see {_escape(str(path))}/clients.jsonl"
+        errors.print(f"[bold red]error:[/] {what}", highlight=False, soft_wrap=True)
         raise typer.Exit(1)
 
 
@@ -308,7 +309,7 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def size(count: float) -> str:
+def size(count: int | float) -> str:
     """Bytes for people: 1.5 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":

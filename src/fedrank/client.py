@@ -114,6 +114,7 @@ def _held(kept: Mapping[str, np.ndarray], start: Adapter) -> Adapter:
     for name, block in start.blocks.items():
         if f"ids/{name}" in kept:
             stored = Block(kept[f"ids/{name}"], *(kept.get(f"{f}/{name}") for f in FACTORS))
-            blocks[name] = stored.at(np.isin(stored.ids, block.ids))
+            if (known := np.isin(stored.ids, block.ids)).any():
+                blocks[name] = stored.at(known)
     dense = {name.split("/", 1)[1]: array for name, array in kept.items() if name.startswith("h/")}
     return Adapter(blocks, start.scale, dense)

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
+Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -39,7 +40,7 @@ class Partition(BaseModel, extra="forbid", frozen=True):
     """alpha: of the Dirichlet draw (dirichlet, quantity). s: the sorted share (label_sorted)."""
 
     kind: Literal["iid", "dirichlet", "pathological", "label_sorted", "quantity", "natural"] = "dirichlet"
-    alpha: Annotated[float, Field(gt=0)] = 0.5
+    alpha: Above0 = 0.5
     classes_per_client: Positive = 2
     s: Share = 0.5
     min_rows: Positive = 2
@@ -72,7 +73,7 @@ class Rounds(BaseModel, extra="forbid", frozen=True):
     count: Positive = 20
     cohort: Positive = 5
     evaluate_every: Positive = 5
-    deadline: Annotated[float, Field(gt=0)] | None = None
+    deadline: Above0 | None = None
 
 
 class Local(BaseModel, extra="forbid", frozen=True):
@@ -84,9 +85,9 @@ class Local(BaseModel, extra="forbid", frozen=True):
 
     epochs: Positive = 1
     steps: Positive | None = None
-    lr: Annotated[float, Field(gt=0)] | None = None
+    lr: Above0 | None = None
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    clip: Above0 | None = 1.0
     batch_size: Positive = 16
     max_length: Positive = 64
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -99,7 +100,7 @@ class AdapterSettings(BaseModel, extra="forbid", frozen=True):
     """
 
     rank: Positive = 8
-    alpha: Annotated[float, Field(gt=0)] | None = None
+    alpha: Above0 | None = None
     targets: Literal["all"] | tuple[str, ...] = "all"
     head: Literal["train", "frozen", "own"] = "train"
 
@@ -113,7 +114,7 @@ class EngineSettings(BaseModel, extra="forbid", frozen=True):
     kind: Literal["local"] = "local"
     threads: Positive = 1
     failure_rate: Share = 0.0
-    seconds_per_example: Annotated[float, Field(ge=0)] = 0.0
+    seconds_per_example: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
 
 class WireSettings(BaseModel, extra="forbid", frozen=True):
@@ -183,7 +184,7 @@ def presets() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in (files("fedrank") / "presets").iterdir())
 
 
-def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[Any, Any]]:
     if isinstance(source, Mapping):
         return "config", copy.deepcopy(dict(source))
     path = Path(source)
@@ -208,21 +209,29 @@ def _near(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def _near_key(key: str) -> str:
+    """The nearest key of the same section, else the key of another section that ends so, else what the section has."""
+    section, _, word = key.rpartition(".")
+    here = {k.rpartition(".")[2]: k for k in known_keys() if k.rpartition(".")[0] == section}
+    near = [here[w] for w in difflib.get_close_matches(word, here, 1)]
+    found = near or [k for k in known_keys() if k.endswith(f".{word}")]
+    return f"; did you mean {found[0]!r}?" if found else f"; known here: {', '.join(here.values())}"
+
+
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Every dotted key of the config."""
+    """Every dotted key of the config, its sections too."""
     keys = []
     for name, entry in model.model_fields.items():
         kinds = [k for k in (entry.annotation, *get_args(entry.annotation)) if isinstance(k, type)]
         nested = [k for k in kinds if issubclass(k, BaseModel)]
-        keys += known_keys(nested[0], f"{prefix}{name}.") if nested else [f"{prefix}{name}"]
+        keys += [f"{prefix}{name}", *(known_keys(nested[0], f"{prefix}{name}.") if nested else ())]
     return keys
 
 
 def _explain(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        siblings = [k for k in known_keys() if k.rpartition(".")[0] == key.rpartition(".")[0]]
-        return f"unknown key {key!r}{_near(key, siblings) or _near(key, known_keys()) or f'; known here: {siblings}'}"
+        return f"unknown key {key!r}{_near_key(key)}"
     message = str(error["msg"]).removeprefix("Value error, ")
     if not key:
         return message

@@ -109,9 +109,10 @@ def go_on(path: Path, overrides: Iterable[str] = (), method: Method | None = Non
         for name in ("rounds.jsonl", "clients.jsonl"):
             ledger.cut(path / name, state.round)
         store.write("config.yaml", settings.dump(config))
+        state = replace(state, rounds=config.rounds.count)
+        store.save_state(state, numerics)  # and older ones go, which a kill may have left
         yield {"event": "resume", "path": str(path), "round": state.round, **parts.about}
-        longer = State(**{**vars(state), "rounds": config.rounds.count})
-        yield from _play(parts.server(store), longer, parts)
+        yield from _play(parts.server(store), state, parts)
 
 
 def _play(server: Server, state: State, parts: "Parts") -> Iterator[Event]:

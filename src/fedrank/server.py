@@ -190,7 +190,7 @@ class Server:
         plans = {c: replace(p, train=ids, frozen=present, learn="", up="", returns={}) for c, p in plans.items()}
         rows = list(self._exchange("evaluate", state, plans))
         frames = sum(row.get("bytes_down", 0) + row.get("bytes_up", 0) for row in rows)
-        scored = [row for row in rows if row["ok"] and row.get("accuracy") is not None]
+        scored = [row for row in rows if row["ok"] and row.get("rows", 0) > 0 and {"accuracy", "loss"} <= row.keys()]
         result: dict[str, Any] = {"personal_accuracy": None, "personal_majority": None, "personal_clients": len(scored)}
         result |= {"evaluation_bytes": frames, "mean_accuracy": None, "mean_loss": None}
         if scored:

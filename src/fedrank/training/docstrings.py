@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from fedrank.protocol import rng
-from fedrank.training.data import DataError, Rows, stratified
+from fedrank.training.data import Rows, stratified
+from fedrank.training.sources import DataError
 
 # Pure Python, there in 3.11-3.14 on every platform, at least 50 docstrings each.
 LABELS = (

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -129,26 +129,24 @@ def _pieces(flat: np.ndarray, like: Adapter, factor: str) -> list[np.ndarray]:
 @contextmanager
 def mounted(modules: Mapping[str, nn.Module], heads: Mapping[str, nn.Module], adapter: Live) -> Iterator[None]:
     """The adapter on the model while the block runs. heads: name of a dense linear layer -> the layer."""
-
-    def add(parts: list[Part]):  # type: ignore[no-untyped-def]
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Float[Tensor, "... out"]) -> Tensor:
-            for part in parts:
-                output = part.add(inputs[0], output, adapter.scale)
-            return output
-
-        return hook
-
-    def replace(name: str):  # type: ignore[no-untyped-def]
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return functional.linear(inputs[0], adapter.dense[f"{name}.weight"], adapter.dense.get(f"{name}.bias"))
-
-        return hook
-
-    handles = [modules[name].register_forward_hook(add(parts)) for name, parts in adapter.parts.items()]
+    hooks = [(modules[name], partial(_add, parts, adapter.scale)) for name, parts in adapter.parts.items()]
     if adapter.dense:
-        handles += [layer.register_forward_hook(replace(name)) for name, layer in heads.items()]
+        hooks += [(layer, partial(_replace, adapter.dense, name)) for name, layer in heads.items()]
+    handles = [module.register_forward_hook(hook) for module, hook in hooks]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _add(parts: list[Part], scale: float, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    for part in parts:
+        output = part.add(inputs[0], output, scale)
+    return output
+
+
+def _replace(
+    dense: Mapping[str, Tensor], name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+) -> Tensor:
+    return functional.linear(inputs[0], dense[f"{name}.weight"], dense.get(f"{name}.bias"))

@@ -88,7 +88,12 @@ class Trainer:
         mean = float(torch.stack(losses).double().mean())
         if not math.isfinite(mean):
             raise TrainingError(f"the loss became {mean}; a lower local.lr than {rate:g} may help")
-        metrics = {"loss": mean, "steps": float(len(losses)), "seconds": time.perf_counter() - started, "rows_seen": float(seen)}
+        metrics = {
+            "loss": mean,
+            "steps": float(len(losses)),
+            "seconds": time.perf_counter() - started,
+            "rows_seen": float(seen),
+        }
         return Update(adapter.export(train), examples=len(rows), metrics=metrics)
 
     def evaluate(self, adapter: Adapter, encoded: Encoded, rows: np.ndarray) -> dict[str, float]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -146,10 +147,10 @@ def _build(settings: config.Config, location: Path | str | None, classes: int) -
             backbone = transformers.AutoModel.from_pretrained(location, dtype=torch.float32, **trust)
             return MeanPooled(backbone, classes), backbone, "mean"
         base = transformers.AutoModelForSequenceClassification.from_pretrained(
-            location, num_labels=classes, dtype=torch.float32, **trust
-        )
+            location, num_labels=classes, dtype=torch.float32, ignore_mismatched_sizes=True, **trust
+        )  # a head of other classes is drawn anew
         return Logits(base), base, "cls"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model.name={name}: {' '.join(str(error).split())[:400]}") from None
 
 
@@ -172,13 +173,16 @@ def _tiny(name: str, task: str, classes: int) -> Any:
 def _tokenizer(settings: config.Config, location: Path | str | None) -> Any:
     if location is not None:
         try:
-            return transformers.AutoTokenizer.from_pretrained(
+            found = transformers.AutoTokenizer.from_pretrained(
                 location, trust_remote_code=settings.model.trust_remote_code
             )
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"model.name={settings.model.name}: tokenizer: {' '.join(str(error).split())[:400]}"
             ) from None
+        if len(found) <= len(found.all_special_ids):  # what transformers makes up where the files are missing
+            raise ModelError(f"model.name={settings.model.name}: tokenizer: no vocabulary in its files")
+        return found
     special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
     vocabulary = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     raw = Tokenizer(models.BPE(vocabulary, [], unk_token="[UNK]"))  # bytes: no file, any text

@@ -1,0 +1,638 @@
+"""What every method must keep, whichever it is; and what the round loop keeps whatever a client does."""
+
+import inspect
+import json
+import logging
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+import toy
+from fedrank import client, export, ledger, methods, wire
+from fedrank.adapter import Adapter, gaussian, kaiming
+from fedrank.aggregation import average
+from fedrank.methods.fedavg import FedAvg
+from fedrank.protocol import Job, ModelSpec, Plan, State, Update, rng
+from fedrank.selection import everything
+
+SETTINGS: dict[str, dict[str, Any]] = {"fedara": {"target_rank": 1}}
+
+
+def build(name: str) -> Any:
+    return methods.build({"name": name, **SETTINGS.get(name, {})})
+
+
+def frozen_copy(value: Any) -> Any:
+    """Everything in a value that a hook could change, by content."""
+    if isinstance(value, np.ndarray):
+        return (value.dtype.str, value.shape, value.tobytes())
+    if isinstance(value, Mapping):
+        return [(key, frozen_copy(item)) for key, item in value.items()]
+    if isinstance(value, list | tuple):
+        return [frozen_copy(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return [(f.name, frozen_copy(getattr(value, f.name))) for f in fields(value) if f.name != "fit"]
+    return deepcopy(value) if isinstance(value, str | int | float | None) else None
+
+
+@dataclass
+class Watched:
+    """A method that looks on while its hooks run: their inputs must come out as they went in."""
+
+    inner: Any
+    seen: list[str]
+
+    @property
+    def default_lr(self) -> float:
+        return self.inner.default_lr
+
+    def _pure(self, name: str, *args: Any) -> Any:
+        before = frozen_copy([self.inner, *args])
+        result = getattr(self.inner, name)(*args)
+        result = list(result) if name == "train" else result
+        assert frozen_copy([self.inner, *args]) == before, f"{name} changed what it was given"
+        self.seen.append(name)
+        return result
+
+    def begin(self, spec: Any, rounds: int, seed: int) -> State:
+        return self._pure("begin", spec, rounds, seed)
+
+    def plan(self, state: State, cohort: Any, seed: int) -> Any:
+        return self._pure("plan", state, cohort, seed)
+
+    def train(self, jobs: Iterable[Job]) -> Any:
+        return self._pure("train", list(jobs))
+
+    def merge(self, state: State, updates: Any) -> State:
+        arrived = toy.Arrived(dict(updates))
+        before = frozen_copy(arrived.updates)
+        result = self._pure("merge", state, updates)
+        assert toy.equal(result, self._pure("merge", state, arrived))  # any Updates will do
+        assert frozen_copy(arrived.updates) == before
+        return result
+
+
+@pytest.fixture(scope="module", params=methods.names())
+def method(request: pytest.FixtureRequest) -> Any:
+    return build(request.param)
+
+
+@pytest.fixture(scope="module")
+def played(method: Any, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Three rounds of three of the four clients, under watch."""
+    watched = Watched(method, [])
+    f = toy.federation(watched, tmp_path_factory.mktemp("contract") / "run", cohort=3)
+    events = f.play()
+    return SimpleNamespace(events=events, states=f.states, federation=f, seen=watched.seen)
+
+
+def test_learns(method, tmp_path):
+    f = toy.federation(method, tmp_path / "run", rounds=5, epochs=3)
+    rows = f.play()["round"]
+    losses = [row["train_loss"] for row in rows]
+    assert losses[-1] < 0.7 * losses[0]
+    assert rows[-1]["accuracy"] > 0.75  # four classes of equal size
+    assert rows[-1]["loss"] < losses[0]
+
+
+def test_hooks_are_pure_and_keep_nothing_in_self(method, played):
+    assert {"begin", "plan", "train", "merge"} <= set(played.seen)
+    assert type(method).__dataclass_params__.frozen
+    assert set(vars(method)) == {f.name for f in fields(method)}
+
+
+def test_repeats_to_the_bit(method, played, tmp_path):
+    again = toy.federation(method, tmp_path / "run", cohort=3)
+    events = again.play()
+    untimed = [{k: v for k, v in r.items() if "seconds" not in k} for r in events["round"]]
+    assert untimed == [{k: v for k, v in r.items() if "seconds" not in k} for r in played.events["round"]]
+    assert toy.equal(again.last, played.states[3])
+
+
+def test_resumes_from_every_saved_state_to_the_same_bits(method, played, tmp_path):
+    assert sorted(played.states) == [0, 1, 2, 3]
+    for number, state in played.states.items():
+        path = tmp_path / str(number)
+        shutil.copytree(played.federation.store.path, path)
+        again = toy.federation(method, path, cohort=3)
+        again.play(again.store.state(number)[0])
+        assert toy.equal(again.last, played.states[3]), number
+        assert state.round == number
+
+
+def test_the_order_of_replies_does_not_matter(method, played, tmp_path):
+    def reverse(engine: Any) -> Any:
+        return toy.Tampering(engine, lambda name, frame: [(name, frame)], lambda replies: replies[::-1])
+
+    other = toy.federation(method, tmp_path / "run", cohort=3, carry=reverse)
+    events = other.play()
+    assert [e["client"] for e in events["client"][:3]] == [e["client"] for e in played.events["client"][:3]][::-1]
+    assert toy.equal(other.last, played.states[3])
+
+
+def test_whoever_comes_back_is_merged(method, tmp_path):
+    def only(*names: str) -> Callable[[Any], Any]:
+        return lambda engine: toy.Tampering(engine, lambda name, frame: [(name, frame)] if name in names else [])
+
+    partial = toy.federation(method, tmp_path / "some", carry=only("c1", "c3"))
+    events = partial.play()
+    assert [(r["clients_ok"], r["clients_failed"]) for r in events["round"]] == [(2, 2)] * 3
+    assert partial.last.seen == {"c1": 3, "c3": 3}
+    assert not toy.same(partial.last.adapter, partial.begin.adapter)
+    assert {e["error"] for e in events["client"] if not e["ok"]} == {"no answer"}
+
+
+def test_where_nobody_comes_back_the_round_is_recorded_and_skipped(method, tmp_path):
+    f = toy.federation(method, tmp_path / "none", carry=lambda e: toy.Tampering(e, lambda name, frame: []))
+    events = f.play()
+    assert [(r["clients_ok"], r["clients_failed"], r["train_loss"]) for r in events["round"]] == [(0, 4, None)] * 3
+    assert f.last.round == 3
+    assert toy.same(f.last.adapter, f.begin.adapter)
+    assert len(ledger.read(f.store.path / "rounds.jsonl")) == 3
+
+
+def test_no_private_state_is_in_the_servers_state(method, played):
+    names = {name for state in played.states.values() for name in state.arrays}
+    assert not any("private" in name for name in names)
+    kept = (played.federation.store.path / "clients").rglob("*.safetensors")
+    stored = {array.tobytes() for path in kept for array in client_arrays(path) if array.size > 1}
+    held = {
+        array.tobytes() for state in played.states.values() for array in [*state.arrays.values(), *toy.arrays(state.adapter).values()]
+    }  # fmt: skip
+    assert not stored & held
+
+
+def client_arrays(path: Path) -> list[np.ndarray]:
+    from safetensors.numpy import load_file
+
+    return [array for name, array in load_file(path).items() if name.startswith("private/")]
+
+
+def test_state_does_not_grow_with_rounds_or_clients(played):
+    sizes = [sum(a.nbytes for a in state.arrays.values()) for state in played.states.values()]
+    assert max(sizes) <= max(sizes[0], 1) + 1024
+
+
+def test_is_one_short_file_that_names_its_paper(method):
+    module = sys.modules[type(method).__module__]
+    if not module.__name__.startswith("fedrank.methods"):
+        pytest.skip("someone else's file")
+    assert len(inspect.getsource(module).splitlines()) < 200
+    assert re.search(r"\(.*(19|20)\d\d.*\)", module.__doc__ or "")
+    assert "torch" not in {n.split(".")[0] for n in vars(module) if not n.startswith("_")}
+
+
+def test_exports_the_same_function(played, tmp_path):
+    model = toy.encoder()
+    about = {
+        "task": "classify", "pooling": "mean", "source": "toy", "name": "toy", "conv1d": False, "base_class": "BertModel",
+    }  # fmt: skip
+    path = tmp_path / "run"
+    shutil.copytree(played.federation.store.path, path)
+    (path / "config.yaml").write_text("")
+    (path / "data.json").write_text(json.dumps({"model": about}))
+    found = export.read_peft(export.export(path, tmp_path / "peft"))
+    ours = played.states[3].adapter
+    assert found.delta().keys() == ours.delta().keys() <= model.modules.keys()
+    for name, delta in ours.delta().items():
+        np.testing.assert_allclose(found.delta()[name], delta, rtol=1e-5, atol=1e-7)
+    for name, tensor in ours.dense.items():
+        np.testing.assert_array_equal(found.dense[name], tensor)
+
+
+# ---- what is refused on the wire
+
+
+def rewritten(change: Callable[[dict, dict], None]) -> Callable[[str, bytes], list[tuple[str, bytes]]]:
+    """Client c1's updates with this change to their facts and tensors."""
+
+    def carry(name: str, frame: bytes) -> list[tuple[str, bytes]]:
+        meta, tensors = wire.unpack(frame)
+        if name == "c1" and meta["kind"] == "update":
+            tensors = {n: t.copy() for n, t in tensors.items()}
+            change(meta, tensors)
+            frame = wire.pack(meta, tensors)
+        return [(name, frame)]
+
+    return carry
+
+
+def drop(tensors: dict, name: str) -> None:
+    del tensors[name]
+
+
+REFUSED: dict[str, tuple[Callable[[dict, dict], None], str]] = {
+    "an extra component": (lambda m, t: t.update(A=np.append(t["A"], np.zeros(32, np.float32))), "asked for was"),
+    "a short factor": (lambda m, t: t.update(B=t["B"][:-1]), "asked for was"),
+    "a missing factor": (lambda m, t: drop(t, "A"), "'A' is missing"),
+    "another dtype": (lambda m, t: t.update(A=t["A"].astype(np.float64)), "asked for was"),
+    "a tensor nobody wanted": (lambda m, t: t.update({"B.more": np.zeros(3, np.float32)}), "not asked for"),
+    "an array nobody wanted": (lambda m, t: t.update({"arrays.more": np.zeros(3, np.float32)}), "came back"),
+    "ids where none were asked for": (lambda m, t: t.update(ids=np.zeros(9, np.uint8)), "not asked for"),
+    "NaN": (lambda m, t: t["A"].__setitem__(0, np.nan), "NaN"),
+    "another round": (lambda m, t: m.update(round=m["round"] - 1), "an answer to"),
+    "another plan": (lambda m, t: m.update(digest="0" * 16), "an answer to"),
+    "another run": (lambda m, t: m.update(run="theirs"), "an answer to"),
+    "another client's name": (lambda m, t: m.update(client="c2"), "an answer to"),
+    "no examples": (lambda m, t: m.update(examples=0), "examples"),
+    "a metric that is no number": (lambda m, t: m.update(metrics={"loss": "low"}), "metric"),
+    "another kind": (lambda m, t: m.update(kind="evaluation"), "kind"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_the_wire_refuses_what_was_not_asked_for_and_the_round_goes_on(what, tmp_path):
+    change, reason = REFUSED[what]
+    method = FedAvg()
+    f = toy.federation(method, tmp_path / "run", rounds=1, carry=lambda e: toy.Tampering(e, rewritten(change)))
+    events = f.play()
+    (row,) = events["round"]
+    assert (row["clients_ok"], row["clients_failed"]) == (3, 1)
+    (bad,) = [e for e in events["client"] if not e["ok"]]
+    assert bad["client"] == "c1"
+    assert reason in bad["error"]
+    assert "c1" not in f.last.seen
+
+
+def test_a_mask_of_another_length_is_refused(tmp_path):
+    def shorten(meta: dict, tensors: dict) -> None:
+        if "arrays.keep" in tensors:
+            tensors["arrays.keep"] = tensors["arrays.keep"][:-1]
+
+    f = toy.federation(build("fedara"), tmp_path / "run", carry=lambda e: toy.Tampering(e, rewritten(shorten)))
+    failed = {e["round"]: e["error"] for e in f.play()["client"] if not e["ok"]}
+    assert set(failed) == {2, 3}
+    assert "keep" in failed[2]
+    assert f.last.adapter.components == 18
+
+
+# ---- bad clients
+
+
+def ill(name: str, work: Callable[..., Update]) -> Callable[[client.Site], client.Site]:
+    """One client with other local training."""
+    return lambda site: replace(site, fit=lambda job, observe=None: work(site, job)) if site.device.id == name else site
+
+
+def raises(site: client.Site, job: Job) -> Update:
+    raise MemoryError("out of memory at step 3")
+
+
+def diverges(site: client.Site, job: Job) -> Update:
+    return site.fit(replace(job, local=job.local.model_copy(update={"lr": 1e30, "clip": None, "epochs": 2})))
+
+
+@pytest.mark.parametrize(
+    ("work", "reason"),
+    [(raises, "MemoryError: out of memory at step 3"), (diverges, "a lower local.lr")],
+)
+def test_a_client_that_cannot_train_says_so_and_is_left_out(work, reason, tmp_path):
+    f = toy.federation(FedAvg(), tmp_path / "run", rounds=2, alter=ill("c2", work))
+    events = f.play()
+    assert [(r["clients_ok"], r["clients_failed"]) for r in events["round"]] == [(3, 1), (3, 1)]
+    bad = [e for e in events["client"] if not e["ok"]]
+    assert [e["client"] for e in bad] == ["c2", "c2"]
+    assert all(reason in e["error"] for e in bad)
+    assert f.last.seen == {"c0": 2, "c1": 2, "c3": 2}
+
+
+def test_an_update_that_holds_nan_is_not_sent(tmp_path):
+    def poison(site: client.Site, job: Job) -> Update:
+        update = site.fit(job)
+        dense = {name: np.full_like(tensor, np.nan) for name, tensor in update.adapter.dense.items()}
+        return replace(update, adapter=replace(update.adapter, dense=dense))
+
+    f = toy.federation(FedAvg(), tmp_path / "run", rounds=1, alter=ill("c2", poison))
+    (bad,) = [e for e in f.play()["client"] if not e["ok"]]
+    assert "NaN" in bad["error"]
+    assert all(np.isfinite(t).all() for t in toy.arrays(f.last.adapter).values())
+
+
+def test_of_two_answers_the_first_counts(tmp_path, caplog):
+    other: dict[str, bytes] = {}
+
+    def twice(name: str, frame: bytes) -> list[tuple[str, bytes]]:
+        return [(name, frame), (name, other.setdefault(name, frame))]  # later rounds: an old answer comes again
+
+    f = toy.federation(FedAvg(), tmp_path / "twice", carry=lambda e: toy.Tampering(e, twice))
+    once = toy.federation(FedAvg(), tmp_path / "once")
+    with caplog.at_level(logging.WARNING, "fedrank.server"):
+        rows = f.play()["round"]
+    once.play()
+    assert [(r["clients_ok"], r["clients_failed"]) for r in rows] == [(4, 0)] * 3
+    assert "not awaited" in caplog.text
+    assert toy.equal(f.last, once.last)
+
+
+def test_an_answer_to_another_round_counts_as_failed(tmp_path):
+    first: dict[str, bytes] = {}
+
+    def late(name: str, frame: bytes) -> list[tuple[str, bytes]]:
+        return [(name, first.setdefault(name, frame) if name == "c0" else frame)]
+
+    f = toy.federation(FedAvg(), tmp_path / "run", carry=lambda e: toy.Tampering(e, late))
+    events = f.play()
+    assert [(r["clients_ok"], r["clients_failed"]) for r in events["round"]] == [(4, 0), (3, 1), (3, 1)]
+    assert all("an answer to" in e["error"] for e in events["client"] if not e["ok"])
+    assert f.last.seen["c0"] == 1
+
+
+def test_answers_of_strangers_and_garbage_are_dropped(tmp_path):
+    def odd(name: str, frame: bytes) -> list[tuple[str, bytes]]:
+        if name == "c0":
+            return [("nobody", frame), ("../c0", frame), (name, b"garbage")]
+        return [(name, frame[:-1] + bytes([frame[-1] ^ 1]) if name == "c1" else frame)]
+
+    f = toy.federation(FedAvg(), tmp_path / "run", rounds=1, carry=lambda e: toy.Tampering(e, odd))
+    events = f.play()
+    assert {e["client"]: e["ok"] for e in events["client"]} == {"c0": False, "c1": False, "c2": True, "c3": True}
+    assert "checksum" in next(e["error"] for e in events["client"] if e["client"] == "c1")
+
+
+@pytest.mark.parametrize("metrics", [{"accuracy": 0.5}, {"accuracy": 0.5, "loss": 1.0, "rows": 0}, {"rows": 10}, {}])
+def test_an_odd_evaluation_is_left_out_of_the_means(metrics, tmp_path):
+    def odd(name: str, frame: bytes) -> list[tuple[str, bytes]]:
+        meta, tensors = wire.unpack(frame)
+        if name == "c1" and meta["kind"] == "evaluation":
+            frame = wire.pack(meta | {"metrics": metrics}, tensors)
+        return [(name, frame)]
+
+    f = toy.federation(FedAvg(), tmp_path / "run", rounds=1, carry=lambda e: toy.Tampering(e, odd))
+    events = f.play()
+    assert events["round"][0]["personal_clients"] == 3
+    assert events["end"][0]["personal_clients"] == 3
+
+
+def test_a_frame_for_another_client_or_model_is_refused(tmp_path):
+    f = toy.federation(FedAvg(), tmp_path / "run")
+    plan = Plan(train=everything(f.begin.adapter))
+    frame = f.server.wire.request("train", "c0", plan, f.begin)
+    with pytest.raises(wire.Refused, match="'c0' came to client 'c1'"):
+        client.handle(frame, f.sites["c1"])
+    theirs = replace(f.server.wire, spec=replace(f.server.wire.spec, fingerprint="other"))
+    with pytest.raises(wire.Refused, match="base model"):
+        client.handle(frame, replace(f.sites["c0"], wire=theirs))
+
+
+# ---- the head, and what is a client's own
+
+
+@pytest.mark.parametrize("head", ["train", "frozen", "own"])
+@pytest.mark.parametrize("name", methods.names())
+def test_the_head_travels_only_where_it_is_common(head, name, tmp_path):
+    f = toy.federation(build(name), tmp_path / "run", rounds=2, cohort=2, head=head)
+    events = f.play()
+    moved = any(np.any(t != f.begin.adapter.dense[n]) for n, t in f.last.adapter.dense.items())
+    assert moved == (head == "train")
+    bytes_up = {e["head_bytes_up"] for e in events["client"]}
+    size = sum(t.nbytes for t in f.begin.adapter.dense.values())
+    assert bytes_up == ({size} if head == "train" else {0})
+    down = [e["head_bytes_down"] for e in events["client"]]
+    assert set(down) == ({size} if head == "train" else {0})  # each end has the initial head from its own model
+    if head == "own":
+        assert events["round"][-1]["accuracy"] is None
+        heads = [own_head(f, c) for c, t in f.last.seen.items() if t == 2]
+        assert np.any(heads[0] != heads[1])
+        assert all(np.any(h != f.begin.adapter.dense["head.weight"]) for h in heads)
+    else:
+        assert events["round"][-1]["accuracy"] is not None
+
+
+def own_head(f: toy.Federation, name: str) -> np.ndarray:
+    return f.store.private.load(name, f.last.seen[name])["h/head.weight"]
+
+
+def request(f: toy.Federation, name: str, plan: Plan, round: int) -> client.Request:
+    state = replace(f.begin, round=round - 1)
+    return f.server.wire.request("train", name, plan, state)
+
+
+def test_a_redone_round_starts_from_the_version_the_server_names(tmp_path):
+    """Private state is written under its round; `since` names the one to start from, never a newer one."""
+    f = toy.federation(FedAvg(), tmp_path / "run", head="own")
+    site, store = f.sites["c0"], f.store.private
+    plan = Plan(train=everything(f.begin.adapter), up="BeA", down="BeA", own="h")
+    client.handle(request(f, "c0", plan, 1), site)
+    one = store.load("c0", 1)["h/head.weight"]
+    assert store.load("c0", -1) == {}
+    answer = client.handle(request(f, "c0", replace(plan, since=1), 2), site)
+    two = store.load("c0", 2)["h/head.weight"]
+    assert np.any(one != two)
+    # round 2 was lost on its way: it is played again, and again from version 1, which is still there
+    again = client.handle(request(f, "c0", replace(plan, since=1), 2), site)
+    np.testing.assert_array_equal(store.load("c0", 2)["h/head.weight"], two)
+    assert without_seconds(again) == without_seconds(answer)
+    # round 3 confirms 2: now 1 may go
+    client.handle(request(f, "c0", replace(plan, since=2), 3), site)
+    assert sorted(p.stem for p in (f.store.path / "clients" / "c0").iterdir()) == ["0002", "0003"]
+    # its answer was lost: round 4 starts from 2, though 3 is there
+    heads: list[np.ndarray] = []
+    noted = replace(
+        site, fit=lambda job, observe=None: (heads.append(job.adapter.dense["head.weight"]), site.fit(job))[1]
+    )
+    client.handle(request(f, "c0", replace(plan, since=2), 4), noted)
+    np.testing.assert_array_equal(heads[0], two)
+    # a frame that knows of no merged update starts afresh
+    client.handle(request(f, "c0", plan, 5), noted)
+    assert sorted(p.stem for p in (f.store.path / "clients" / "c0").iterdir()) == ["0005"]
+    np.testing.assert_array_equal(heads[1], f.begin.adapter.dense["head.weight"])
+
+
+def without_seconds(frame: bytes) -> tuple[dict, dict]:
+    meta, tensors = wire.unpack(frame)
+    meta["metrics"].pop("seconds")
+    return meta, {name: tensor.tobytes() for name, tensor in tensors.items()}
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A test's method in the shape of FedSA-LoRA: A is shared and averaged, B is each client's own.
+
+    It counts in private how often a client trained, and reports the count.
+    """
+
+    down: str = "Ah"
+    default_lr: ClassVar[float] = 1e-2
+
+    def begin(self, spec: ModelSpec, rounds: int, seed: int) -> State:
+        return State(0, rounds, spec.with_head(kaiming(spec.shapes, spec.rank, spec.scale, rng(seed, "begin"))))
+
+    def plan(self, state: State, cohort: Any, seed: int) -> dict[str, Plan]:
+        plan = Plan(
+            everything(state.adapter), learn="BAh", up="Ah", down=self.down, own="B", returns={"count": ("int64", ())}
+        )
+        return dict.fromkeys(cohort, plan)
+
+    def train(self, jobs: Iterable[Job]) -> Iterable[Update]:
+        for job in jobs:
+            count = np.asarray(job.private.get("count", np.array(0)) + 1)
+            yield replace(job.fit(job), arrays={"count": count}, private={"count": count, "secret": np.arange(7.0)})
+
+    def merge(self, state: State, updates: Any) -> State:
+        counts = {f"count/{name}": update.arrays["count"] for name, update in updates}
+        return state.next(average(state.adapter, updates), arrays={**state.arrays, **counts})
+
+
+@pytest.mark.parametrize("down", ["Ah", "BeAh"])  # a client's own factor never travels, whatever `down` says
+def test_own_factors_and_private_state_stay_with_their_client(down, tmp_path):
+    sent: list[bytes] = []
+
+    def keep(name: str, frame: bytes) -> list[tuple[str, bytes]]:
+        sent.append(frame)
+        return [(name, frame)]
+
+    f = toy.federation(Shared(down), tmp_path / "run", cohort=3, carry=lambda e: toy.Tampering(e, keep))
+    events = f.play()
+    assert f.last.arrays.keys() == {f"count/{name}" for name in f.last.seen}
+    for name in f.last.seen:
+        times = sum(e["client"] == name for e in events["client"])
+        assert f.last.arrays[f"count/{name}"] == times
+    for name, block in f.last.adapter.blocks.items():
+        assert not block.B.any()  # the server's B is as begun
+        stored = [f.store.private.load(c, t)[f"B/{name}"] for c, t in f.last.seen.items()]
+        assert all(b.any() for b in stored)
+        assert np.any(stored[0] != stored[1])
+    assert not any(np.arange(7.0).tobytes() in frame for frame in sent)
+    assert not any("B" in wire.unpack(frame)[1] for frame in sent)
+
+
+def test_an_own_factor_goes_on_where_it_was(tmp_path):
+    """What a client trains with in its second round is what it had after its first."""
+    started: dict[tuple[int, str], Adapter] = {}
+
+    def note(site: client.Site) -> client.Site:
+        def fit(job: Job, observe: Any = None) -> Update:
+            started[job.round, job.device.id] = job.adapter
+            return site.fit(job, observe=observe)
+
+        return replace(site, fit=fit)
+
+    f = toy.federation(Shared(), tmp_path / "run", rounds=2, alter=note)
+    playing = f.server.play(f.begin)
+    next(e for e in playing if e["event"] == "round")
+    kept = {name: f.store.private.load(name, 1) for name in toy.CLIENTS}
+    between = f.last
+    list(playing)
+    for name in toy.CLIENTS:
+        for module, block in started[2, name].blocks.items():
+            assert not started[1, name].blocks[module].B.any()
+            np.testing.assert_array_equal(block.B, kept[name][f"B/{module}"])
+            np.testing.assert_array_equal(block.A, between.adapter.blocks[module].A)
+
+
+def test_an_own_component_without_a_part_in_a_round_is_not_forgotten(tmp_path):
+    f = toy.federation(Shared(), tmp_path / "run")
+    site, store = f.sites["c0"], f.store.private
+    module = next(iter(f.begin.adapter.blocks))
+    every = {module: np.arange(4)}
+    plan = Plan(every, learn="BAh", up="Ah", down="Ah", own="B", returns={"count": ("int64", ())})
+    client.handle(request(f, "c0", plan, 1), site)
+    one = store.load("c0", 1)
+    # round 2: two learn, one is frozen, one is away
+    some = replace(plan, train={module: np.array([0, 2])}, frozen={module: np.array([3])}, since=1)
+    client.handle(request(f, "c0", some, 2), site)
+    two = store.load("c0", 2)
+    np.testing.assert_array_equal(two[f"ids/{module}"], np.arange(4))
+    same = np.all(one[f"B/{module}"] == two[f"B/{module}"], axis=0)
+    assert same.tolist() == [False, True, False, True]
+    meta, _ = wire.unpack(client.handle(request(f, "c0", replace(plan, since=2), 3), site))
+    assert meta["kind"] == "update"
+
+
+def test_a_factor_that_is_sent_once_is_kept_as_it_came(tmp_path):
+    """FFA-LoRA's A: not private, but it travels only on first contact."""
+    f = toy.federation(Shared(), tmp_path / "run")
+    site, module = f.sites["c0"], next(iter(f.begin.adapter.blocks))
+    first = Plan(
+        {module: np.array([0, 1])},
+        {module: np.array([2])},
+        learn="B",
+        up="B",
+        down="B",
+        returns={"count": ("int64", ())},
+    )
+    state = replace(
+        f.begin, adapter=replace(f.begin.adapter, dense={k: v + 1 for k, v in f.begin.adapter.dense.items()})
+    )
+    jobs: list[Job] = []
+    noted = replace(site, fit=lambda job, observe=None: (jobs.append(job), site.fit(job))[1])
+    client.handle(f.server.wire.request("train", "c0", first, state), noted)
+    again = replace(first, since=1)
+    assert again.sent == "B"
+    answer = client.handle(f.server.wire.request("train", "c0", again, replace(state, round=1)), noted)
+    assert wire.unpack(answer)[0]["kind"] == "update"
+    for name, tensor in jobs[1].adapter.dense.items():
+        np.testing.assert_array_equal(tensor, state.adapter.dense[name])
+    np.testing.assert_array_equal(jobs[1].adapter.blocks[module].A, f.begin.adapter.blocks[module].A[:3])
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A test's method in which a client returns the `count` components whose e moved most."""
+
+    count: int = 5
+    returned: int = 5
+    default_lr: ClassVar[float] = 1e-2
+
+    def begin(self, spec: ModelSpec, rounds: int, seed: int) -> State:
+        return State(0, rounds, spec.with_head(gaussian(spec.shapes, spec.rank, spec.scale, rng(seed, "begin"))))
+
+    def plan(self, state: State, cohort: Any, seed: int) -> dict[str, Plan]:
+        return dict.fromkeys(cohort, Plan(everything(state.adapter), select=self.count))
+
+    def train(self, jobs: Iterable[Job]) -> Iterable[Update]:
+        for job in jobs:
+            update = job.fit(job)
+            moved = {n: np.abs(b.e - job.adapter.blocks[n].e) for n, b in update.adapter.blocks.items()}
+            edge = np.sort(np.concatenate(list(moved.values())))[-self.returned]
+            ids = {n: update.adapter.blocks[n].ids[size >= edge] for n, size in moved.items()}
+            yield replace(update, adapter=update.adapter.take(ids))
+
+    def merge(self, state: State, updates: Any) -> State:
+        return state.next(average(state.adapter, updates, absent="old"))
+
+
+def test_a_client_may_return_a_subset_of_the_size_asked_for(tmp_path):
+    f = toy.federation(Chosen(), tmp_path / "run", rounds=1)
+    events = f.play()
+    assert events["round"][0]["clients_ok"] == 4
+    changed = [int(np.sum(block.e != f.begin.adapter.blocks[name].e)) for name, block in f.last.adapter.blocks.items()]
+    assert 5 <= sum(changed) <= 20
+    assert all(e["adapter_bytes_up"] < e["adapter_bytes_down"] / 5 for e in events["client"])
+
+
+def test_a_subset_of_another_size_is_refused(tmp_path):
+    f = toy.federation(Chosen(returned=6), tmp_path / "run", rounds=1)
+    events = f.play()
+    assert events["round"][0]["clients_failed"] == 4
+    assert all("asked for were 5" in e["error"] for e in events["client"])
+
+
+def test_a_plan_that_leaves_a_client_out_is_the_methods_fault(tmp_path):
+    @dataclass(frozen=True)
+    class Forgetful(Chosen):
+        def plan(self, state: State, cohort: Any, seed: int) -> dict[str, Plan]:
+            return dict(list(super().plan(state, cohort, seed).items())[1:])
+
+    f = toy.federation(Forgetful(), tmp_path / "run", rounds=1)
+    with pytest.raises(ValueError, match=r"Forgetful\.plan left out clients \['c0'\]"):
+        f.play()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+@pytest.mark.parametrize("name", methods.names())
+def test_low_precision_learns_and_repeats(name, dtype, tmp_path):
+    runs = [toy.federation(build(name), tmp_path / str(i), rounds=2, cohort=2, dtype=dtype) for i in range(2)]
+    rows = [run.play()["round"] for run in runs]
+    assert rows[0][-1]["clients_ok"] == 2
+    assert rows[0][-1]["train_loss"] < rows[0][0]["train_loss"]
+    assert toy.equal(runs[0].last, runs[1].last)

@@ -1,0 +1,359 @@
+"""The Python API: a run as a notebook starts it, what its directory holds, and that its ledger tells the truth."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import yaml
+
+import fedrank
+import toy
+from fedrank import experiment
+from fedrank.config import load
+from fedrank.engines.local import Local
+from fedrank.export import adopt, read_peft
+from fedrank.methods.fedavg import FedAvg
+from fedrank.protocol import ClientId, Job, ModelSpec, Plan, State, Update, Updates
+from fedrank.store import StoreError
+from fedrank.wire import sizes
+
+ROUND = {
+    "round", "accuracy", "loss", "personal_accuracy", "bytes_up", "bytes_down", "adapter_bytes_up", "adapter_bytes_down",
+    "clients_ok", "clients_failed", "components", "modules_alive", "lowest_active_block", "wall_seconds", "train_seconds",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    for split, count, seed in (("train", 64, 0), ("test", 48, 1)):
+        rows = toy.texts(count, seed)
+        lines = [
+            json.dumps({"text": t, "label": int(y), "client": f"author {at % 3}"})
+            for at, (t, y) in enumerate(zip(rows.text, rows.label, strict=True))
+        ]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def settings(texts: Path, *overrides: str) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "data": {"path": str(texts), "partition": {"kind": "iid"}}, "clients": {"count": 4},
+        "rounds": {"count": 2, "cohort": 2, "evaluate_every": 1}, "adapter": {"rank": 4},
+        "local": {"batch_size": 8, "max_length": 16},
+    }  # fmt: skip
+    return load(base, overrides).model_dump(mode="json")
+
+
+def rows(run: fedrank.Run, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.path / f"{name}.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def played(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[fedrank.Run, list[dict[str, Any]]]:
+    events: list[dict[str, Any]] = []
+    config = settings(texts, "method={name: fedara, target_rank: 1, warmup: 0.0, settle: 0.0}", "rounds.count=3")
+    run = fedrank.run(config, out=tmp_path_factory.mktemp("played") / "run", watch=events.append)
+    return run, events
+
+
+# ---- what a run leaves
+
+
+def test_a_run_in_few_lines(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = fedrank.run({"data": {"path": str(texts)}}, "rounds.count=1", "clients.count=3", "local.max_length=16")
+    assert run.path == Path("runs/fedavg-001")
+    assert run.state.round == 1
+    assert 0 <= run.summary["accuracy"] <= 1
+    assert fedrank.run(run.config, out="again").summary["accuracy"] == run.summary["accuracy"]
+
+
+def test_the_directory_is_complete(played: Any) -> None:
+    run, _ = played
+    names = {p.name for p in run.path.iterdir()}
+    assert names == {
+        "config.yaml", "data.json", "rounds.jsonl", "clients.jsonl", "states", "clients", "spool", "summary.json",
+        "adapter", ".lock",
+    }  # fmt: skip
+    assert list((run.path / "spool").iterdir()) == []
+    adapter = {p.name for p in (run.path / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= adapter
+    assert load(yaml.safe_load((run.path / "config.yaml").read_text())) == run.config
+
+
+def test_the_ledgers_hold_the_named_fields(played: Any) -> None:
+    run, _ = played
+    assert [row["round"] for row in run.rounds] == [1, 2, 3]
+    for row in run.rounds:
+        assert row.keys() >= ROUND
+        assert (row["clients_ok"], row["clients_failed"], row["lowest_active_block"]) == (2, 0, 0)
+    components = [row["components"] for row in run.rounds]
+    assert components == sorted(components, reverse=True)
+    assert components[-1] == run.state.adapter.components == 18
+    assert run.rounds[-1]["modules_alive"] == len(run.state.adapter.blocks)
+    for row in rows(run, "clients"):
+        assert row.keys() >= {"round", "client", "ok", "loss", "examples", "seconds", "bytes_up", "bytes_down"}
+
+
+def test_the_summary_adds_the_ledger_up(played: Any) -> None:
+    run, events = played
+    summary = run.summary
+    for name in ("bytes_up", "bytes_down", "adapter_bytes_up", "head_bytes_down", "clients_ok"):
+        assert summary[name] == sum(row[name] for row in run.rounds)
+        if name != "clients_ok":
+            assert summary[name] == sum(row[name] for row in rows(run, "clients"))
+    assert summary["accuracy"] == run.rounds[-1]["accuracy"]
+    assert (summary["components_at_start"], summary["components"]) == (72, 18)
+    assert (summary["method"], summary["rounds"], summary["majority"]) == ("fedara", 3, 0.25)
+    assert events[-1] == {"event": "end", **summary}
+
+
+def test_events_come_in_order(played: Any) -> None:
+    _, events = played
+    assert [e["event"] for e in events] == ["start", *["cohort", "client", "client", "round"] * 3, "end"]
+    assert [e["round"] for e in events[1:-1]] == [t for t in (1, 2, 3) for _ in range(4)]
+    assert [e["client"] for e in events if e["event"] == "client"] == [
+        c for e in events if e["event"] == "cohort" for c in e["clients"]
+    ]
+
+
+def test_the_ledger_counts_frames(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    down: dict[str, list[Any]] = {}
+    up: dict[str, list[Any]] = {}
+    whole = Local.exchange
+
+    def spy(self: Local, requests: Iterable[Any], seconds: float | None) -> Iterator[Any]:
+        def seen() -> Iterator[Any]:
+            for name, build in requests:
+                frame = build()
+                down.setdefault(name, []).append(sizes(frame))
+                yield name, lambda frame=frame: frame
+
+        for name, reply in whole(self, seen(), seconds):
+            up.setdefault(name, []).append(sizes(reply))
+            yield name, reply
+
+    monkeypatch.setattr(Local, "exchange", spy)
+    run = fedrank.run(settings(texts, "rounds.count=1", "rounds.cohort=4"), out=tmp_path / "run")
+    for row in rows(run, "clients"):
+        for way, frames in (("down", down), ("up", up)):
+            train = frames[row["client"]][0]
+            found = tuple(row[f"{part}bytes_{way}"] for part in ("", "adapter_", "head_"))
+            assert found == (train.frame, train.adapter, train.head)
+    scored = sum(f[1].frame for frames in (down, up) for f in frames.values())
+    assert run.rounds[0]["evaluation_bytes"] == scored  # evaluation frames are no part of bytes_up and bytes_down
+    assert run.rounds[0]["bytes_up"] == sum(f[0].frame for f in up.values())
+
+
+def test_personal_accuracy_is_the_plain_mean_over_clients_with_enough_rows(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedrank.training import local
+
+    scored: list[tuple[int, float]] = []
+    whole = local.Trainer.evaluate
+
+    def spy(self: Any, adapter: Any, encoded: Any, rows: Any) -> dict[str, float]:
+        found = whole(self, adapter, encoded, rows)
+        if len(rows) < len(encoded):
+            scored.append((len(rows), found["accuracy"]))
+        return found
+
+    monkeypatch.setattr(local.Trainer, "evaluate", spy)
+    options = ("data.partition={kind: dirichlet, alpha: 0.2}", "rounds.count=1", "clients.count=6", "rounds.cohort=6")
+    run = fedrank.run(settings(texts, *options), out=tmp_path / "run")
+    facts = json.loads((run.path / "data.json").read_text())["partition"]["clients"]
+    enough = [c["test_rows"] for c in facts if c["test_rows"] >= 5]
+    assert min(c["test_rows"] for c in facts) < 5
+    last = scored[-len(enough) :]
+    assert [size for size, _ in last] == enough
+    assert run.summary["personal_accuracy"] == pytest.approx(np.mean([accuracy for _, accuracy in last]))
+    assert run.rounds[0]["personal_clients"] == len(enough)
+    # A client's majority class, of its own test rows, whose label counts follow its train rows.
+    assert run.summary["personal_majority"] > run.summary["majority"] == 0.25
+
+
+# ---- a method of one's own
+
+
+@dataclass(frozen=True)
+class Half:
+    """FedAvg in which the server goes half of the way."""
+
+    way: float = 0.5
+
+    default_lr: ClassVar[float] = 3e-3
+
+    def begin(self, spec: ModelSpec, rounds: int, seed: int) -> State:
+        return FedAvg().begin(spec, rounds, seed)
+
+    def plan(self, state: State, cohort: Any, seed: int) -> dict[ClientId, Plan]:
+        return FedAvg().plan(state, cohort, seed)
+
+    def train(self, jobs: Iterable[Job]) -> Iterable[Update]:
+        return FedAvg().train(jobs)
+
+    def merge(self, state: State, updates: Updates) -> State:
+        there = FedAvg().merge(state, updates).adapter.dense
+        dense = {n: t + np.float32(self.way) * (there[n] - t) for n, t in state.adapter.dense.items()}
+        return state.next(type(state.adapter)(state.adapter.blocks, state.adapter.scale, dense))
+
+
+def test_a_method_object(texts: Path, tmp_path: Path) -> None:
+    run = fedrank.run(settings(texts), out=tmp_path / "run", method=Half())
+    assert run.summary["method"] == "Half"
+    assert toy.same(
+        run.state.adapter, fedrank.run(settings(texts), out=tmp_path / "again", method=Half()).state.adapter
+    )
+    assert fedrank.resume(run.path, "rounds.count=+1", method=Half()).state.round == 3
+    whole = fedrank.run(settings(texts, "rounds.count=3"), out=tmp_path / "whole", method=Half())
+    assert toy.equal(fedrank.Run(run.path).state, whole.state)
+
+
+# ---- settings that change how a run goes
+
+
+@pytest.mark.parametrize("dtype", ["f64", "f16", "bf16", "int8"])
+def test_every_wire_learns(dtype: str, texts: Path, tmp_path: Path) -> None:
+    options = (f"wire.dtype={dtype}", "rounds={count: 5, cohort: 4, evaluate_every: 5}", "local.lr=0.02", "local.epochs=2",
+               "model.pooling=mean")  # fmt: skip
+    run = fedrank.run(settings(texts, *options), out=tmp_path / "run")
+    losses = [row["train_loss"] for row in run.rounds]
+    assert losses[-1] < losses[0] - 0.05
+    assert run.summary["accuracy"] > 0.4
+    assert run.summary["clients_failed"] == 0
+    width = {"f64": 8, "f16": 2, "bf16": 2}.get(dtype)
+    if width:
+        numbers = sum(b.B.size + b.A.size for b in run.state.adapter.blocks.values())
+        assert run.rounds[0]["adapter_bytes_up"] == 4 * width * numbers
+
+
+def test_failures_are_counted_and_the_run_goes_on(texts: Path, tmp_path: Path) -> None:
+    options = ("engine.failure_rate=0.5", "rounds.count=4", "rounds.cohort=3", "rounds.evaluate_every=4")
+    run = fedrank.run(settings(texts, *options), out=tmp_path / "run")
+    for row in run.rounds:
+        assert row["clients_ok"] + row["clients_failed"] == 3
+    assert 0 < run.summary["clients_failed"] < 12
+    failed = [row for row in rows(run, "clients") if not row["ok"]]
+    assert {row["error"] for row in failed} == {"no answer"}
+    assert all(row["bytes_down"] > 0 and "bytes_up" not in row for row in failed)  # it was sent all the same
+
+
+def test_slow_clients_miss_the_deadline(texts: Path, tmp_path: Path) -> None:
+    sizes = "data.partition={kind: quantity, alpha: 0.7, min_rows: 4}"
+    run = fedrank.run(settings(texts, sizes, "rounds.count=1", "rounds.cohort=4"), out=tmp_path / "all")
+    counts = {row["client"]: row["examples"] for row in rows(run, "clients")}
+    middle = sorted(counts.values())[1]
+    options = (
+        sizes,
+        "rounds.count=1",
+        "rounds.cohort=4",
+        "engine.seconds_per_example=2",
+        f"rounds.deadline={2 * middle}",
+    )
+    run = fedrank.run(settings(texts, *options), out=tmp_path / "run")
+    ok = {row["client"] for row in rows(run, "clients") if row["ok"]}
+    assert ok == {client for client, count in counts.items() if count <= middle}
+    assert run.rounds[0]["clients_failed"] == len(counts) - len(ok) > 0
+
+
+def test_a_round_without_updates_is_recorded_and_skipped(texts: Path, tmp_path: Path) -> None:
+    run = fedrank.run(settings(texts, "engine.failure_rate=1.0"), out=tmp_path / "run")
+    assert [(row["clients_ok"], row["clients_failed"], row["train_loss"]) for row in run.rounds] == [(0, 2, None)] * 2
+    store = experiment.Store.open(run.path)
+    assert toy.same(store.state(2)[0].adapter, store.state(0)[0].adapter)
+    assert run.summary["personal_accuracy"] is None
+    assert run.summary["accuracy"] is not None  # the server's own test set needs no client
+
+
+def test_validation_rows_come_from_train(texts: Path, tmp_path: Path) -> None:
+    run = fedrank.run(settings(texts, "data.split=validation", "rounds.count=1"), out=tmp_path / "run")
+    assert json.loads((run.path / "data.json").read_text())["rows"] == {"train": 58, "test": 6}
+
+
+def test_natural_clients(texts: Path, tmp_path: Path) -> None:
+    run = fedrank.run(settings(texts, "data.partition.kind=natural", "rounds.cohort=9"), out=tmp_path / "run")
+    facts = json.loads((run.path / "data.json").read_text())["partition"]
+    assert [c["origin"] for c in facts["clients"]] == ["author 0", "author 1", "author 2"]
+    assert facts["test_from"] == "train"
+    assert run.rounds[0]["clients_ok"] == 3  # as many as there are, not clients.count, nor the cohort's size
+    assert run.summary["personal_accuracy"] is None  # a fifth of 21 rows is under 5
+
+
+def test_redraws_are_told(texts: Path, tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    options = ("data.partition={kind: dirichlet, alpha: 0.3, min_rows: 8}", "rounds.count=1")
+    run = fedrank.run(settings(texts, *options), out=tmp_path / "run", watch=events.append)
+    facts = json.loads((run.path / "data.json").read_text())["partition"]
+    assert events[0]["redraws"] == facts["redraws"] > 0
+    assert min(c["train_rows"] for c in facts["clients"]) >= 8
+
+
+def test_generate(tmp_path: Path) -> None:
+    for split, count in (("train", 16), ("test", 6)):
+        lines = (json.dumps({"prompt": f"say {at}: ", "completion": "ab" * (1 + at % 3)}) for at in range(count))
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    options = (
+        "task=generate",
+        "model.name=tiny-decoder",
+        "local.lr=0.02",
+        "rounds={count: 3, cohort: 4, evaluate_every: 1}",
+    )
+    run = fedrank.run(settings(tmp_path, *options), out=tmp_path / "run")
+    losses = [row["loss"] for row in run.rounds]
+    assert losses[-1] < losses[0]
+    assert run.summary["majority"] is None
+    assert run.state.adapter.dense == {}
+
+
+# ---- imports
+
+
+def play(config: dict[str, Any], path: Path, folder: Path) -> list[dict[str, Any]]:
+    found = read_peft(folder)
+    return list(experiment.start(load(config), path, first=lambda state: adopt(state, found)))
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedara"])
+def test_an_import_starts_from_the_adapters_function(method: str, played: Any, texts: Path, tmp_path: Path) -> None:
+    run, _ = played
+    config = settings(texts, f"method.name={method}", "rounds.count=1")
+    play(config, tmp_path / "run", run.path / "adapter")
+    begun = experiment.Store.open(tmp_path / "run").state(0)[0].adapter
+    source = run.state.adapter
+    for name, delta in begun.delta().items():
+        wanted = source.delta().get(name, np.zeros_like(delta))
+        np.testing.assert_allclose(delta, wanted, atol=1e-6 * max(1.0, float(np.abs(wanted).max())))
+    assert all(np.array_equal(begun.dense[name], tensor) for name, tensor in source.dense.items())
+
+
+def test_what_stays_with_the_clients_starts_from_the_import_too(
+    played: Any, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head that never travels is the imported one on every client, also after a resume."""
+    run, _ = played
+    heads: list[Any] = []
+
+    def train(self: FedAvg, jobs: Iterable[Job]) -> Iterator[Update]:
+        for job in jobs:
+            heads.append(job.adapter.dense)
+            yield job.fit(job)
+
+    monkeypatch.setattr(FedAvg, "train", train)
+    play(settings(texts, "adapter.head=frozen", "rounds.count=1"), tmp_path / "run", run.path / "adapter")
+    fedrank.resume(tmp_path / "run", "rounds.count=+1")
+    assert len(heads) == 4
+    for head in heads:
+        assert all(np.array_equal(head[name], tensor) for name, tensor in run.state.adapter.dense.items())
+
+
+def test_an_import_that_does_not_fit_leaves_nothing(played: Any, texts: Path, tmp_path: Path) -> None:
+    run, _ = played
+    with pytest.raises(StoreError, match=r"set adapter.rank=\d or more|modules that this run does not adapt"):
+        play(settings(texts, "adapter.targets=[query]"), tmp_path / "run", run.path / "adapter")
+    assert not (tmp_path / "run").exists()
