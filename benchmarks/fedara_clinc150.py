@@ -120,7 +120,12 @@ def main() -> None:
     jobs = {}
     for arm, settings in study["arms"].items():
         for lr in pilot["learning_rates"][settings["method"]["name"]]:
-            part = {"rounds": pilot["rounds"], "seed": pilot["seed"], "local": {"lr": lr}, "data": {"split": "validation"}}
+            part = {
+                "rounds": pilot["rounds"],
+                "seed": pilot["seed"],
+                "local": {"lr": lr},
+                "data": {"split": "validation"},
+            }
             jobs[arm, lr] = pool.submit(play, args.out / f"pilot-{arm}-{lr:g}", merge(base, settings, part))
     tried = {key: json.loads((job.result() / "summary.json").read_text())["accuracy"] for key, job in jobs.items()}
     best = {arm: max((lr for a, lr in tried if a == arm), key=lambda lr: tried[arm, lr]) for arm in study["arms"]}
@@ -159,7 +164,11 @@ def main() -> None:
     folders = {arm: args.out / f"{arm}-{study['seeds'][0]}" for arm in ("fedara", "fedavg_rank_12")}
     result["step_cost"] = costs(folders, args.data)
     args.results.write_text(json.dumps(result, indent=1))
-    print(json.dumps({key: result[key] for key in ("arms", "fedara_minus", "adapter_bytes_over_fedara", "step_cost")}, indent=1))
+    print(
+        json.dumps(
+            {key: result[key] for key in ("arms", "fedara_minus", "adapter_bytes_over_fedara", "step_cost")}, indent=1
+        )
+    )
 
 
 if __name__ == "__main__":

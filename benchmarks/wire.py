@@ -21,7 +21,7 @@ from fedrank.client import Site
 from fedrank.config import Rounds
 from fedrank.engines.local import Local
 from fedrank.methods.fedavg import FedAvg
-from fedrank.protocol import Device, Job, Module, ModelSpec, Observe, Plan, State, Update, rng
+from fedrank.protocol import Device, Job, ModelSpec, Module, Observe, Plan, State, Update, rng
 from fedrank.selection import everything
 from fedrank.server import Server
 from fedrank.store import Store
@@ -49,7 +49,9 @@ def median(call: Callable[[], Any], repeats: int = 30) -> float:
 
 def throughput(spec: ModelSpec, adapter: Adapter) -> dict[str, Any]:
     """GB of float32 state per second, by dtype, beside a plain copy of the same bytes in this run."""
-    blob = np.ones(sum(b.rank * (m.out + 1 + m.in_) for m in spec.modules for b in [adapter.blocks[m.name]]), np.float32)
+    blob = np.ones(
+        sum(b.rank * (m.out + 1 + m.in_) for m in spec.modules for b in [adapter.blocks[m.name]]), np.float32
+    )
     state, plan, result = State(0, 1, adapter), Plan(train=everything(adapter)), {}
     for dtype in ("f32", "f16", "bf16", "int8"):
         wire = Wire(spec, adapter, dtype, "run", 0)  # type: ignore[arg-type]
@@ -99,7 +101,9 @@ def overhead(spec: ModelSpec, start: Adapter) -> dict[str, float]:
 
         engine = Local(devices, site, lambda device: 0.0, 0.0, 0)
         rounds = Rounds(count=ROUNDS, cohort=CLIENTS, evaluate_every=1000)
-        server = Server(method, engine, timed, store, rounds, 0, "train", lambda adapter: {"accuracy": 0.0, "loss": 0.0})
+        server = Server(
+            method, engine, timed, store, rounds, 0, "train", lambda adapter: {"accuracy": 0.0, "loss": 0.0}
+        )
         state = State(0, ROUNDS, start)
         for _ in server.play(state):  # warm-up: caches, allocator, disk
             pass

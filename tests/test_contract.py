@@ -20,6 +20,7 @@ import toy
 from fedrank import client, export, ledger, methods, wire
 from fedrank.adapter import Adapter, gaussian, kaiming
 from fedrank.aggregation import average
+from fedrank.frame import pack, unpack
 from fedrank.methods.fedavg import FedAvg
 from fedrank.protocol import Job, ModelSpec, Plan, State, Update, rng
 from fedrank.selection import everything
@@ -216,11 +217,11 @@ def rewritten(change: Callable[[dict, dict], None]) -> Callable[[str, bytes], li
     """Client c1's updates with this change to their facts and tensors."""
 
     def carry(name: str, frame: bytes) -> list[tuple[str, bytes]]:
-        meta, tensors = wire.unpack(frame)
+        meta, tensors = unpack(frame)
         if name == "c1" and meta["kind"] == "update":
             tensors = {n: t.copy() for n, t in tensors.items()}
             change(meta, tensors)
-            frame = wire.pack(meta, tensors)
+            frame = pack(meta, tensors)
         return [(name, frame)]
 
     return carry
@@ -361,9 +362,9 @@ def test_answers_of_strangers_and_garbage_are_dropped(tmp_path):
 @pytest.mark.parametrize("metrics", [{"accuracy": 0.5}, {"accuracy": 0.5, "loss": 1.0, "rows": 0}, {"rows": 10}, {}])
 def test_an_odd_evaluation_is_left_out_of_the_means(metrics, tmp_path):
     def odd(name: str, frame: bytes) -> list[tuple[str, bytes]]:
-        meta, tensors = wire.unpack(frame)
+        meta, tensors = unpack(frame)
         if name == "c1" and meta["kind"] == "evaluation":
-            frame = wire.pack(meta | {"metrics": metrics}, tensors)
+            frame = pack(meta | {"metrics": metrics}, tensors)
         return [(name, frame)]
 
     f = toy.federation(FedAvg(), tmp_path / "run", rounds=1, carry=lambda e: toy.Tampering(e, odd))
@@ -448,7 +449,7 @@ def test_a_redone_round_starts_from_the_version_the_server_names(tmp_path):
 
 
 def without_seconds(frame: bytes) -> tuple[dict, dict]:
-    meta, tensors = wire.unpack(frame)
+    meta, tensors = unpack(frame)
     meta["metrics"].pop("seconds")
     return meta, {name: tensor.tobytes() for name, tensor in tensors.items()}
 
@@ -502,7 +503,7 @@ def test_own_factors_and_private_state_stay_with_their_client(down, tmp_path):
         assert all(b.any() for b in stored)
         assert np.any(stored[0] != stored[1])
     assert not any(np.arange(7.0).tobytes() in frame for frame in sent)
-    assert not any("B" in wire.unpack(frame)[1] for frame in sent)
+    assert not any("B" in unpack(frame)[1] for frame in sent)
 
 
 def test_an_own_factor_goes_on_where_it_was(tmp_path):
@@ -544,7 +545,7 @@ def test_an_own_component_without_a_part_in_a_round_is_not_forgotten(tmp_path):
     np.testing.assert_array_equal(two[f"ids/{module}"], np.arange(4))
     same = np.all(one[f"B/{module}"] == two[f"B/{module}"], axis=0)
     assert same.tolist() == [False, True, False, True]
-    meta, _ = wire.unpack(client.handle(request(f, "c0", replace(plan, since=2), 3), site))
+    meta, _ = unpack(client.handle(request(f, "c0", replace(plan, since=2), 3), site))
     assert meta["kind"] == "update"
 
 
@@ -569,7 +570,7 @@ def test_a_factor_that_is_sent_once_is_kept_as_it_came(tmp_path):
     again = replace(first, since=1)
     assert again.sent == "B"
     answer = client.handle(f.server.wire.request("train", "c0", again, replace(state, round=1)), noted)
-    assert wire.unpack(answer)[0]["kind"] == "update"
+    assert unpack(answer)[0]["kind"] == "update"
     for name, tensor in jobs[1].adapter.dense.items():
         np.testing.assert_array_equal(tensor, state.adapter.dense[name])
     np.testing.assert_array_equal(jobs[1].adapter.blocks[module].A, f.begin.adapter.blocks[module].A[:3])

@@ -16,10 +16,10 @@ from fedrank import experiment
 from fedrank.config import load
 from fedrank.engines.local import Local
 from fedrank.export import adopt, read_peft
+from fedrank.frame import sizes
 from fedrank.methods.fedavg import FedAvg
 from fedrank.protocol import ClientId, Job, ModelSpec, Plan, State, Update, Updates
 from fedrank.store import StoreError
-from fedrank.wire import sizes
 
 ROUND = {
     "round", "accuracy", "loss", "personal_accuracy", "bytes_up", "bytes_down", "adapter_bytes_up", "adapter_bytes_down",

@@ -14,7 +14,7 @@ from fedrank.adapter import Adapter, Block
 from fedrank.export import adopt, export, read_peft
 from fedrank.protocol import State
 from fedrank.store import Store, StoreError
-from fedrank.training import models, tasks
+from fedrank.training import models
 from fedrank.training.hooks import live, mounted
 
 SIZES = {"vocab_size": 260, "pad_token_id": 0}

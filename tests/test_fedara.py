@@ -18,6 +18,7 @@ import toy
 from fedrank import methods, wire
 from fedrank.adapter import Adapter, Block, gaussian, norms
 from fedrank.aggregation import average
+from fedrank.frame import sizes, unpack
 from fedrank.methods.fedara import FedARA, Sensitivity
 from fedrank.protocol import ModelSpec, Plan, State, Update, rng
 from fedrank.selection import by_module, cubic, everything
@@ -108,7 +109,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     frames: dict[tuple[int, str], bytes] = {}
 
     def keep(name: str, frame: bytes) -> list[tuple[str, bytes]]:
-        meta, _ = wire.unpack(frame)
+        meta, _ = unpack(frame)
         if meta["kind"] == "update":
             frames[meta["round"], name] = frame
         return [(name, frame)]
@@ -357,7 +358,7 @@ def test_12_mask_bits_travel_only_in_allocation_rounds(run):
     rounds = {t for t in range(1, 6) if method.budget(states[t - 1]) is not None}
     assert rounds == {2, 3, 4}  # T_w = 1, T_f = 1
     for (t, _), frame in run["frames"].items():
-        _, tensors = wire.unpack(frame)
+        _, tensors = unpack(frame)
         assert ("arrays.keep" in tensors) == (t in rounds)
         if t in rounds:
             assert tensors["arrays.keep"].nbytes == math.ceil(states[t - 1].adapter.components / BITS)
@@ -391,7 +392,7 @@ def test_13_decode_of_encode_is_the_identity_also_with_empty_modules(empty):
     assert toy.same(request.adapter, adapter)
     reply = ends.update(request, Update(adapter, 5))
     assert toy.same(ends.open_reply(reply, "train", 1, "c0", plan, adapter).update.adapter, adapter)
-    assert wire.sizes(reply).adapter == 4 * sum(b.rank * 6 for b in adapter.blocks.values())
+    assert sizes(reply).adapter == 4 * sum(b.rank * 6 for b in adapter.blocks.values())
 
 
 # ---- 15, 16: deletion

@@ -14,14 +14,15 @@ import pytest
 from jaxtyping import TypeCheckError
 
 import fedrank
-from fedrank import adapter, protocol, selection, wire
+from fedrank import adapter, protocol, selection
+from fedrank.frame import unpack
 
 ROOT = Path(fedrank.__file__).parent
 
 FLOORS = [
     {"adapter"},
     {"protocol"},
-    {"aggregation", "selection", "cost", "wire", "config", "store", "ledger"},
+    {"aggregation", "selection", "cost", "frame", "wire", "config", "store", "ledger"},
     {"training"},
     {"methods"},
     {"client"},
@@ -186,4 +187,4 @@ def test_shapes_and_types_are_checked_while_tests_run() -> None:
     with pytest.raises(TypeCheckError):
         protocol.Device("c0", "many")  # type: ignore[arg-type]
     with pytest.raises(TypeCheckError):
-        wire.unpack("text")  # type: ignore[arg-type]
+        unpack("text")  # type: ignore[arg-type]

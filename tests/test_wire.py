@@ -17,24 +17,11 @@ from safetensors import safe_open
 
 from fedrank import cost
 from fedrank.adapter import Adapter, Block
+from fedrank.frame import DTYPES, EXACT, HEADER, MAX_HEADER, Refused, decode, encode, pack, sizes, unpack
 from fedrank.methods.fedara import FedARA
 from fedrank.protocol import Device, Plan, State, Update, rng
 from fedrank.selection import everything
-from fedrank.wire import (
-    DTYPES,
-    EXACT,
-    HEADER,
-    MAX_HEADER,
-    Refused,
-    Reply,
-    Request,
-    Wire,
-    decode,
-    encode,
-    pack,
-    sizes,
-    unpack,
-)  # fmt: skip
+from fedrank.wire import Reply, Request, Wire
 from toy import arrays, drawn, same, small
 
 SPEC = small({"0.m": (5, 3), "1.m": (4, 6), "2.m": (3, 3)}, rank=4)

@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedrank.frame import Refused, pack, unpack
 from fedrank.protocol import Plan, State, Update
 from fedrank.selection import everything
-from fedrank.wire import Refused, Reply, Request, Wire, pack, unpack
+from fedrank.wire import Reply, Request, Wire
 from toy import arrays, drawn, small
 
 SPEC = small({"0.m": (5, 3), "1.m": (4, 6)}, rank=3)

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from fedrank.adapter import FACTORS, Adapter, Block
+from fedrank.frame import Refused
 from fedrank.protocol import Device, Fit, Job, Method, Plan, Update
 from fedrank.store import Private
-from fedrank.wire import Refused, Request, Wire
+from fedrank.wire import Request, Wire
 
 MIN_TEST_ROWS = 5  # fewer say nothing about a client
 

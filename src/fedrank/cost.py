@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedrank.adapter import FACTORS, Adapter
+from fedrank.frame import DTYPES, HEADER, Dtype
 from fedrank.protocol import Plan
-from fedrank.wire import DTYPES, HEADER, Dtype
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from fedrank import frame as frames
 from fedrank import ledger
 from fedrank.adapter import Adapter
 from fedrank.config import Rounds
+from fedrank.frame import EXACT, Refused, Sizes
 from fedrank.protocol import ClientId, Device, Engine, Method, Plan, State, Update, rng
 from fedrank.selection import everything
 from fedrank.store import Store
-from fedrank.wire import EXACT, Kind, Refused, Reply, Sizes, Wire
-from fedrank.wire import sizes as wire_sizes
+from fedrank.wire import Kind, Reply, Wire
 
 log = logging.getLogger(__name__)
 Event = dict[str, Any]
@@ -91,7 +92,7 @@ class Server:
         def build(client: ClientId) -> Callable[[], bytes]:
             def request() -> bytes:
                 frame = self.wire.request(kind, client, plans[client], state)
-                sizes[client] = wire_sizes(frame)
+                sizes[client] = frames.sizes(frame)
                 return frame
 
             return request
@@ -197,7 +198,9 @@ class Server:
             total = sum(row["rows"] for row in scored)
             result |= {
                 "personal_accuracy": float(np.mean([row["accuracy"] for row in scored])),
-                "personal_majority": float(np.mean(most)) if (most := [r["majority"] for r in scored if "majority" in r]) else None,
+                "personal_majority": float(np.mean(most))
+                if (most := [r["majority"] for r in scored if "majority" in r])
+                else None,
                 "mean_accuracy": sum(row["accuracy"] * row["rows"] for row in scored) / total,
                 "mean_loss": sum(row["loss"] * row["rows"] for row in scored) / total,
             }

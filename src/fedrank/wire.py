@@ -1,115 +1,22 @@
-"""The wire: plans, adapters and updates as safetensors frames; the reader checks everything.
-
-A frame is one safetensors file: a JSON header padded to a fixed size, one flat tensor per factor in
-module and id order, and last a CRC-32 of all bytes before it. Nothing in it is ever executed.
-"""
+"""The wire: plans, adapters and updates as frames, one flat tensor per factor in module and id order; the reader checks everything."""
 
 import hashlib
 import json
 import math
-import struct
 import sys
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import ml_dtypes
 import numpy as np
-import safetensors
 
 from fedrank.adapter import FACTORS, Adapter, Block, split
+from fedrank.frame import EXACT, SCHEMA, Dtype, Refused, Sizes, decode, encode, pack, sizes, unpack
 from fedrank.protocol import ClientId, ModelSpec, Plan, State, Update, rng
 
-SCHEMA = 1
-HEADER = 2048  # bytes; the header grows in steps of this, so that a frame's length can be predicted
-MAX_HEADER = 1 << 20
 MAX_WIDTH = 1 << 16  # component ids are below this
 
-Dtype = Literal["f64", "f32", "f16", "bf16", "int8"]
-DTYPES: Mapping[str, Any] = {"f64": np.float64, "f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16, "int8": np.int8}  # fmt: skip
-EXACT = ("f64", "f32")
-_CODES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I8": np.int8,
-          "U8": np.uint8, "I64": np.int64, "I32": np.int32, "U32": np.uint32, "BOOL": np.bool_}  # fmt: skip
-_NAMES = {np.dtype(kind): code for code, kind in _CODES.items()}
-
 Kind = Literal["train", "evaluate", "update", "evaluation", "error"]
-
-
-class Refused(ValueError):
-    """A frame that is damaged, of another run or round, or not what was asked for."""
-
-
-def pack(meta: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> bytes:
-    """One frame of these JSON-able facts and arrays."""
-    header: dict[str, Any] = {"__metadata__": {"fedrank": json.dumps(meta, sort_keys=True)}}
-    at, parts = 0, []
-    for name, array in tensors.items():
-        array = np.asarray(array, order="C")  # ascontiguousarray would make a scalar one-dimensional
-        header[name] = {
-            "dtype": _NAMES[array.dtype],
-            "shape": list(array.shape),
-            "data_offsets": [at, at + array.nbytes],
-        }
-        at += array.nbytes
-        parts.append(array.reshape(-1).view(np.uint8).data if array.size else b"")
-    header["checksum"] = {"dtype": "U32", "shape": [1], "data_offsets": [at, at + 4]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    size = HEADER * math.ceil((8 + len(text)) / HEADER) - 8
-    pieces = [struct.pack("<Q", size), text.ljust(size), *parts]
-    checksum = 0
-    for piece in pieces:
-        checksum = zlib.crc32(piece, checksum)
-    return b"".join([*pieces, struct.pack("<I", checksum)])
-
-
-def unpack(frame: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The facts and arrays of a frame; Refused where it is damaged or not of this schema."""
-    if len(frame) < HEADER + 4:
-        raise Refused(f"a frame of {len(frame)} bytes is too short")
-    if zlib.crc32(memoryview(frame)[:-4]) != struct.unpack("<I", frame[-4:])[0]:
-        raise Refused("the checksum does not fit: the frame was damaged on its way")
-    (size,) = struct.unpack("<Q", frame[:8])
-    if size > min(MAX_HEADER, len(frame) - 8):
-        raise Refused(f"a header of {size} bytes is over the limit")
-    try:
-        meta = json.loads(json.loads(frame[8 : 8 + size])["__metadata__"]["fedrank"])
-        entries = safetensors.deserialize(frame)  # type: ignore[no-untyped-call]
-        tensors = {name: np.frombuffer(e["data"], _CODES[e["dtype"]]).reshape(e["shape"]) for name, e in entries}
-    except (KeyError, TypeError, ValueError, RecursionError, safetensors.SafetensorError) as error:
-        raise Refused(f"not a frame: {type(error).__name__}: {error}") from None
-    if not isinstance(meta, dict) or meta.get("schema") != SCHEMA:
-        got = meta.get("schema") if isinstance(meta, dict) else None
-        raise Refused(f"the frame has schema version {got!r}, this fedrank speaks {SCHEMA}")
-    tensors.pop("checksum", None)
-    for name, array in tensors.items():
-        if (
-            array.dtype.kind in "fV"
-            and not np.isfinite(array.astype(np.float32) if array.dtype.itemsize == 2 else array).all()
-        ):
-            raise Refused(f"tensor {name!r} holds NaN or infinity")
-    return meta, tensors
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes of one frame: the factors B, e, A; the dense tensors; everything."""
-
-    adapter: int
-    head: int
-    frame: int
-
-
-def sizes(frame: bytes) -> Sizes:
-    """What the bytes of a frame of this module are spent on, read from its header."""
-    (size,) = struct.unpack("<Q", frame[:8])
-    totals = {"adapter": 0, "head": 0}
-    for name, entry in json.loads(frame[8 : 8 + size]).items():
-        part = "head" if name.startswith("h.") else "adapter" if name.split(".")[0] in FACTORS else None
-        if part:
-            start, end = entry["data_offsets"]
-            totals[part] += end - start
-    return Sizes(totals["adapter"], totals["head"], len(frame))
 
 
 @dataclass(frozen=True, eq=False)
@@ -392,57 +299,6 @@ class Wire:
                 part[mine] = rows[theirs]
             parts.append(part.reshape(-1))
         return np.concatenate(parts)
-
-
-def encode(
-    name: str, values: np.ndarray, lengths: np.ndarray, dtype: Dtype, generator: np.random.Generator
-) -> dict[str, np.ndarray]:
-    """A flat array in the wire's dtype; low precision is rounded stochastically, so its mean is exact.
-
-    int8 has one f32 scale per row (the rows' `lengths` sum to the array's size).
-    """
-    if dtype in EXACT:
-        return {name: values.astype(DTYPES[dtype], copy=False)}
-    values = values.astype(np.float32)
-    if dtype == "int8":
-        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(int)
-        scales = (np.maximum.reduceat(np.abs(values), starts) / 127).astype(np.float32)
-        steps = values / np.repeat(np.where(scales > 0, scales, 1), lengths)
-        low = np.floor(steps)
-        steps = low + (generator.random(values.size, np.float32) < steps - low)
-        return {name: np.clip(steps, -127, 127).astype(np.int8), f"{name}.scale": scales}
-    if dtype == "bf16":  # the low 16 bits of an f32, plus 16 random ones, carry into the rest
-        limit = np.float32(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
-        bits = np.clip(values, -limit, limit).view(np.uint32)  # at the limit all 16 are 0: nothing reaches infinity
-        noise = generator.integers(0, 1 << 16, values.size, np.uint32)
-        return {name: (bits + noise >> 16).astype(np.uint16).view(ml_dtypes.bfloat16)}
-    top = np.finfo(np.float16).max
-    values = np.clip(values, -top, top)
-    near = values.astype(np.float16)
-    error = values - near.astype(np.float32)
-    other = np.nextafter(near, np.where(error > 0, top, -top))
-    gap = np.abs(other.astype(np.float32) - near.astype(np.float32))
-    cross = generator.random(values.size, np.float32) * gap < np.abs(error)
-    return {name: np.where(cross, other, near)}
-
-
-def decode(name: str, tensors: Mapping[str, np.ndarray], lengths: np.ndarray, dtype: Dtype) -> np.ndarray:
-    """The flat values of a tensor; Refused unless its dtype and size are the ones asked for."""
-
-    def part(key: str, kind: Any, size: int) -> np.ndarray:
-        if key not in tensors:
-            raise Refused(f"tensor {key!r} is missing")
-        array = tensors[key]
-        if array.dtype != np.dtype(kind) or array.shape != (size,):
-            raise Refused(f"tensor {key!r} is {array.dtype}{list(array.shape)}, asked for was {np.dtype(kind)}[{size}]")
-        return array
-
-    values = part(name, DTYPES[dtype], int(lengths.sum()))
-    if dtype in EXACT:
-        return values
-    if dtype == "int8":
-        return np.asarray(values * np.repeat(part(f"{name}.scale", np.float32, len(lengths)), lengths))
-    return values.astype(np.float32)
 
 
 def _rows(shape: tuple[int, ...]) -> np.ndarray:

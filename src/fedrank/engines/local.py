@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from fedrank import client
+from fedrank.frame import Refused
 from fedrank.protocol import ClientId, Device, rng
-from fedrank.wire import Refused
 
 log = logging.getLogger(__name__)
 
