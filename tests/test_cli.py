@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import fedrank
 import toy
-from fedrank import cli
+from fedrank import cli, views
 
 COMMANDS = ("run", "resume", "import", "export", "show", "methods")
 Fed = Callable[..., Any]
@@ -195,7 +195,7 @@ def test_the_next_free_directory(config: Path, fed: Fed, tmp_path: Path, monkeyp
 
 def test_live_on_a_terminal(config: Path, fed: Fed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
-    monkeypatch.setattr(cli, "Console", lambda: Console(file=screen, force_terminal=True, width=160))
+    monkeypatch.setattr(views, "Console", lambda: Console(file=screen, force_terminal=True, width=160))
     options = ("engine.failure_rate=0.4", "rounds.cohort=3", "seed=1")
     found = fed("run", config, *options, "--out", tmp_path / "[run]", "-o", "live")
     assert found.exit_code == 0, found.output
@@ -372,4 +372,4 @@ def test_import(fed: Fed, run: Path, config: Path, tmp_path: Path) -> None:
     ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (1.5e6, "1.5 MB"), (2.5e12, "2500.0 GB")]
 )
 def test_sizes_for_people(count: float, text: str) -> None:
-    assert cli.size(count) == text
+    assert views.size(count) == text

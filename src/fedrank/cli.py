@@ -7,20 +7,18 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 import fedrank
 from fedrank import config as settings
 from fedrank import methods as registry
+from fedrank import views
 from fedrank.store import Store, StoreError
 
 app = typer.Typer(
@@ -31,18 +29,11 @@ app = typer.Typer(
 errors = Console(stderr=True)
 
 
-class Output(StrEnum):
-    live = "live"
-    plain = "plain"
-    json = "json"
-    quiet = "quiet"
-
-
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys to set, such as local.lr=0.01.")
 ]
 Show = Annotated[
-    Output,
+    views.Output,
     typer.Option(
         "--output",
         "-o",
@@ -55,7 +46,7 @@ Out = Annotated[Path | None, typer.Option("--out", help="The run directory; by d
 @app.command()
 def run(
     config: Annotated[str, typer.Argument(help="A YAML file, or the preset: quickstart.")],
-    overrides: Overrides = None, out: Out = None, output: Show = Output.live,
+    overrides: Overrides = None, out: Out = None, output: Show = views.Output.live,
     baselines: Annotated[bool, typer.Option("--baselines", help="Also score a linear probe and TF-IDF on the same rows (needs scikit-learn).")] = False,
 ) -> None:  # fmt: skip
     """Play a whole federated run and leave a PEFT adapter."""
@@ -71,7 +62,7 @@ def run(
 def resume(
     path: Annotated[Path, typer.Argument(help="A run directory.")],
     overrides: Overrides = None,
-    output: Show = Output.live,
+    output: Show = views.Output.live,
 ) -> None:
     """Go on with a stopped run, to the same bits; or extend a finished one with rounds.count=+20."""
     from fedrank import experiment
@@ -83,7 +74,7 @@ def resume(
 def import_(
     adapter: Annotated[Path, typer.Argument(help="A PEFT LoRA adapter's folder.")],
     config: Annotated[str, typer.Argument(help="A YAML file or preset; its model must be the adapter's base model.")],
-    overrides: Overrides = None, out: Out = None, output: Show = Output.live,
+    overrides: Overrides = None, out: Out = None, output: Show = views.Output.live,
 ) -> None:  # fmt: skip
     """Start a run from a PEFT adapter: its increment is the first state's."""
     from fedrank import experiment
@@ -119,12 +110,9 @@ def show(path: Annotated[Path, typer.Argument(help="A run directory.")]) -> None
         found = Run(path)
         rows = found.rounds
         console = Console()
-        table = _table()
-        for row in rows:
-            table.add_row(*_cells(row))
-        console.print(table)
+        console.print(views.table(rows))
         if (path / "summary.json").exists() and found.summary["rounds"] == found.config.rounds.count:
-            console.print(_summary(found.summary))
+            console.print(views.summary(found.summary))
         else:
             console.print(f"not finished: round {len(rows)} of {found.config.rounds.count}; fedrank resume {path}")
 
@@ -137,7 +125,7 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="For scripts.")
         try:
             cls = registry.find(name)
         except (TypeError, AttributeError, ImportError) as error:  # another package's: the rest are listed all the same
-            errors.print(f"[bold red]error:[/] {_escape(f'{name}: {error}')}", highlight=False, soft_wrap=True)
+            errors.print(f"[bold red]error:[/] {views.escape(f'{name}: {error}')}", highlight=False, soft_wrap=True)
             continue
         paper = (sys.modules[cls.__module__].__doc__ or cls.__doc__ or "").strip().splitlines()[0]
         knobs = {f.name: None if f.default is MISSING else f.default for f in fields(cls) if f.init}
@@ -168,200 +156,47 @@ class _mistakes:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, ValueError | StoreError | OSError | ImportError):
-            errors.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+            errors.print(f"[bold red]error:[/] {views.escape(str(error))}", highlight=False, soft_wrap=True)
             raise typer.Exit(2) from None
 
 
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
-
-
-def _follow(start: Callable[[], Iterator[dict[str, Any]]], path: Path, output: Output, baselines: bool) -> None:
-    level = logging.ERROR if output is Output.quiet else logging.WARNING
+def _follow(start: Callable[[], Iterator[dict[str, Any]]], path: Path, output: views.Output, baselines: bool) -> None:
+    level = logging.ERROR if output is views.Output.quiet else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False, show_time=False)])  # fmt: skip
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     last: dict[str, Any] = {}
     try:
-        _hush()
+        from fedrank.training.models import hush
+
+        hush()
         with _mistakes():
-            last = deque(_views[output](start()), maxlen=1).pop()
+            last = deque(views.VIEWS[output](start()), maxlen=1).pop()
             if baselines:
                 _baselines(path, output)
     except KeyboardInterrupt:
         begun = (path / "config.yaml").exists()
-        go_on = f"every finished round is saved. Go on with: [bold]fedrank resume {_escape(str(path))}[/]"
+        go_on = f"every finished round is saved. Go on with: [bold]fedrank resume {views.escape(str(path))}[/]"
         errors.print(f"\nstopped; {go_on if begun else 'nothing had begun.'}", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     if last.get("clients_ok") == 0 and last.get("rounds"):
-        what = f"no client answered in any round; see {_escape(str(path))}/clients.jsonl"
+        what = f"no client answered in any round; see {views.escape(str(path))}/clients.jsonl"
         errors.print(f"[bold red]error:[/] {what}", highlight=False, soft_wrap=True)
         raise typer.Exit(1)
 
 
-def _hush() -> None:
-    """Loading bars and advice of the libraries below are not this program's output."""
-    from transformers.utils import logging as theirs
-
-    theirs.set_verbosity_error()
-    theirs.disable_progress_bar()
-
-
-def _quiet(events: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    yield from events
-
-
-def _json(events: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for event in events:
-        print(json.dumps(event), flush=True)
-        yield event
-
-
-def _plain(events: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    console = Console()
-    for event in events:
-        if event["event"] in ("start", "resume"):
-            console.print(_about(event), markup=False, highlight=False, soft_wrap=True)
-        elif event["event"] == "round":
-            values = zip(COLUMNS, _cells(event), strict=True)
-            console.print("  ".join(f"{name} {value}" for name, value in values), highlight=False, soft_wrap=True)
-        elif event["event"] == "end":
-            console.print(_summary(event))
-        yield event
-
-
-def _live(events: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    console = Console()
-    if not console.is_terminal:
-        yield from _plain(events)
-        return
-    bars = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    )
-    rounds, clients = bars.add_task("rounds", total=None), bars.add_task("clients", total=None)
-    recent: list[tuple[str, ...]] = []
-    with Live(console=console, refresh_per_second=4) as live:
-        for event in events:
-            match event["event"]:
-                case "start" | "resume":
-                    console.print(_about(event), markup=False, highlight=False)
-                case "cohort":
-                    bars.update(rounds, total=event["rounds"], completed=event["round"] - 1)
-                    bars.reset(clients, total=len(event["clients"]))
-                case "client":
-                    bars.advance(clients)
-                    if not event["ok"]:
-                        console.print(
-                            f"[yellow]round {event['round']}: client {event['client']} failed: {_escape(event['error'])}[/]",
-                            highlight=False,
-                        )
-                case "round":
-                    bars.update(rounds, completed=event["round"])
-                    recent = [*recent[-11:], _cells(event)]
-                case "end":
-                    bars.update(rounds, visible=False)
-                    bars.update(clients, visible=False)
-            table = _table()
-            for cells in recent:
-                table.add_row(*cells)
-            live.update(Group(table, bars) if event["event"] != "end" else table)
-            yield event
-    console.print(_summary(event))
-
-
-_views: dict[Output, Callable[[Iterator[dict[str, Any]]], Iterator[dict[str, Any]]]] = {
-    Output.live: _live, Output.plain: _plain, Output.json: _json, Output.quiet: _quiet,
-}  # fmt: skip
-
-COLUMNS = (
-    "round",
-    "accuracy",
-    "personal",
-    "train loss",
-    "components",
-    "modules",
-    "adapter up",
-    "adapter down",
-    "ok/failed",
-    "seconds",
-)
-
-
-def _table() -> Table:
-    table = Table(box=None, pad_edge=False)
-    for name in COLUMNS:
-        table.add_column(name, justify="right")
-    return table
-
-
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    return (
-        str(row["round"]), _share(row["accuracy"]), _share(row["personal_accuracy"]), _number(row["train_loss"]),
-        str(row["components"]), str(row["modules_alive"]), size(row["adapter_bytes_up"]), size(row["adapter_bytes_down"]),
-        f"{row['clients_ok']}/{row['clients_failed']}", f"{row['wall_seconds']:.1f}",
-    )  # fmt: skip
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
-def size(count: int | float) -> str:
-    """Bytes for people: 1.5 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
-def _about(event: dict[str, Any]) -> str:
-    on = f", on from round {event['round']}" if event["event"] == "resume" else ""
-    return (
-        f"{event['method']} on {event['data']}: {event['train_rows']} train and {event['test_rows']} test rows, "
-        f"{event['classes']} classes (sha256 {event['hash']}…), {event['clients']} clients, "
-        f"{event['model']} with {event['modules']} adapted modules{on}\nrun directory: {event['path']}"
-    )
-
-
-def _summary(summary: dict[str, Any]) -> Table:
-    table = Table("", "", show_header=False, title=f"{summary['method']}, {summary['rounds']} rounds")
-    rows = [
-        ("accuracy, global test set", _share(summary["accuracy"])),
-        ("  majority class", _share(summary["majority"])),
-        ("personal accuracy, mean over clients", _share(summary["personal_accuracy"])),
-        ("  majority class of each client", _share(summary["personal_majority"])),
-        *((f"  {name}", _share(value)) for name, value in summary.get("baselines", {}).items()),
-        ("adapter bytes up / down", f"{size(summary['adapter_bytes_up'])} / {size(summary['adapter_bytes_down'])}"),
-        ("head bytes up / down", f"{size(summary['head_bytes_up'])} / {size(summary['head_bytes_down'])}"),
-        ("all bytes up / down", f"{size(summary['bytes_up'])} / {size(summary['bytes_down'])}"),
-        ("components, start and end", f"{summary['components_at_start']} and {summary['components']}"),
-        ("modules alive", f"{summary['modules_alive']} of {summary['modules']}"),
-        ("client updates merged / failed", f"{summary['clients_ok']} / {summary['clients_failed']}"),
-        ("seconds, of which training", f"{summary['wall_seconds']:.0f}, {summary['train_seconds']:.0f}"),
-        ("run directory", _escape(summary["path"])),
-    ]
-    for name, value in rows:
-        table.add_row(name, value)
-    return table
-
-
-def _baselines(path: Path, output: Output) -> None:
+def _baselines(path: Path, output: views.Output) -> None:
     from fedrank.training.probe import baselines
 
     found = baselines(settings.load(path / "config.yaml"))
     summary = json.loads((path / "summary.json").read_text()) | {"baselines": found}
     Store.open(path).write("summary.json", json.dumps(summary, indent=1))
-    if output is Output.json:
+    if output is views.Output.json:
         print(json.dumps({"event": "baselines", **found}))
-    elif output is not Output.quiet:
+    elif output is not views.Output.quiet:
         table = Table("on the same rows, all of them in one place", "accuracy")
-        table.add_row(f"fedrank, {summary['method']}", _share(summary["accuracy"]))
+        table.add_row(f"fedrank, {summary['method']}", views.share(summary["accuracy"]))
         for name, value in found.items():
-            table.add_row(name, _share(value))
+            table.add_row(name, views.share(value))
         Console().print(table)
         best = max(found, key=lambda name: found[name])
         if summary["accuracy"] < found[best]:

@@ -1,5 +1,6 @@
 """The client: one function from frame to frame; its memory is in its own store."""
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from fedrank.frame import Refused
 from fedrank.protocol import Device, Fit, Job, Method, Plan, Update
 from fedrank.store import Private
 from fedrank.wire import Request, Wire
+
+log = logging.getLogger(__name__)
 
 MIN_TEST_ROWS = 5  # fewer say nothing about a client
 
@@ -48,7 +51,8 @@ def handle(frame: bytes, site: Site) -> bytes:
             if request.kind == "evaluate":
                 return site.wire.evaluation(request, _evaluate(request, site))
             return _train(request, site)
-        except (RuntimeError, ValueError, ArithmeticError, OSError, MemoryError) as error:
+        except Exception as error:  # whatever it is, the round goes on without this client, and says why
+            log.debug("client %s failed", request.client, exc_info=True)
             text = f"{type(error).__name__}: {error}"
             return site.wire.error(request.round, request.client, request.digest, text)
 

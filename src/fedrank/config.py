@@ -174,7 +174,9 @@ def override(raw: dict[str, Any], item: str) -> None:
     *path, last = key.split(".")
     node = raw
     for part in path:
-        node = node.setdefault(part, {})
+        if node.get(part) is None:  # "local:" with nothing below it is an empty section
+            node[part] = {}
+        node = node[part]
         if not isinstance(node, dict):
             raise ConfigError(f"override {key!r}: {part!r} is a value, not a section")
     node[last] = value

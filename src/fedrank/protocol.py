@@ -109,6 +109,14 @@ class Plan:
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     returns: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in self.train.keys() & self.frozen.keys():
+            if both := np.intersect1d(self.train[name], self.frozen[name]).tolist():
+                raise ValueError(f"module {name!r}: components {both} are planned to learn and to be frozen")
+        for part in (self.learn, self.up, self.down, self.own):
+            if odd := set(part) - set("BeAh"):
+                raise ValueError(f"{sorted(odd)} are no factors; they are B, e, A and h")
+
     @property
     def width(self) -> int:
         """One more than the largest component id: the bits per module in which its ids travel."""

@@ -44,6 +44,12 @@ class Model:
     task: str
 
 
+def hush() -> None:
+    """Loading bars and advice of the libraries below are not a run's output."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
 class MeanPooled(nn.Module):
     """A linear head on the mean of the last hidden states over real tokens."""
 

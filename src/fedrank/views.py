@@ -1,0 +1,165 @@
+"""What a person sees of a run: bars and a live table, a line per round, JSON events, a closing summary."""
+
+import json
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Output(StrEnum):
+    live = "live"
+    plain = "plain"
+    json = "json"
+    quiet = "quiet"
+
+
+def _quiet(events: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    yield from events
+
+
+def _json(events: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for event in events:
+        print(json.dumps(event), flush=True)
+        yield event
+
+
+def _plain(events: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    console = Console()
+    for event in events:
+        if event["event"] in ("start", "resume"):
+            console.print(_about(event), markup=False, highlight=False, soft_wrap=True)
+        elif event["event"] == "round":
+            values = zip(COLUMNS, cells(event), strict=True)
+            console.print("  ".join(f"{name} {value}" for name, value in values), highlight=False, soft_wrap=True)
+        elif event["event"] == "end":
+            console.print(summary(event))
+        yield event
+
+
+def _live(events: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    console = Console()
+    if not console.is_terminal:
+        yield from _plain(events)
+        return
+    bars = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    )
+    rounds, clients = bars.add_task("rounds", total=None), bars.add_task("clients", total=None)
+    recent: list[dict[str, Any]] = []
+    with Live(console=console, refresh_per_second=4) as live:
+        for event in events:
+            match event["event"]:
+                case "start" | "resume":
+                    console.print(_about(event), markup=False, highlight=False)
+                case "cohort":
+                    bars.update(rounds, total=event["rounds"], completed=event["round"] - 1)
+                    bars.reset(clients, total=len(event["clients"]))
+                case "client":
+                    bars.advance(clients)
+                    if not event["ok"]:
+                        console.print(
+                            f"[yellow]round {event['round']}: client {event['client']} failed: {escape(event['error'])}[/]",
+                            highlight=False,
+                        )
+                case "round":
+                    bars.update(rounds, completed=event["round"])
+                    recent = [*recent[-11:], event]
+                case "end":
+                    bars.update(rounds, visible=False)
+                    bars.update(clients, visible=False)
+            live.update(Group(table(recent), bars) if event["event"] != "end" else table(recent))
+            yield event
+    console.print(summary(event))
+
+
+VIEWS: dict[Output, Callable[[Iterator[dict[str, Any]]], Iterator[dict[str, Any]]]] = {
+    Output.live: _live, Output.plain: _plain, Output.json: _json, Output.quiet: _quiet,
+}  # fmt: skip
+
+COLUMNS = (
+    "round",
+    "accuracy",
+    "personal",
+    "train loss",
+    "components",
+    "modules",
+    "adapter up",
+    "adapter down",
+    "ok/failed",
+    "seconds",
+)
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The rounds of a ledger."""
+    result = Table(box=None, pad_edge=False)
+    for name in COLUMNS:
+        result.add_column(name, justify="right")
+    for row in rows:
+        result.add_row(*cells(row))
+    return result
+
+
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        str(row["round"]), share(row["accuracy"]), share(row["personal_accuracy"]), _number(row["train_loss"]),
+        str(row["components"]), str(row["modules_alive"]), size(row["adapter_bytes_up"]), size(row["adapter_bytes_down"]),
+        f"{row['clients_ok']}/{row['clients_failed']}", f"{row['wall_seconds']:.1f}",
+    )  # fmt: skip
+
+
+def share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def size(count: int | float) -> str:
+    """Bytes for people: 1.5 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def _about(event: dict[str, Any]) -> str:
+    on = f", on from round {event['round']}" if event["event"] == "resume" else ""
+    return (
+        f"{event['method']} on {event['data']}: {event['train_rows']} train and {event['test_rows']} test rows, "
+        f"{event['classes']} classes (sha256 {event['hash']}…), {event['clients']} clients, "
+        f"{event['model']} with {event['modules']} adapted modules{on}\nrun directory: {event['path']}"
+    )
+
+
+def summary(summary: dict[str, Any]) -> Table:
+    table = Table("", "", show_header=False, title=f"{summary['method']}, {summary['rounds']} rounds")
+    rows = [
+        ("accuracy, global test set", share(summary["accuracy"])),
+        ("  majority class", share(summary["majority"])),
+        ("personal accuracy, mean over clients", share(summary["personal_accuracy"])),
+        ("  majority class of each client", share(summary["personal_majority"])),
+        *((f"  {name}", share(value)) for name, value in summary.get("baselines", {}).items()),
+        ("adapter bytes up / down", f"{size(summary['adapter_bytes_up'])} / {size(summary['adapter_bytes_down'])}"),
+        ("head bytes up / down", f"{size(summary['head_bytes_up'])} / {size(summary['head_bytes_down'])}"),
+        ("all bytes up / down", f"{size(summary['bytes_up'])} / {size(summary['bytes_down'])}"),
+        ("components, start and end", f"{summary['components_at_start']} and {summary['components']}"),
+        ("modules alive", f"{summary['modules_alive']} of {summary['modules']}"),
+        ("client updates merged / failed", f"{summary['clients_ok']} / {summary['clients_failed']}"),
+        ("seconds, of which training", f"{summary['wall_seconds']:.0f}, {summary['train_seconds']:.0f}"),
+        ("run directory", escape(summary["path"])),
+    ]
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def escape(text: str) -> str:
+    return text.replace("[", r"\[")
