@@ -29,7 +29,7 @@ FLOORS = [
     {"server", "export", "report"},
     {"engines"},
     {"experiment"},
-    {"cli"},
+    {"cli", "views"},
 ]
 HEAVY = {"torch", "transformers", "tokenizers", "peft", "sklearn", "flwr", "datasets"}
 

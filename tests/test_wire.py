@@ -469,7 +469,7 @@ def test_a_request_with_another_plan(field: str, value: Any, why: str) -> None:
         ("plan.train", np.array([255, 7], np.uint8), "digest"),
         ("plan.train", np.array([255], np.uint8), "do not fit"),
         ("plan.train", np.array([255, 15], np.int32), "do not fit"),
-        ("plan.frozen", np.array([255, 15], np.uint8), "digest"),
+        ("plan.frozen", np.array([255, 15], np.uint8), "planned to learn and to be frozen"),
         ("arrays.budget", np.array(6), "digest"),
         ("arrays.more", np.array(6), "digest"),
         ("B", np.zeros(48, np.float64), r"float64\[48\], asked for was float32\[48\]"),

@@ -34,21 +34,20 @@ class Refused(ValueError):
     """A frame that is damaged, of another run or round, or not what was asked for."""
 
 
-def pack(meta: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> bytes:
-    """One frame of these JSON-able facts and arrays."""
+def pack(meta: Mapping[str, Any], tensors: Mapping[str, np.ndarray | list[np.ndarray]]) -> bytes:
+    """One frame of these JSON-able facts and arrays; a list of arrays is written as one flat tensor, uncopied."""
     header: dict[str, Any] = {"__metadata__": {"fedrank": json.dumps(meta, sort_keys=True)}}
-    at, parts = 0, []
-    for name, array in tensors.items():
-        array = np.asarray(array, order="C")  # ascontiguousarray would make a scalar one-dimensional
-        if array.dtype not in _NAMES:
-            raise ValueError(f"tensor {name!r} has dtype {array.dtype}; the wire knows {', '.join(map(str, _NAMES))}")
-        header[name] = {
-            "dtype": _NAMES[array.dtype],
-            "shape": list(array.shape),
-            "data_offsets": [at, at + array.nbytes],
-        }
-        at += array.nbytes
-        parts.append(array.reshape(-1).view(np.uint8).data if array.size else b"")
+    at, parts = 0, list[Any]()
+    for name, value in tensors.items():
+        # ascontiguousarray would make a scalar one-dimensional
+        chunks = [np.asarray(chunk, order="C") for chunk in (value if isinstance(value, list) else [value])]
+        dtype, size = chunks[0].dtype, sum(chunk.nbytes for chunk in chunks)
+        if dtype not in _NAMES:
+            raise ValueError(f"tensor {name!r} has dtype {dtype}; the wire knows {', '.join(map(str, _NAMES))}")
+        shape = [size // dtype.itemsize] if isinstance(value, list) else list(chunks[0].shape)
+        header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+        parts += [chunk.reshape(-1).view(np.uint8).data for chunk in chunks if chunk.size]
     header["checksum"] = {"dtype": "U32", "shape": [1], "data_offsets": [at, at + 4]}
     text = json.dumps(header, separators=(",", ":")).encode()
     size = HEADER * math.ceil((8 + len(text)) / HEADER) - 8

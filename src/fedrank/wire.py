@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fedrank.adapter import FACTORS, Adapter, Block, split
-from fedrank.frame import EXACT, SCHEMA, Dtype, Refused, Sizes, decode, encode, pack, sizes, unpack
+from fedrank.frame import DTYPES, EXACT, SCHEMA, Dtype, Refused, Sizes, decode, encode, pack, sizes, unpack
 from fedrank.protocol import ClientId, ModelSpec, Plan, State, Update, rng
 
 MAX_WIDTH = 1 << 16  # component ids are below this
@@ -99,7 +99,10 @@ class Wire:
         returns = {name: _return(name, value) for name, value in returns.items()}
         train, frozen = (self._ids(tensors.pop(f"plan.{name}", None), width) for name in ("train", "frozen"))
         arrays = {n[len("arrays.") :]: tensors.pop(n) for n in list(tensors) if n.startswith("arrays.")}
-        plan = Plan(train, frozen, learn, up, down, own, select, since, arrays, returns)
+        try:
+            plan = Plan(train, frozen, learn, up, down, own, select, since, arrays, returns)
+        except ValueError as error:
+            raise Refused(f"not a plan: {error}") from None
         if self.digest(kind, round, client, plan) != digest:
             raise Refused("the plan does not fit its digest")
         adapter = self._read(tensors, _union(train, frozen), plan.sent, self.start, scale)
@@ -209,13 +212,16 @@ class Wire:
             raise Refused(f"{count} components came back ({sorted(extra)} not planned), asked for were {plan.select}")
         return ids
 
-    def _write(self, adapter: Adapter, reference: Adapter, *address: Any) -> dict[str, np.ndarray]:
-        tensors: dict[str, np.ndarray] = {}
-        for name, values, lengths in self._flat(adapter):
-            if not np.isfinite(values).all():  # here, where it is known why; low precision would clip infinity
+    def _write(self, adapter: Adapter, reference: Adapter, *address: Any) -> dict[str, Any]:
+        tensors: dict[str, Any] = {}
+        for name, chunks, lengths in self._flat(adapter):
+            if not all(np.isfinite(chunk).all() for chunk in chunks):  # low precision would clip infinity
                 raise ValueError(f"factor {name} holds NaN or infinity")
-            if self.dtype not in EXACT:
-                values = values - self._reference(name, adapter.ids, reference, values.size)
+            if self.dtype in EXACT:
+                tensors[name] = [chunk.astype(DTYPES[self.dtype], copy=False) for chunk in chunks]
+                continue
+            values = np.concatenate([chunk.reshape(-1) for chunk in chunks])
+            values -= self._reference(name, adapter.ids, reference, values.size)
             generator = rng(self.seed, "rounding", *address, name)
             tensors |= encode(name, values, lengths, self.dtype, generator)
         return tensors
@@ -268,7 +274,8 @@ class Wire:
         side = 0 if factor == "B" else 1
         return np.repeat([shapes[name][side] for name in ids], [len(i) for i in ids.values()])
 
-    def _flat(self, adapter: Adapter) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    def _flat(self, adapter: Adapter) -> list[tuple[str, list[np.ndarray], np.ndarray]]:
+        """Each tensor of the frame: its name, its pieces in order, and the lengths of its rows."""
         ordered = {m.name: adapter.blocks[m.name] for m in self.spec.modules if m.name in adapter.blocks}
         ids = {name: block.ids for name, block in ordered.items()}
         result = []
@@ -277,9 +284,9 @@ class Wire:
                 getattr(b, f).T if f == "B" else getattr(b, f) for b in ordered.values() if getattr(b, f) is not None
             ]
             if parts:
-                result.append((f, np.concatenate([p.reshape(-1) for p in parts]), self._lengths(f, ids)))
+                result.append((f, parts, self._lengths(f, ids)))
         for name, tensor in adapter.dense.items():
-            result.append((f"h.{name}", tensor.reshape(-1), _rows(tensor.shape)))
+            result.append((f"h.{name}", [tensor.reshape(-1)], _rows(tensor.shape)))
         return result
 
     def _reference(self, name: str, ids: Mapping[str, np.ndarray], reference: Adapter, size: int) -> np.ndarray:
