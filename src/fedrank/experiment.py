@@ -18,6 +18,7 @@ from fedrank.adapter import Adapter
 from fedrank.client import MIN_TEST_ROWS, Site
 from fedrank.config import Config, ConfigError
 from fedrank.engines.local import Local as LocalEngine
+from fedrank.export import export
 from fedrank.protocol import ClientId, Device, Method, ModelSpec, State, rng
 from fedrank.server import Event, Server
 from fedrank.store import Store, StoreError
@@ -123,8 +124,6 @@ def _play(server: Server, state: State, parts: "Parts") -> Iterator[Event]:
         last = event
     summary = summarise(server.store.path, parts, last)
     server.store.write("summary.json", json.dumps(summary, indent=1))
-    from fedrank.export import export  # reads the run directory that is complete only now
-
     export(server.store.path, server.store.path / "adapter")
     yield {"event": "end", **summary}
 
@@ -166,13 +165,9 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
         chosen = methods.build(config.method) if method is None else method
     except (TypeError, AttributeError) as error:  # what an entry point named is not there, or is no method
         raise ConfigError(f"method.name={config.method['name']}: {error}") from None
-    from fedrank.training import (
-        data,
-        local,
-        models,
-        partition,
-        tasks,
-    )  # torch is slow to import: a typo should not wait
+    config = _resolved(config, chosen)
+    # torch is slow to import: a typo above should not wait for it
+    from fedrank.training import data, local, models, partition, tasks
 
     dataset = data.load(
         config.data.name, config.data.path, config.task, config.data.columns.model_dump(), config.data.train_limit,
@@ -241,6 +236,13 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
         config, chosen, spec, begin, run_id, devices, site, None if config.adapter.head == "own" else evaluate,
         numerics, facts, about,
     )  # fmt: skip
+
+
+def _resolved(config: Config, method: Method) -> Config:
+    """The config with what it leaves to others written out: the method's learning rate, and alpha."""
+    lr, alpha = config.local.lr or method.default_lr, config.adapter.alpha or 2.0 * config.adapter.rank
+    local, adapter = config.local.model_copy(update={"lr": lr}), config.adapter.model_copy(update={"alpha": alpha})
+    return config.model_copy(update={"local": local, "adapter": adapter})
 
 
 def _identity(config: Config) -> Config:
