@@ -38,8 +38,9 @@ def play(folder: Path, config: dict[str, Any]) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         file = folder.with_name(f"{folder.name}.yaml")
         file.write_text(yaml.safe_dump(config))
-        started = (folder / "states").is_dir() and any((folder / "states").glob("*.safetensors"))
-        what = ["resume", str(folder)] if started else ["run", str(file), "--out", str(folder)]
+        what = (
+            ["resume", str(folder)] if (folder / "config.yaml").exists() else ["run", str(file), "--out", str(folder)]
+        )
         clock = time.time()
         subprocess.run([sys.executable, "-m", "fedrank.cli", *what, "--output", "quiet"], check=True)
         print(f"{time.strftime('%H:%M:%S')}  {folder.name}  {time.time() - clock:.0f} s", flush=True)

@@ -196,7 +196,7 @@ def test_the_next_free_directory(config: Path, fed: Fed, tmp_path: Path, monkeyp
 def test_live_on_a_terminal(config: Path, fed: Fed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(views, "Console", lambda: Console(file=screen, force_terminal=True, width=160))
-    options = ("engine.failure_rate=0.4", "rounds.cohort=3", "seed=1")
+    options = ("engine.failure_rate=0.6", "rounds.cohort=3", "seed=1")
     found = fed("run", config, *options, "--out", tmp_path / "[run]", "-o", "live")
     assert found.exit_code == 0, found.output
     shown = screen.getvalue()
@@ -233,7 +233,7 @@ def test_baselines(config: Path, fed: Fed, tmp_path: Path, monkeypatch: pytest.M
         ("wire.dtype=int16", ("wire.dtype: ", "got 'int16'; did you mean 'int8'?")),
         ("data.partition.kind=dirichlett", ("did you mean 'dirichlet'?",)),
         ("rounds", ("'rounds' is not of the form key=value, such as local.lr=0.01",)),
-        ("method.name=fedarra", ("no method is called 'fedarra'; did you mean 'fedara'?", "Known: ")),
+        ("method.name=fedarra", ("no method is called 'fedarra'; did you mean 'fedara'?", "known: ")),
         ("method={name: fedara, target_rnk: 1}", ("method.target_rnk", "did you mean 'target_rank'?")),
         ("method={name: fedara, target_rank: 9}", ("method.target_rank=9 is above adapter.rank=2",)),
         ("method={name: fedara, score: best}", ("method.score: ", "got 'best'")),

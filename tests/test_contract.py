@@ -244,6 +244,8 @@ REFUSED: dict[str, tuple[Callable[[dict, dict], None], str]] = {
     "another plan": (lambda m, t: m.update(digest="0" * 16), "an answer to"),
     "another run": (lambda m, t: m.update(run="theirs"), "an answer to"),
     "another client's name": (lambda m, t: m.update(client="c2"), "an answer to"),
+    "more examples than it registered": (lambda m, t: m.update(examples=1 << 52), "more than the client registered"),
+    "a metric whose sums overflow": (lambda m, t: m.update(metrics={"loss": 1.7e308}), "metric"),
     "no examples": (lambda m, t: m.update(examples=0), "examples"),
     "a metric that is no number": (lambda m, t: m.update(metrics={"loss": "low"}), "metric"),
     "another kind": (lambda m, t: m.update(kind="evaluation"), "kind"),
@@ -258,6 +260,8 @@ def test_the_wire_refuses_what_was_not_asked_for_and_the_round_goes_on(what, tmp
     events = f.play()
     (row,) = events["round"]
     assert (row["clients_ok"], row["clients_failed"]) == (3, 1)
+    (bad,) = [event for event in events["client"] if not event["ok"]]
+    assert bad["bytes_up"] > 0  # refused, but it travelled
     (bad,) = [e for e in events["client"] if not e["ok"]]
     assert bad["client"] == "c1"
     assert reason in bad["error"]
@@ -294,7 +298,7 @@ def diverges(site: client.Site, job: Job) -> Update:
 
 @pytest.mark.parametrize(
     ("work", "reason"),
-    [(raises, "MemoryError: out of memory at step 3"), (diverges, "a lower local.lr")],
+    [(raises, "MemoryError: the message stays with the client"), (diverges, "a lower local.lr")],
 )
 def test_a_client_that_cannot_train_says_so_and_is_left_out(work, reason, tmp_path):
     f = toy.federation(FedAvg(), tmp_path / "run", rounds=2, alter=ill("c2", work))

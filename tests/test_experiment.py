@@ -1,6 +1,7 @@
 """The Python API: a run as a notebook starts it, what its directory holds, and that its ledger tells the truth."""
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,6 +243,51 @@ def test_failures_are_counted_and_the_run_goes_on(texts: Path, tmp_path: Path) -
     failed = [row for row in rows(run, "clients") if not row["ok"]]
     assert {row["error"] for row in failed} == {"no answer"}
     assert all(row["bytes_down"] > 0 and "bytes_up" not in row for row in failed)  # it was sent all the same
+
+
+def test_a_client_that_fails_once_may_succeed_later(texts: Path, tmp_path: Path) -> None:
+    options = ("engine.failure_rate=0.5", "rounds.count=6", "rounds.cohort=4", "rounds.evaluate_every=6")
+    found = rows(fedrank.run(settings(texts, *options), out=tmp_path / "run"), "clients")
+    outcomes = {row["client"]: {r["ok"] for r in found if r["client"] == row["client"]} for row in found}
+    assert sum(len(seen) == 2 for seen in outcomes.values()) >= 2
+
+
+def test_the_modelled_clock_counts_steps(texts: Path, tmp_path: Path) -> None:
+    """16 rows a client: one epoch takes 16 s, one step of 8 rows takes 8 s; evaluation is never late."""
+    slow = ("engine.seconds_per_example=1", "rounds.deadline=10", "rounds.count=1", "rounds.cohort=4")
+    late = fedrank.run(settings(texts, *slow), out=tmp_path / "epoch")
+    assert late.rounds[0]["clients_ok"] == 0
+    assert late.rounds[0]["personal_clients"] == 4
+    assert fedrank.run(settings(texts, *slow, "local.steps=1"), out=tmp_path / "step").rounds[0]["clients_ok"] == 4
+
+
+def test_overrides_of_a_config_object(texts: Path, tmp_path: Path) -> None:
+    config = load(settings(texts))
+    assert len(fedrank.run(config, "rounds.count=3", out=tmp_path / "run").rounds) == 3
+
+
+def test_a_run_can_move(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Started with a relative path, resumed from elsewhere, its data moved; an extension takes the old end away."""
+    shutil.copytree(texts, tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    run = fedrank.run(settings(texts, "data.path=data"), out="run")
+    assert fedrank.resume("run").state.round == 2
+    (tmp_path / "data").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "moved")
+    seen: list[bool] = []
+    extended = fedrank.resume(
+        tmp_path / "run", "rounds.count=+1", f"data.path={tmp_path / 'moved'}",
+        watch=lambda event: seen.append((tmp_path / "run" / "summary.json").exists()),
+    )  # fmt: skip
+    assert extended.state.round == 3
+    assert seen[0] is False
+    assert run.path == Path("run")
+
+
+def test_there_is_no_global_accuracy_where_parts_are_private(texts: Path, tmp_path: Path) -> None:
+    run = fedrank.run(settings(texts, "adapter.head=own"), out=tmp_path / "run")
+    assert all(row["accuracy"] is None and row["personal_accuracy"] is not None for row in run.rounds)
+    assert run.summary["evaluation_bytes"] > sum(row["evaluation_bytes"] for row in run.rounds)
 
 
 def test_slow_clients_miss_the_deadline(texts: Path, tmp_path: Path) -> None:

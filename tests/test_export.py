@@ -107,13 +107,41 @@ def test_minilm_with_mean_pooling(tmp_path: Path, rng: np.random.Generator) -> N
     mount = live(adapter, Adapter({}, adapter.scale, {}), "", "cpu")
     with torch.inference_mode(), mounted(model.modules, model.heads, mount):
         ours = model.network(**batch)
-    base = transformers.AutoModel.from_pretrained(model.source)
+    base = transformers.AutoModel.from_pretrained(models._minilm())
     theirs = peft.PeftModel.from_pretrained(base, out).eval()
     head = load_file(out / "head.safetensors")
     with torch.inference_mode():
         hidden, mask = theirs(**batch).last_hidden_state, batch["attention_mask"][..., None].float()
         found = (hidden * mask).sum(1) / mask.sum(1) @ head["head.weight"].T + head["head.bias"]
     assert (ours - found).abs().max() < 1e-5 * float(ours.abs().max())
+
+
+def test_layers_that_the_checkpoint_lacks_are_exported(tmp_path: Path) -> None:
+    """A bare DistilBERT has no pre_classifier: the run drew one, froze it, and PEFT must get it."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    folder = tmp_path / "bare"
+    sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "vocab_size": 260}
+    transformers.DistilBertModel(transformers.DistilBertConfig(**sizes, pad_token_id=0)).save_pretrained(folder)
+    tiny = config.load({"data": {"name": "docstrings"}})
+    models._tokenizer(tiny, None).save_pretrained(folder)
+    data = tmp_path / "rows.jsonl"
+    rows = [{"text": f"{word} {i}", "label": word} for i in range(12) for word in ("red", "green")]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = fedrank.run(
+        {"data": {"path": str(data), "partition": {"kind": "iid"}}, "model": {"name": str(folder)}, "adapter": {"rank": 2},
+         "clients": {"count": 2}, "rounds": {"count": 1, "cohort": 2}}, out=tmp_path / "run",
+    )  # fmt: skip
+    model = models.load(done.config, ("green", "red"))
+    batch = model.tokenizer(["red 3"], return_tensors="pt")
+    mount = live(done.state.adapter, Adapter({}, done.state.adapter.scale, {}), "", "cpu")
+    with torch.inference_mode(), mounted(model.modules, model.heads, mount):
+        ours = model.network(**batch)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)  # draws others
+    theirs = peft.PeftModel.from_pretrained(base, done.path / "adapter").eval()
+    with torch.inference_mode():
+        found = theirs(**batch).logits
+    assert (ours - found).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("form", ["fedavg", "fedara"])

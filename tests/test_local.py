@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+import transformers
 
 import toy
 from fedrank.adapter import Adapter, gaussian, kaiming
@@ -259,7 +261,8 @@ def test_the_numerics_record_says_what_the_bits_hang_on():
     found = local.numerics(3, "cpu")
     assert found == {
         "compute": "float32", "device": "cpu", "threads": 3, "stack": 1, "padding": "longest",
-        "torch": torch.__version__, "numpy": np.__version__, "cpu": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__, "numpy": np.__version__, "transformers": transformers.__version__,
+        "tokenizers": tokenizers.__version__, "cpu": torch.backends.cpu.get_cpu_capability(),
     }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import toy
+from fedrank import config
 from fedrank.training import models, tasks
 from fedrank.training.data import Rows
 from fedrank.training.models import ModelError
@@ -99,7 +100,7 @@ def test_targets_by_the_end_of_their_names_in_the_models_order():
 )
 def test_an_unknown_target_names_the_nearest(target, near):
     with pytest.raises(
-        ModelError, match=f"'{target}'" + (f".*did you mean '{near}'" if near else ".*The blocks have: dense")
+        ModelError, match=f"'{target}'" + (f".*did you mean '{near}'" if near else ".*the blocks have: dense")
     ):
         tiny("tiny-encoder", adapter={"targets": [target]})
 
@@ -370,3 +371,9 @@ def test_files_may_go_once_the_model_is_loaded(tmp_path: Path):
     shutil.rmtree(tmp_path / "one")
     encoded = tasks.encode(toy.texts(2, 0), model.tokenizer, "classify", 16)
     assert model.network(**encoded.batch(np.arange(2), "cpu")[0]).isfinite().all()
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there(device: str) -> None:
+    with pytest.raises(ModelError, match=f"device={device} cannot be used here"):
+        models.load(config.load({"data": {"name": "docstrings"}, "device": device}), ("a", "b"))

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.table import Table
 
 import fedrank
@@ -55,6 +56,10 @@ def run(
     with _mistakes():
         resolved = settings.load(config, overrides or [])
         where = experiment.default_out(resolved) if out is None else out
+        if baselines:
+            from fedrank.training import probe
+
+            probe.check(resolved)
     _follow(lambda: experiment.start(resolved, where), where, output, baselines)
 
 
@@ -125,7 +130,7 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="For scripts.")
         try:
             cls = registry.find(name)
         except (TypeError, AttributeError, ImportError) as error:  # another package's: the rest are listed all the same
-            errors.print(f"[bold red]error:[/] {views.escape(f'{name}: {error}')}", highlight=False, soft_wrap=True)
+            errors.print(f"[bold red]error:[/] {escape(f'{name}: {error}')}", highlight=False, soft_wrap=True)
             continue
         paper = (sys.modules[cls.__module__].__doc__ or cls.__doc__ or "").strip().splitlines()[0]
         knobs = {f.name: None if f.default is MISSING else f.default for f in fields(cls) if f.init}
@@ -155,8 +160,9 @@ class _mistakes:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, ValueError | StoreError | OSError | ImportError):
-            errors.print(f"[bold red]error:[/] {views.escape(str(error))}", highlight=False, soft_wrap=True)
+        ours = isinstance(error, ValueError | StoreError) and type(error).__module__.startswith("fedrank")
+        if ours or isinstance(error, OSError | ImportError):
+            errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             raise typer.Exit(2) from None
 
 
@@ -175,11 +181,11 @@ def _follow(start: Callable[[], Iterator[dict[str, Any]]], path: Path, output: v
                 _baselines(path, output)
     except KeyboardInterrupt:
         begun = (path / "config.yaml").exists()
-        go_on = f"every finished round is saved. Go on with: [bold]fedrank resume {views.escape(str(path))}[/]"
+        go_on = f"every finished round is saved. Go on with: [bold]fedrank resume {escape(str(path))}[/]"
         errors.print(f"\nstopped; {go_on if begun else 'nothing had begun.'}", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     if last.get("clients_ok") == 0 and last.get("rounds"):
-        what = f"no client answered in any round; see {views.escape(str(path))}/clients.jsonl"
+        what = f"no client answered in any round; see {escape(str(path))}/clients.jsonl"
         errors.print(f"[bold red]error:[/] {what}", highlight=False, soft_wrap=True)
         raise typer.Exit(1)
 
@@ -199,7 +205,7 @@ def _baselines(path: Path, output: views.Output) -> None:
             table.add_row(name, views.share(value))
         Console().print(table)
         best = max(found, key=lambda name: found[name])
-        if summary["accuracy"] < found[best]:
+        if summary["accuracy"] is not None and summary["accuracy"] < found[best]:
             Console().print(f"The federated run is below the {best}, which saw all rows in one place.", highlight=False)
 
 

@@ -53,7 +53,9 @@ def handle(frame: bytes, site: Site) -> bytes:
             return _train(request, site)
         except Exception as error:  # whatever it is, the round goes on without this client, and says why
             log.debug("client %s failed", request.client, exc_info=True)
-            text = f"{type(error).__name__}: {error}"
+            # Other libraries' messages may quote the client's own text, which must not leave it.
+            ours = type(error).__module__.startswith("fedrank")
+            text = f"{type(error).__name__}: {error if ours else 'the message stays with the client'}"
             return site.wire.error(request.round, request.client, request.digest, text)
 
 
@@ -98,7 +100,9 @@ def _keep(job: Job, update: Update, kept: Mapping[str, np.ndarray], start: Adapt
     Components that had no part in this round stay as they were kept.
     """
     plan = job.plan
-    factors = "".join(f for f in "BeAh" if f in plan.own or f not in plan.down)
+    # A factor of its own that never learnt is as begin() made it: there is nothing to keep.
+    learnt = {f for f in plan.own if f in plan.learn or any(name.startswith(f"{f}/") for name in kept)}
+    factors = "".join(f for f in "BeAh" if f in learnt or f not in plan.own + plan.down)
     if not factors:
         return {}
     trained = update.adapter.only("".join(f for f in plan.own if f in plan.learn))

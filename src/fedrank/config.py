@@ -140,7 +140,10 @@ class Config(BaseModel, extra="forbid", frozen=True):
     @model_validator(mode="after")
     def _together(self) -> "Config":
         if (self.data.name is None) == (self.data.path is None):
-            raise ValueError("give one of data.name (docstrings, or a Hugging Face dataset) and data.path")
+            raise ValueError(
+                "give one of data.name (docstrings, or a Hugging Face dataset) and data.path;"
+                " data.name=null takes a preset's away"
+            )
         if not isinstance(self.method.get("name"), str):
             raise ValueError("method.name must name a method; `fedrank methods` lists them")
         return self
@@ -196,7 +199,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[Any, Any]]:
         where, text = str(path), path.read_bytes()  # YAML has its own word on text that is not UTF-8
     else:
         beside = [str(p) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise ConfigError(f"no config file or preset {str(source)!r}{_near(str(source), [*beside, *presets()])}")
+        raise ConfigError(f"no config file or preset {str(source)!r}{hint(str(source), [*beside, *presets()])}")
     try:
         raw = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -206,7 +209,8 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[Any, Any]]:
     return where, raw
 
 
-def _near(word: str, known: Iterable[str]) -> str:
+def hint(word: str, known: Iterable[str]) -> str:
+    """A closing hint, "; did you mean ...?", or nothing where no known word is near."""
     near = difflib.get_close_matches(word, list(known), 1, 0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
 
@@ -238,7 +242,7 @@ def _explain(error: Any) -> str:
     if not key:
         return message
     got = repr(error["input"])
-    hint = ""
+    near = ""
     if error["type"] == "literal_error" and isinstance(error["input"], str):
-        hint = _near(error["input"], [w.strip("'") for w in error["ctx"]["expected"].replace(" or ", ", ").split(", ")])
-    return f"{key}: {message[0].lower()}{message[1:]}, got {got}{hint}"
+        near = hint(error["input"], [w.strip("'") for w in error["ctx"]["expected"].replace(" or ", ", ").split(", ")])
+    return f"{key}: {message[0].lower()}{message[1:]}, got {got}{near}"

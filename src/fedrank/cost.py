@@ -2,22 +2,12 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
 from fedrank.adapter import FACTORS, Adapter
-from fedrank.frame import DTYPES, HEADER, Dtype
+from fedrank.frame import DTYPES, HEADER, Dtype, Sizes
 from fedrank.protocol import Plan
-
-
-@dataclass(frozen=True)
-class Bytes:
-    """Bytes of one frame: the factors B, e, A; the dense tensors; everything."""
-
-    adapter: int
-    head: int
-    frame: int
 
 
 def factors(adapter: Adapter, sent: str, ranks: Mapping[str, int], dtype: Dtype) -> int:
@@ -45,19 +35,19 @@ def dense(adapter: Adapter, sent: str, dtype: Dtype) -> int:
     return sum(t.size * size + scale * math.prod(t.shape[:-1]) for t in adapter.dense.values())
 
 
-def down(adapter: Adapter, plan: Plan, modules: int, dtype: Dtype) -> Bytes:
+def down(adapter: Adapter, plan: Plan, modules: int, dtype: Dtype) -> Sizes:
     """Bytes of the request by which this plan travels, for a model of so many adapted modules."""
     ranks = {n: len(np.union1d(plan.train.get(n, []), plan.frozen.get(n, []))) for n in {**plan.train, **plan.frozen}}
     body, head = factors(adapter, plan.sent, ranks, dtype), dense(adapter, plan.sent, dtype)
     ids = sum(math.ceil(modules * plan.width / 8) for part in (plan.train, plan.frozen) if any(map(len, part.values())))
     arrays = sum(array.nbytes for array in plan.arrays.values())
-    return Bytes(body, head, HEADER + body + head + ids + arrays + 4)
+    return Sizes(body, head, HEADER + body + head + ids + arrays + 4)
 
 
-def up(adapter: Adapter, plan: Plan, modules: int, dtype: Dtype) -> Bytes:
+def up(adapter: Adapter, plan: Plan, modules: int, dtype: Dtype) -> Sizes:
     """Bytes of the update that answers this plan (where it selects: of the components given in `adapter`)."""
     ranks = {n: len(ids) for n, ids in (plan.train if plan.select is None else adapter.ids).items()}
     body, head = factors(adapter, plan.up, ranks, dtype), dense(adapter, plan.up, dtype)
     ids = 0 if plan.select is None else math.ceil(modules * plan.width / 8)
     arrays = sum(np.dtype(kind).itemsize * math.prod(shape) for kind, shape in plan.returns.values())
-    return Bytes(body, head, HEADER + body + head + ids + arrays + 4)
+    return Sizes(body, head, HEADER + body + head + ids + arrays + 4)

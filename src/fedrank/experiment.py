@@ -3,6 +3,7 @@
 import json
 import logging
 import platform
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save
 
 import fedrank
 from fedrank import config as settings
@@ -26,7 +28,9 @@ from fedrank.wire import Wire
 
 log = logging.getLogger(__name__)
 
-CHANGEABLE = ("rounds.", "engine.failure_rate", "engine.seconds_per_example")
+# What does not touch the bits of a round already played; other data at data.path is noticed by its hash.
+CHANGEABLE = ("rounds.count", "rounds.cohort", "rounds.evaluate_every", "rounds.deadline", "engine.failure_rate",
+              "engine.seconds_per_example", "data.path")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def run(
     method: an object of one's own instead of the config's method; hand the same one to `resume`.
     watch: called with every event. Raises ConfigError, DataError, ModelError or StoreError with what to mend.
     """
-    config = source if isinstance(source, Config) else settings.load(source, overrides)
+    config = settings.load(source.model_dump(mode="json") if isinstance(source, Config) else source, overrides)
     path = default_out(config) if out is None else Path(out)
     for event in start(config, path, method):
         watch(event)
@@ -90,6 +94,8 @@ def start(
     with store.locked():
         store.save_state(parts.begin, parts.numerics)
         store.write("data.json", json.dumps(parts.facts, indent=1))
+        if parts.drawn:
+            store.write("drawn.safetensors", save(parts.drawn))
         store.write("config.yaml", settings.dump(parts.config))  # last: where it is, a run has begun
         yield {"event": "start", "path": str(path), **parts.about}
         yield from _play(parts.server(store), parts.begin, parts)
@@ -106,10 +112,14 @@ def go_on(path: Path, overrides: Iterable[str] = (), method: Method | None = Non
         parts = replace(prepare(config, method), begin=store.state(0)[0])  # which an import may have made
         _same(path, config.method, parts.config.method, "method")
         _same(path, numerics, parts.numerics, "numerics")
-        _same(path, json.loads((path / "data.json").read_text()), parts.facts, "data and model")
+        then = json.loads((path / "data.json").read_text())
+        _same(path, _contents(then), _contents(parts.facts), "data and model")
         for name in ("rounds.jsonl", "clients.jsonl"):
             ledger.cut(path / name, state.round)
         store.write("config.yaml", settings.dump(config))
+        if config.rounds.count > state.round:  # what a finished run came to is no longer true
+            (path / "summary.json").unlink(missing_ok=True)
+            shutil.rmtree(path / "adapter", ignore_errors=True)
         state = replace(state, rounds=config.rounds.count)
         store.save_state(state, numerics)  # and older ones go, which a kill may have left
         yield {"event": "resume", "path": str(path), "round": state.round, **parts.about}
@@ -141,6 +151,7 @@ class Parts:
     site: Callable[[ClientId, Wire, Store], Site]
     evaluate: Callable[[Adapter], Mapping[str, float]] | None
     numerics: dict[str, Any]
+    drawn: dict[str, np.ndarray]  # frozen layers made from the seed, which an export must carry
     facts: dict[str, Any]  # what data and model were: a resumed run must find the same
     about: dict[str, Any]  # what is worth telling at the start
 
@@ -150,7 +161,7 @@ class Parts:
         engine = LocalEngine(
             self.devices,
             cache(lambda client: self.site(client, wire, store)),
-            lambda device: device.examples * config.local.epochs * device.seconds_per_example,
+            lambda device: _rows_seen(device, config.local) * device.seconds_per_example,
             config.engine.failure_rate,
             config.seed,
         )
@@ -163,18 +174,14 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
         config = config.model_copy(update={"method": {"name": type(method).__name__, "object": repr(method)}})
     try:
         chosen = methods.build(config.method) if method is None else method
+        methods.check(type(chosen))
     except (TypeError, AttributeError) as error:  # what an entry point named is not there, or is no method
         raise ConfigError(f"method.name={config.method['name']}: {error}") from None
     config = _resolved(config, chosen)
     # torch is slow to import: a typo above should not wait for it
     from fedrank.training import data, local, models, partition, tasks
 
-    dataset = data.load(
-        config.data.name, config.data.path, config.task, config.data.columns.model_dump(), config.data.train_limit,
-        config.data.test_limit, config.seed,
-    )  # fmt: skip
-    if config.data.split == "validation":
-        dataset = data.validation(dataset, config.seed)
+    dataset = data.configured(config)
     for notice in dataset.notices:
         log.warning("%s", notice)
     p = config.data.partition
@@ -214,7 +221,10 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
             return trainer.evaluate(adapter, test, np.arange(len(test)))
 
     spec = model.spec
-    begin = chosen.begin(spec, config.rounds.count, config.seed)
+    try:
+        begin = chosen.begin(spec, config.rounds.count, config.seed)
+    except ValueError as error:  # hyper-parameters that do not fit the adapter
+        raise ConfigError(f"method {config.method['name']}: {error}") from None
     facts = {
         "data": dataset.name, "rows": {"train": len(dataset.train), "test": len(dataset.test)},
         "hash": {"train": dataset.train.digest(), "test": dataset.test.digest()}, "labels": list(dataset.labels),
@@ -227,39 +237,54 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
         "data": dataset.name, "train_rows": len(dataset.train), "test_rows": len(dataset.test),
         "classes": len(dataset.labels), "hash": dataset.train.digest()[:16], "model": config.model.name,
         "modules": len(spec.modules), "clients": len(devices), "method": config.method["name"],
-        "redraws": shares.redraws,
+        "redraws": shares.redraws, "dropped": shares.dropped,
         "majority": None if dataset.test.label is None else local.majority(dataset.test.label),
     }  # fmt: skip
     run_id = f"{rng(config.seed, 'run', settings.dump(_identity(config))).integers(1 << 62):016x}"
+    drawn = {f"{n}.{p}": t.numpy(force=True) for n, m in model.drawn.items() for p, t in m.named_parameters()}
     numerics = local.numerics(config.engine.threads, config.device)
     return Parts(
-        config, chosen, spec, begin, run_id, devices, site, None if config.adapter.head == "own" else evaluate,
-        numerics, facts, about,
+        config, chosen, spec, begin, run_id, devices, site, evaluate, numerics, drawn, facts, about,
     )  # fmt: skip
 
 
+def _rows_seen(device: Device, local: settings.Local) -> int:
+    """The rows that a client goes through in one round."""
+    return device.examples * local.epochs if local.steps is None else local.steps * local.batch_size
+
+
 def _resolved(config: Config, method: Method) -> Config:
-    """The config with what it leaves to others written out: the method's learning rate, and alpha."""
+    """The config with what it leaves open written out: the method's learning rate, alpha, the data's whole path."""
     lr, alpha = config.local.lr or method.default_lr, config.adapter.alpha or 2.0 * config.adapter.rank
     local, adapter = config.local.model_copy(update={"lr": lr}), config.adapter.model_copy(update={"alpha": alpha})
-    return config.model_copy(update={"local": local, "adapter": adapter})
+    data = config.data
+    if data.path is not None:  # a run can be resumed from another folder
+        data = data.model_copy(update={"path": str(Path(data.path).expanduser().absolute())})
+    return config.model_copy(update={"local": local, "adapter": adapter, "data": data})
 
 
 def _identity(config: Config) -> Config:
     """The config less what a resumed run may change, so that its frames still belong to it."""
-    return config.model_copy(update={"rounds": settings.Rounds(), "engine": settings.EngineSettings()})
+    data = config.data.model_copy(update={"path": None})
+    return config.model_copy(update={"rounds": settings.Rounds(), "engine": settings.EngineSettings(), "data": data})
 
 
 def _changed(config: Config, overrides: Iterable[str]) -> Config:
     raw = config.model_dump(mode="json")
     for item in overrides:
         key, _, value = item.partition("=")
-        if not key.startswith(CHANGEABLE):
+        if key in settings.known_keys() and key not in CHANGEABLE:
             raise ConfigError(f"{key!r} cannot be changed in a run that has begun; these can: {', '.join(CHANGEABLE)}")
         if key == "rounds.count" and value.startswith("+") and value[1:].isdigit():
             item = f"{key}={config.rounds.count + int(value[1:])}"
         settings.override(raw, item)
     return settings.load(raw)
+
+
+def _contents(facts: dict[str, Any]) -> dict[str, Any]:
+    """What data and model are, less where they are: a run may move to another folder or environment."""
+    model = {key: value for key, value in facts["model"].items() if key not in ("name", "source")}
+    return {**facts, "data": None, "model": model}
 
 
 def _same(path: Path, then: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
@@ -283,6 +308,7 @@ def summarise(path: Path, parts: Parts, end: Event) -> dict[str, Any]:
         "personal_accuracy": end.get("personal_accuracy"), "personal_majority": end.get("personal_majority"),
         "majority": parts.about["majority"],
         **{name: round(sum(row[name] for row in rows), 4) for name in sums},
+        "evaluation_bytes": sum(row.get("evaluation_bytes", 0) for row in rows) + end.get("evaluation_bytes", 0),
         "components": rows[-1]["components"] if rows else parts.begin.adapter.components,
         "components_at_start": parts.begin.adapter.components,
         "modules_alive": rows[-1]["modules_alive"] if rows else len(parts.begin.adapter.blocks),

@@ -1,6 +1,7 @@
 """Adapters in PEFT's format: written from a run directory, and read to start a run from."""
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from safetensors.numpy import load_file, save
 from fedrank.adapter import Adapter, Block, recompress
 from fedrank.protocol import State
 from fedrank.store import Store, StoreError, write
+
+log = logging.getLogger(__name__)
 
 PREFIX = "base_model.model."
 
@@ -29,7 +32,10 @@ def export(run: Path, out: Path, round: int | None = None) -> Path:
         raise StoreError(f"{run}: the adapter has no components to export")
     top, scale = max(ranks.values()), state.adapter.scale
     inside = model["task"] == "classify" and model["pooling"] != "mean"
-    heads = sorted({name.rpartition(".")[0] for name in state.adapter.dense}) if inside else []
+    head = {n: np.ascontiguousarray(t) for n, t in state.adapter.dense.items()}
+    if inside and (run / "drawn.safetensors").exists():  # layers that the base model's own files lack
+        head |= load_file(run / "drawn.safetensors")
+    heads = sorted({name.rpartition(".")[0] for name in head}) if inside else []
     kind = "CAUSAL_LM" if model["task"] == "generate" else "SEQ_CLS" if inside else "FEATURE_EXTRACTION"
     settings: dict[str, Any] = {
         "peft_type": "LORA", "task_type": kind, "base_model_name_or_path": model["source"], "r": top,
@@ -45,7 +51,6 @@ def export(run: Path, out: Path, round: int | None = None) -> Path:
         b = block.B if block.e is None else block.B * block.e
         tensors[f"{PREFIX}{name}.lora_A.weight"] = block.A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(b)
-    head = {n: np.asarray(t, order="C") for n, t in state.adapter.dense.items()}
     if inside:
         tensors |= {f"{PREFIX}{name}": tensor for name, tensor in head.items()}
     elif head:
@@ -85,9 +90,13 @@ def read_peft(folder: Path) -> Adapter:
     if settings.get("peft_type") != "LORA" or odd:
         raise StoreError(f"{folder} is {settings.get('peft_type')} with {odd}; plain LoRA can be imported")
     blocks, scale, suffix = {}, None, ".lora_A.weight"
+    if other := [k for k in tensors if ".lora_" in k and not k.endswith((suffix, suffix.replace("A", "B")))]:
+        raise StoreError(f"{folder}: {other[0]} is neither lora_A nor lora_B of a linear layer; it cannot be imported")
     for key in (k for k in tensors if k.endswith(suffix)):
         name = key.removeprefix(PREFIX).removesuffix(suffix)
-        a, b = tensors[key], tensors[key.replace("lora_A", "lora_B")]
+        if (pair := key.replace(suffix, suffix.replace("A", "B"))) not in tensors or "lora_alpha" not in settings:
+            raise StoreError(f"{folder}: {pair} or lora_alpha is missing")
+        a, b = tensors[key], tensors[pair]
         alpha = _pattern(settings.get("alpha_pattern"), name, settings["lora_alpha"])
         own = alpha / len(a)
         scale = own if scale is None else scale
@@ -142,4 +151,6 @@ def adopt(state: State, imported: Adapter) -> State:
     for name, tensor in imported.dense.items():
         if name in dense and dense[name].shape == tensor.shape:
             dense[name] = tensor
+        else:
+            log.warning("the adapter's %s %s is not this run's, and not imported", name, list(tensor.shape))
     return replace(state, adapter=Adapter(blocks, state.adapter.scale, dense))

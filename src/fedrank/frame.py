@@ -31,7 +31,7 @@ _NAMES = {np.dtype(kind): code for code, kind in _CODES.items()}
 
 
 class Refused(ValueError):
-    """A frame that is damaged, of another run or round, or not what was asked for."""
+    """A frame that is damaged, of another run or round, not what was asked for, or not fit to be sent."""
 
 
 def pack(meta: Mapping[str, Any], tensors: Mapping[str, np.ndarray | list[np.ndarray]]) -> bytes:

@@ -110,6 +110,9 @@ class Plan:
     returns: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, ids in [*self.train.items(), *self.frozen.items()]:
+            if np.any(np.diff(ids) <= 0):
+                raise ValueError(f"module {name!r}: component ids must ascend without repeats, got {list(ids)}")
         for name in self.train.keys() & self.frozen.keys():
             if both := np.intersect1d(self.train[name], self.frozen[name]).tolist():
                 raise ValueError(f"module {name!r}: components {both} are planned to learn and to be frozen")

@@ -58,7 +58,7 @@ class Server:
         rows = []
         for row in self._exchange("train", state, plans):
             rows.append(row)
-            yield {"event": "client", **row}
+            yield {**row, "event": "client"}
         arrived = tuple(sorted(row["client"] for row in rows if row["ok"]))
         merged = self._merge(state, plans, arrived) if arrived else replace(state, metrics={})
         after = replace(merged, round=t, seen={**merged.seen, **dict.fromkeys(arrived, t)})
@@ -98,23 +98,22 @@ class Server:
             return request
 
         answered = set()
-        for client, frame in self.engine.exchange(((c, build(c)) for c in plans), self.rounds.deadline):
+        deadline = self.rounds.deadline if kind == "train" else None
+        for client, frame in self.engine.exchange(((c, build(c)) for c in plans), deadline):
             row: dict[str, Any] = {"round": t, "client": client, "ok": False}
             if client not in plans or client in answered:
                 log.warning("round %d: an answer from client %r that was not awaited is dropped", t, client)
                 continue
             answered.add(client)
-            row |= self._down(sizes[client])
+            row |= self._down(sizes[client]) | {"bytes_up": len(frame)}
             try:
                 reply = self._open(kind, state, client, plans[client], frame)
+                if reply.update is not None and reply.update.examples > self.engine.fleet()[client].examples:
+                    raise Refused(f"{reply.update.examples} examples, more than the client registered")
             except Refused as error:
                 yield row | {"error": str(error)}
                 continue
-            row |= {
-                "bytes_up": reply.sizes.frame,
-                "adapter_bytes_up": reply.sizes.adapter,
-                "head_bytes_up": reply.sizes.head,
-            }
+            row |= {"adapter_bytes_up": reply.sizes.adapter, "head_bytes_up": reply.sizes.head}
             if reply.error is not None:
                 yield row | {"error": reply.error}
                 continue
@@ -161,11 +160,11 @@ class Server:
         adapter = after.adapter
         alive = {m.block for m in self.wire.spec.modules if m.name in adapter.blocks}
         return {
-            "round": t, "accuracy": None, "loss": None, "personal_accuracy": None,
+            **after.metrics, "round": t, "accuracy": None, "loss": None, "personal_accuracy": None,
             "train_loss": sum(row["loss"] * row["examples"] for row in ok if "loss" in row) / examples if ok else None,
             **sums, "clients_ok": len(ok), "clients_failed": len(rows) - len(ok), "components": adapter.components,
             "modules_alive": len(adapter.blocks), "lowest_active_block": min(alive, default=None),
-            "train_seconds": round(sum(row.get("seconds", 0.0) for row in ok), 4), **after.metrics,
+            "train_seconds": round(sum(row.get("seconds", 0.0) for row in ok), 4),
         }  # fmt: skip
 
     def _scores(self, after: State, cohort: Mapping[ClientId, Device]) -> dict[str, Any]:
@@ -173,11 +172,12 @@ class Server:
         if after.round % self.rounds.evaluate_every and after.round != after.rounds:
             return {}
         scores: dict[str, Any] = {}
-        if self.evaluate is not None:
+        mine = any(self.head == "own" or set(plan.own) & set("BeA") for plan in self._plans(after, cohort).values())
+        if self.evaluate is not None and not mine:  # with private parts there is no one global model
             found = self.evaluate(after.adapter)
             scores = {"accuracy": found["accuracy"], "loss": found["loss"]}
         personal = self._personal(after, cohort, tuple(cohort))
-        if self.evaluate is None and self.head != "own":
+        if self.evaluate is None and not mine:
             scores = {"accuracy": personal.pop("mean_accuracy"), "loss": personal.pop("mean_loss")}
         return scores | {k: v for k, v in personal.items() if not k.startswith("mean_")}
 
@@ -185,22 +185,22 @@ class Server:
         self, state: State, fleet: Mapping[ClientId, Device], clients: tuple[ClientId, ...]
     ) -> dict[str, Any]:
         """Every client's own test rows: the unweighted mean accuracy, and that of its majority class."""
-        plans = self._plans(state, {client: fleet[client] for client in clients})
         ids: dict[str, np.ndarray] = {}
-        present = everything(state.adapter)
-        plans = {c: replace(p, train=ids, frozen=present, learn="", up="", returns={}) for c, p in plans.items()}
-        rows = list(self._exchange("evaluate", state, plans))
+        present, rows = everything(state.adapter), list[dict[str, Any]]()
+        for at in range(0, len(clients), self.rounds.cohort):  # a method plans for cohorts, never for the whole fleet
+            plans = self._plans(state, {client: fleet[client] for client in clients[at : at + self.rounds.cohort]})
+            plans = {c: replace(p, train=ids, frozen=present, learn="", up="", returns={}) for c, p in plans.items()}
+            rows += self._exchange("evaluate", state, plans)
         frames = sum(row.get("bytes_down", 0) + row.get("bytes_up", 0) for row in rows)
         scored = [row for row in rows if row["ok"] and row.get("rows", 0) > 0 and {"accuracy", "loss"} <= row.keys()]
         result: dict[str, Any] = {"personal_accuracy": None, "personal_majority": None, "personal_clients": len(scored)}
         result |= {"evaluation_bytes": frames, "mean_accuracy": None, "mean_loss": None}
         if scored:
             total = sum(row["rows"] for row in scored)
+            most = [row["majority"] for row in scored if "majority" in row]
             result |= {
                 "personal_accuracy": float(np.mean([row["accuracy"] for row in scored])),
-                "personal_majority": float(np.mean(most))
-                if (most := [r["majority"] for r in scored if "majority" in r])
-                else None,
+                "personal_majority": float(np.mean(most)) if most else None,
                 "mean_accuracy": sum(row["accuracy"] * row["rows"] for row in scored) / total,
                 "mean_loss": sum(row["loss"] * row["rows"] for row in scored) / total,
             }

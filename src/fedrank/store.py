@@ -130,8 +130,8 @@ class Store:
                 raise StoreError(f"{self.path} is in use by another process") from None
             yield
 
-    def write(self, name: str, text: str) -> None:
-        write(self.path / name, text.encode())
+    def write(self, name: str, content: str | bytes) -> None:
+        write(self.path / name, content.encode() if isinstance(content, str) else content)
 
     # ---- states
 

