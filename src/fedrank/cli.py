@@ -204,9 +204,9 @@ def _baselines(path: Path, output: views.Output) -> None:
         for name, value in found.items():
             table.add_row(name, views.share(value))
         Console().print(table)
-        best = max(found, key=lambda name: found[name])
-        if summary["accuracy"] is not None and summary["accuracy"] < found[best]:
-            Console().print(f"The federated run is below the {best}, which saw all rows in one place.", highlight=False)
+        above = [name for name, value in found.items() if (summary["accuracy"] or 0.0) < value]
+        if above:
+            Console().print(f"The federated run is below: {', '.join(above)}.", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
