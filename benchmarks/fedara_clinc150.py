@@ -7,7 +7,6 @@ Killed, it goes on where it was. Each run is a process of its own with one threa
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import machine
 import yaml
 
 HERE = Path(__file__).parent
@@ -135,8 +135,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "study": study,
         "command": "python benchmarks/fedara_clinc150.py --data PATH/clinc150 --out runs/fedara_clinc150",
-        "machine": {"processor": platform.processor() or platform.machine(), "threads_per_run": 1, "runs_at_once": args.workers,
-                    "python": platform.python_version()},
+        "machine": machine.describe() | {"threads_per_run": 1, "runs_at_once": args.workers},
         "pilot": {arm: {f"{lr:g}": tried[a, lr] for a, lr in tried if a == arm} for arm in best},
         "learning_rate": best,
         "runs": {arm: {} for arm in best},

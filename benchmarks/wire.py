@@ -5,15 +5,16 @@ python benchmarks/wire.py [--results FILE]: a MiniLM adapter of rank 12 in the S
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import machine
 import numpy as np
 
 from fedrank.adapter import Adapter, gaussian
@@ -38,31 +39,41 @@ def minilm() -> ModelSpec:
     return ModelSpec(modules, 6, head, 12, 2.0, "benchmark")
 
 
-def median(call: Callable[[], Any], repeats: int = 30) -> float:
-    times = []
+def seconds(*calls: Callable[[], Any], repeats: int = 30) -> list[list[float]]:
+    """The times of each call, the calls taken in turn."""
+    times: list[list[float]] = [[] for _ in calls]
     for _ in range(repeats):
-        started = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+        for call, mine in zip(calls, times, strict=True):
+            started = time.perf_counter()
+            call()
+            mine.append(time.perf_counter() - started)
+    return times
 
 
 def throughput(spec: ModelSpec, adapter: Adapter) -> dict[str, Any]:
-    """GB of float32 state per second, by dtype, beside a plain copy of the same bytes in this run."""
-    blob = np.ones(
-        sum(b.rank * (m.out + 1 + m.in_) for m in spec.modules for b in [adapter.blocks[m.name]]), np.float32
-    )
+    """GB of float32 state per second, by dtype, beside a plain copy of the same bytes, all taken in turn."""
+    numbers = sum(b.rank * (m.out + 1 + m.in_) for m in spec.modules for b in [adapter.blocks[m.name]])
+    blob = np.ones(numbers, np.float32)
     state, plan, result = State(0, 1, adapter), Plan(train=everything(adapter)), {}
     for dtype in ("f32", "f16", "bf16", "int8"):
         wire = Wire(spec, adapter, dtype, "run", 0)  # type: ignore[arg-type]
         frame = wire.request("train", "0", plan, state)
-        result[dtype] = {
-            "pack_gb_per_second": blob.nbytes / median(lambda w=wire: w.request("train", "0", plan, state)) / 1e9,
-            "unpack_gb_per_second": blob.nbytes / median(lambda w=wire, f=frame: w.open_request(f)) / 1e9,
-            "copy_gb_per_second": blob.nbytes / median(blob.copy) / 1e9,
-            "frame_bytes": len(frame),
-        }
+        times = seconds(
+            partial(wire.request, "train", "0", plan, state), partial(wire.open_request, frame), blob.copy
+        )  # fmt: skip
+        speeds = {
+            name: {"median": blob.nbytes / statistics.median(t) / 1e9, "min": blob.nbytes / max(t) / 1e9, "max": blob.nbytes / min(t) / 1e9}
+            for name, t in zip(("pack", "unpack", "copy"), times, strict=True)
+        }  # fmt: skip
+        result[dtype] = {"gb_per_second": speeds, "frame_bytes": len(frame)}
     return result
+
+
+def large() -> tuple[ModelSpec, Adapter]:
+    """An adapter of 100 MB, beyond any cache: 12 blocks of four 4096 x 4096 linears at rank 64."""
+    modules = tuple(Module(f"layer.{at}.{n}", 4096, 4096, at) for at in range(12) for n in ("q", "k", "v", "o"))
+    spec = ModelSpec(modules, 12, {}, 64, 2.0, "benchmark")
+    return spec, gaussian(spec.shapes, 64, 2.0, rng(0, "benchmark"))
 
 
 def overhead(spec: ModelSpec, start: Adapter) -> dict[str, float]:
@@ -114,7 +125,7 @@ def overhead(spec: ModelSpec, start: Adapter) -> dict[str, float]:
         whole = evaluated - started
     updates = CLIENTS * ROUNDS
     payload = sum(b.rank * (m.out + 1 + m.in_) * 4 for m in spec.modules for b in [start.blocks[m.name]])
-    copies = 2 * median(np.ones(payload // 4, np.float32).copy)
+    copies = 2 * statistics.median(seconds(np.ones(payload // 4, np.float32).copy)[0])
     return {
         "milliseconds_per_client": 1e3 * whole / updates,
         "of_which_wire": 1e3 * inside["seconds"] / updates,
@@ -133,8 +144,9 @@ def main() -> None:
     runs = [overhead(spec, adapter) for _ in range(5)]
     result = {
         "command": "python benchmarks/wire.py",
-        "machine": {"processor": platform.machine(), "python": platform.python_version(), "numpy": np.__version__},
-        "throughput": throughput(spec, adapter),
+        "machine": machine.describe(),
+        "minilm_rank_12": throughput(spec, adapter),
+        "large_100_mb": throughput(*large()),
         "loop": {k: {"median": statistics.median(r[k] for r in runs), "min": min(r[k] for r in runs), "max": max(r[k] for r in runs)}
                  for k in runs[0]},
     }  # fmt: skip

@@ -214,7 +214,7 @@ def test_baselines(config: Path, fed: Fed, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(probe, "baselines", lambda config: {"linear probe": 1.0, "TF-IDF": 0.5})
     found = fed("run", config, "rounds.count=1", "--out", tmp_path / "a", "-o", "plain", "--baselines")
     assert found.exit_code == 0, found.output
-    assert "The federated run is below the linear probe, which saw all rows in one place." in found.stdout
+    assert "The federated run is below: linear probe, TF-IDF." in found.stdout
     assert json.loads((tmp_path / "a" / "summary.json").read_text())["baselines"]["TF-IDF"] == 0.5
     found = fed("run", config, "rounds.count=1", "--out", tmp_path / "b", "-o", "json", "--baselines")
     assert json.loads(found.stdout.splitlines()[-1]) == {"event": "baselines", "linear probe": 1.0, "TF-IDF": 0.5}

@@ -273,7 +273,7 @@ def _changed(config: Config, overrides: Iterable[str]) -> Config:
     raw = config.model_dump(mode="json")
     for item in overrides:
         key, _, value = item.partition("=")
-        if key in settings.known_keys() and key not in CHANGEABLE:
+        if key not in CHANGEABLE and (key in settings.known_keys() or key.startswith("method.")):
             raise ConfigError(f"{key!r} cannot be changed in a run that has begun; these can: {', '.join(CHANGEABLE)}")
         if key == "rounds.count" and value.startswith("+") and value[1:].isdigit():
             item = f"{key}={config.rounds.count + int(value[1:])}"
