@@ -1,0 +1,31 @@
+"""What a figure was measured on: written into every results file."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def describe() -> dict[str, Any]:
+    """Processor, cores, memory in GiB, versions, and the commit of the working tree."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    here = Path(__file__).parent
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "processor": model, "capability": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count(),
+        "memory_gib": round(memory, 1), "python": platform.python_version(), "torch": torch.__version__,
+        "numpy": np.__version__, "commit": commit,
+    }  # fmt: skip
