@@ -5,16 +5,16 @@ import math
 import random
 import struct
 import tracemalloc
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedrank.frame import Refused, pack, unpack
+from fedrank.frame import CHECKSUM, Refused, pack, unpack
 from fedrank.protocol import Plan, State, Update
 from fedrank.selection import everything
 from fedrank.wire import Reply, Request, Wire
@@ -116,7 +116,7 @@ def spoilt(frame: bytes, seed: str) -> Iterator[bytes]:
 
 
 def seal(body: bytes) -> bytes:
-    return body[:-4] + struct.pack("<I", zlib.crc32(body[:-4]))
+    return body[:-CHECKSUM] + xxhash.xxh3_64_digest(body[:-CHECKSUM])
 
 
 @pytest.mark.parametrize(("write", "read", "dtype", "plan"), CASES)

@@ -1,5 +1,7 @@
 """A tiny real federation in this process, for tests: a random encoder, separable texts, real frames, real files."""
 
+import json
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -9,12 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+import xxhash
 
 from fedrank import aggregation, config
 from fedrank.adapter import Adapter, Block
 from fedrank.client import Site
 from fedrank.config import Config, Local, Rounds
 from fedrank.engines import local as engine
+from fedrank.frame import CHECKSUM, pack
 from fedrank.protocol import Device, Job, ModelSpec, Module, Plan, State, Total, Update, rng
 from fedrank.server import Event, Server
 from fedrank.store import Store
@@ -262,3 +266,15 @@ def equal(a: State, b: State) -> bool:
         and a.arrays.keys() == b.arrays.keys()
         and all(np.array_equal(a.arrays[name], b.arrays[name]) for name in a.arrays)
     )
+
+
+def forced(meta: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> bytes:
+    """A frame of just these facts and tensors, NaN and infinity too, which `pack` would refuse to write."""
+    plain = {name: np.nan_to_num(t, posinf=0, neginf=0) if t.dtype.kind == "f" else t for name, t in tensors.items()}
+    frame = bytearray(pack(meta, plain))
+    (size,) = struct.unpack("<Q", frame[:8])
+    header = json.loads(frame[8 : 8 + size])
+    for name, tensor in tensors.items():
+        start, end = (8 + size + at for at in header[name]["data_offsets"])
+        frame[start:end] = tensor.tobytes()
+    return bytes(frame[:-CHECKSUM]) + xxhash.xxh3_64_digest(frame[:-CHECKSUM])

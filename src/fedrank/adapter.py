@@ -13,6 +13,11 @@ Shapes = Mapping[str, tuple[int, int]]  # module -> (out, in)
 FACTORS = "BeA"
 
 
+def ascending(ids: np.ndarray) -> bool:
+    """Whether every id is larger than the one before."""
+    return bool((ids[1:] > ids[:-1]).all())
+
+
 @dataclass(frozen=True, eq=False)
 class Block:
     """The components of one module; ``delta_W = scale * B diag(e) A``.
@@ -27,7 +32,7 @@ class Block:
     A: Float[np.ndarray, "r in"] | None
 
     def __post_init__(self) -> None:
-        if np.any(np.diff(self.ids) <= 0):
+        if not ascending(self.ids):
             raise ValueError(f"component ids must ascend without repeats, got {self.ids.tolist()}")
         for name in FACTORS:
             factor = getattr(self, name)
@@ -105,10 +110,12 @@ class Adapter:
 
     def only(self, factors: str) -> "Adapter":
         """Only these factors ("BeA"), the others None; the dense tensors stay with "h"."""
-        blocks = {
-            name: Block(block.ids, *(getattr(block, f) if f in factors else None for f in FACTORS))
-            for name, block in self.blocks.items()
-        }
+        blocks = self.blocks
+        if not set(FACTORS) <= set(factors):
+            blocks = {
+                name: Block(block.ids, *(getattr(block, f) if f in factors else None for f in FACTORS))
+                for name, block in blocks.items()
+            }
         return Adapter(blocks, self.scale, self.dense if "h" in factors else {})
 
     def fill(self, other: "Adapter") -> "Adapter":

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from fedrank.adapter import FACTORS, Adapter
-from fedrank.frame import DTYPES, HEADER, Dtype, Sizes
+from fedrank.frame import CHECKSUM, DTYPES, HEADER, Dtype, Sizes
 from fedrank.protocol import Plan
 
 
@@ -41,7 +41,7 @@ def down(adapter: Adapter, plan: Plan, modules: int, dtype: Dtype) -> Sizes:
     body, head = factors(adapter, plan.sent, ranks, dtype), dense(adapter, plan.sent, dtype)
     ids = sum(math.ceil(modules * plan.width / 8) for part in (plan.train, plan.frozen) if any(map(len, part.values())))
     arrays = sum(array.nbytes for array in plan.arrays.values())
-    return Sizes(body, head, HEADER + body + head + ids + arrays + 4)
+    return Sizes(body, head, HEADER + body + head + ids + arrays + CHECKSUM)
 
 
 def up(adapter: Adapter, plan: Plan, modules: int, dtype: Dtype) -> Sizes:
@@ -50,4 +50,4 @@ def up(adapter: Adapter, plan: Plan, modules: int, dtype: Dtype) -> Sizes:
     body, head = factors(adapter, plan.up, ranks, dtype), dense(adapter, plan.up, dtype)
     ids = 0 if plan.select is None else math.ceil(modules * plan.width / 8)
     arrays = sum(np.dtype(kind).itemsize * math.prod(shape) for kind, shape in plan.returns.values())
-    return Sizes(body, head, HEADER + body + head + ids + arrays + 4)
+    return Sizes(body, head, HEADER + body + head + ids + arrays + CHECKSUM)

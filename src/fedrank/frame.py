@@ -1,13 +1,12 @@
 """Frames: facts and arrays as bytes and back, and arrays in the wire's dtypes.
 
-A frame is one safetensors file: a JSON header padded to a fixed size, the tensors, and last a CRC-32
-of all bytes before it. Nothing in it is ever executed.
+A frame is one safetensors file: a JSON header padded to a fixed size, the tensors, and last a 64-bit
+XXH3 hash of all bytes before it. Nothing in it is ever executed.
 """
 
 import json
 import math
 import struct
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,18 +14,21 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 import safetensors
+import xxhash
 
 from fedrank.adapter import FACTORS
 
 SCHEMA = 1
 HEADER = 2048  # bytes; the header grows in steps of this, so that a frame's length can be predicted
 MAX_HEADER = 1 << 20
+CHECKSUM = 8  # bytes
 
 Dtype = Literal["f64", "f32", "f16", "bf16", "int8"]
 DTYPES: Mapping[str, Any] = {"f64": np.float64, "f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16, "int8": np.int8}  # fmt: skip
 EXACT = ("f64", "f32")
 _CODES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I8": np.int8,
-          "U8": np.uint8, "I64": np.int64, "I32": np.int32, "U32": np.uint32, "BOOL": np.bool_}  # fmt: skip
+          "U8": np.uint8, "I64": np.int64, "I32": np.int32, "U32": np.uint32, "U64": np.uint64, "BOOL": np.bool_}  # fmt: skip
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _NAMES = {np.dtype(kind): code for code, kind in _CODES.items()}
 
 
@@ -35,7 +37,10 @@ class Refused(ValueError):
 
 
 def pack(meta: Mapping[str, Any], tensors: Mapping[str, np.ndarray | list[np.ndarray]]) -> bytes:
-    """One frame of these JSON-able facts and arrays; a list of arrays is written as one flat tensor, uncopied."""
+    """One frame of these JSON-able facts and arrays; a list of arrays is written as one flat tensor, uncopied.
+
+    Refused where an array holds NaN or infinity, as its reader would refuse it.
+    """
     header: dict[str, Any] = {"__metadata__": {"fedrank": json.dumps(meta, sort_keys=True)}}
     at, parts = 0, list[Any]()
     for name, value in tensors.items():
@@ -48,21 +53,26 @@ def pack(meta: Mapping[str, Any], tensors: Mapping[str, np.ndarray | list[np.nda
         header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [at, at + size]}
         at += size
         parts += [chunk.reshape(-1).view(np.uint8).data for chunk in chunks if chunk.size]
-    header["checksum"] = {"dtype": "U32", "shape": [1], "data_offsets": [at, at + 4]}
+    header["checksum"] = {"dtype": "U64", "shape": [1], "data_offsets": [at, at + CHECKSUM]}
     text = json.dumps(header, separators=(",", ":")).encode()
     size = HEADER * math.ceil((8 + len(text)) / HEADER) - 8
     pieces = [struct.pack("<Q", size), text.ljust(size), *parts]
-    checksum = 0
+    checksum = xxhash.xxh3_64()
     for piece in pieces:
-        checksum = zlib.crc32(piece, checksum)
-    return b"".join([*pieces, struct.pack("<I", checksum)])
+        checksum.update(piece)
+    frame = b"".join([*pieces, checksum.digest()])
+    for name, entry in header.items():
+        if entry.get("dtype") in _FLOATS:  # looked for in the frame, where a tensor is one piece
+            start, end = entry["data_offsets"]
+            _finite(name, np.frombuffer(memoryview(frame)[8 + size + start : 8 + size + end], _CODES[entry["dtype"]]))
+    return frame
 
 
 def unpack(frame: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The facts and arrays of a frame; Refused where it is damaged or not of this schema."""
-    if len(frame) < HEADER + 4:
+    if len(frame) < HEADER + CHECKSUM:
         raise Refused(f"a frame of {len(frame)} bytes is too short")
-    if zlib.crc32(memoryview(frame)[:-4]) != struct.unpack("<I", frame[-4:])[0]:
+    if xxhash.xxh3_64_digest(memoryview(frame)[:-CHECKSUM]) != frame[-CHECKSUM:]:
         raise Refused("the checksum does not fit: the frame was damaged on its way")
     (size,) = struct.unpack("<Q", frame[:8])
     if size > min(MAX_HEADER, len(frame) - 8):
@@ -78,9 +88,14 @@ def unpack(frame: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise Refused(f"the frame has schema version {got!r}, this fedrank speaks {SCHEMA}")
     tensors.pop("checksum", None)
     for name, array in tensors.items():
-        if array.dtype.kind in "fV" and not np.isfinite(array).all():
-            raise Refused(f"tensor {name!r} holds NaN or infinity")
+        if _NAMES[array.dtype] in _FLOATS:
+            _finite(name, array)
     return meta, tensors
+
+
+def _finite(name: str, array: np.ndarray) -> None:
+    if not np.isfinite(array).all():
+        raise Refused(f"tensor {name!r} holds NaN or infinity")
 
 
 @dataclass(frozen=True)
@@ -117,23 +132,24 @@ def encode(
     if dtype == "int8":
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(int)
         scales = (np.maximum.reduceat(np.abs(values), starts) / 127).astype(np.float32)
-        steps = values / np.repeat(np.where(scales > 0, scales, 1), lengths)
-        low = np.floor(steps)
-        steps = low + (generator.random(values.size, np.float32) < steps - low)
+        steps = _round(values / np.repeat(np.where(scales > 0, scales, 1), lengths), generator)
         return {name: np.clip(steps, -127, 127).astype(np.int8), f"{name}.scale": scales}
     if dtype == "bf16":  # the low 16 bits of an f32, plus 16 random ones, carry into the rest
         limit = np.float32(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
         bits = np.clip(values, -limit, limit).view(np.uint32)  # at the limit all 16 are 0: nothing reaches infinity
-        noise = generator.integers(0, 1 << 16, values.size, np.uint32)
+        noise = generator.integers(0, 1 << 16, values.size, np.uint16)
         return {name: (bits + noise >> 16).astype(np.uint16).view(ml_dtypes.bfloat16)}
-    top = np.finfo(np.float16).max
-    values = np.clip(values, -top, top)
-    near = values.astype(np.float16)
-    error = values - near.astype(np.float32)
-    other = np.nextafter(near, np.where(error > 0, top, -top))
-    gap = np.abs(other.astype(np.float32) - near.astype(np.float32))
-    cross = generator.random(values.size, np.float32) * gap < np.abs(error)
-    return {name: np.where(cross, other, near)}
+    limit = np.float32(np.finfo(np.float16).max)
+    values = np.clip(values, -limit, limit)
+    exponent = np.maximum(np.frexp(values)[1], -13)  # below, f16 is subnormal and its steps stay the same
+    step = np.ldexp(np.float32(1), exponent - 11)
+    return {name: (_round(values / step, generator) * step).astype(np.float16)}
+
+
+def _round(values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """One of the two whole numbers beside each value, the nearer the likelier."""
+    low = np.floor(values)
+    return np.asarray(low + (generator.random(values.size, np.float32) < values - low))
 
 
 def decode(name: str, tensors: Mapping[str, np.ndarray], lengths: np.ndarray, dtype: Dtype) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from fedrank.adapter import Adapter
+from fedrank.adapter import Adapter, ascending
 
 ClientId = str
 Address = str | int
@@ -111,7 +111,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name, ids in [*self.train.items(), *self.frozen.items()]:
-            if np.any(np.diff(ids) <= 0):
+            if not ascending(ids):
                 raise ValueError(f"module {name!r}: component ids must ascend without repeats, got {list(ids)}")
         for name in self.train.keys() & self.frozen.keys():
             if both := np.intersect1d(self.train[name], self.frozen[name]).tolist():

@@ -191,8 +191,11 @@ class Wire:
     def _bits(self, ids: Mapping[str, np.ndarray], width: int) -> np.ndarray:
         """Id sets as bits: one row of `width` bits per module, packed without padding between rows."""
         grid = np.zeros((len(self.spec.modules), width), bool)
-        for row, module in zip(grid, self.spec.modules, strict=True):
-            row[np.asarray(ids.get(module.name, ()), int)] = True
+        rows = [(at, ids[m.name]) for at, m in enumerate(self.spec.modules) if len(ids.get(m.name, ()))]
+        if rows:
+            grid[np.repeat([at for at, _ in rows], [len(i) for _, i in rows]), np.concatenate([i for _, i in rows])] = (
+                True
+            )
         return np.packbits(grid)
 
     def _ids(self, bits: np.ndarray | None, width: int) -> dict[str, np.ndarray]:
@@ -215,12 +218,12 @@ class Wire:
     def _write(self, adapter: Adapter, reference: Adapter, *address: Any) -> dict[str, Any]:
         tensors: dict[str, Any] = {}
         for name, chunks, lengths in self._flat(adapter):
-            if not all(np.isfinite(chunk).all() for chunk in chunks):  # low precision would clip infinity
-                raise Refused(f"factor {name} holds NaN or infinity; it is not sent")
             if self.dtype in EXACT:
                 tensors[name] = [chunk.astype(DTYPES[self.dtype], copy=False) for chunk in chunks]
                 continue
             values = np.concatenate([chunk.reshape(-1) for chunk in chunks])
+            if not np.isfinite(values).all():  # it would be clipped
+                raise Refused(f"tensor {name!r} holds NaN or infinity")
             values -= self._reference(name, adapter.ids, reference, values.size)
             generator = rng(self.seed, "rounding", *address, name)
             tensors |= encode(name, values, lengths, self.dtype, generator)
@@ -241,12 +244,12 @@ class Wire:
         every = lengths | {f"h.{name}": _rows(tensor.shape) for name, tensor in shapes.items()}
         for name, rows in every.items():
             with np.errstate(over="ignore"):
-                values = decode(name, tensors, rows, self.dtype)
-                if self.dtype not in EXACT:
-                    values = (self._reference(name, ids, reference, values.size) + values).astype(np.float32)
-            if not np.isfinite(values).all():
+                flat[name] = decode(name, tensors, rows, self.dtype)
+                if self.dtype in EXACT:
+                    continue
+                flat[name] += self._reference(name, ids, reference, flat[name].size)
+            if not np.isfinite(flat[name]).all():
                 raise Refused(f"tensor {name!r} decodes to NaN or infinity")
-            flat[name] = values
         names = set(every) | ({f"{name}.scale" for name in every} if self.dtype == "int8" else set())
         if extra := set(tensors) - names:
             raise Refused(f"tensors {sorted(extra)} were not asked for")
@@ -293,11 +296,11 @@ class Wire:
         """What the other end holds of this tensor, flat; zeros for components that it does not hold."""
         if name.startswith("h."):
             held = reference.dense.get(name[2:])
-            return np.zeros(size) if held is None else held.reshape(-1)
+            return np.zeros(size, np.float32) if held is None else held.reshape(-1)
         parts = []
         for module in self.spec.modules:
             wanted = ids.get(module.name, np.empty(0, int))
-            part = np.zeros((len(wanted), self._vector(name, module.name)))
+            part = np.zeros((len(wanted), self._vector(name, module.name)), np.float32)
             block = reference.blocks.get(module.name)
             factor = None if block is None else getattr(block, name)
             if block is not None and factor is not None:

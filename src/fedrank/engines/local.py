@@ -1,12 +1,11 @@
 """The local engine: every client runs in this process, through the real wire, on modelled devices."""
 
 import logging
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from fedrank import client
-from fedrank.frame import Refused
+from fedrank.frame import CHECKSUM, Refused
 from fedrank.protocol import ClientId, Device, rng
 
 log = logging.getLogger(__name__)
@@ -35,11 +34,8 @@ class Local:
             frame = build()
             if seconds is not None and self.work(self.devices[name]) > seconds:
                 continue  # too late on the modelled clock: its answer would not be waited for
-            # less its own checksum: a CRC over that is the same number for every frame
-            if (
-                self.failure_rate
-                and rng(self.seed, "failure", name, zlib.crc32(frame[:-4])).random() < self.failure_rate
-            ):
+            drawn = rng(self.seed, "failure", name, frame[-CHECKSUM:].hex()).random() if self.failure_rate else 1.0
+            if drawn < self.failure_rate:
                 continue
             try:
                 reply = client.handle(frame, self.site(name))
