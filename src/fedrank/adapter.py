@@ -15,7 +15,7 @@ FACTORS = "BeA"
 
 def ascending(ids: np.ndarray) -> bool:
     """Whether every id is larger than the one before."""
-    return np.count_nonzero(ids[1:] > ids[:-1]) == max(len(ids) - 1, 0)
+    return bool(np.count_nonzero(ids[1:] > ids[:-1]) == max(len(ids) - 1, 0))
 
 
 @dataclass(frozen=True, eq=False)
