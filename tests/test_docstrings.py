@@ -16,7 +16,8 @@ Loaded = tuple[Rows, Rows, tuple[str, ...]]
 
 @pytest.fixture(scope="module")
 def loaded() -> Loaded:
-    return docstrings.load_docstrings()
+    found = load("docstrings", None, "classify", {}, None, None, 0)
+    return found.train, found.test, found.labels
 
 
 def test_size_and_split(loaded: Loaded) -> None:
@@ -85,7 +86,7 @@ def test_missing_sources_are_named(tmp_path: Path) -> None:
 
 def test_nothing_that_is_read_is_imported() -> None:
     code = (
-        "import sys; from fedrank.training import docstrings; docstrings.load_docstrings();"
+        "import sys; from fedrank.training import docstrings; docstrings.labelled();"
         "print({'turtle', 'mailbox', '_pyio', 'xml.sax', 'torch'} & set(sys.modules))"
     )
     source = str(Path(docstrings.__file__).parents[2])

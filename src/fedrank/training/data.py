@@ -11,6 +11,7 @@ import numpy as np
 
 from fedrank.config import Config
 from fedrank.protocol import rng
+from fedrank.training import docstrings
 from fedrank.training.sources import DataError, Record, Source, from_hub, from_path, nearest
 
 BUILT_IN = "docstrings"
@@ -119,12 +120,11 @@ def stratified(label: np.ndarray, fraction: float, random: np.random.Generator) 
 
 
 def built_in(task: str) -> Dataset:
-    from fedrank.training.docstrings import load_docstrings  # here, because docstrings builds on Rows
-
     if task == "generate":
         raise DataError(f"{BUILT_IN}: it has labels and no completions; task generate needs another set")
-    train, test, labels = load_docstrings()
-    return Dataset(BUILT_IN, train, test, None, labels)
+    texts, label = docstrings.labelled()
+    rows, (train, test) = Rows(texts, label=label), stratified(label, 0.2, rng(docstrings.SEED, "docstrings", "split"))
+    return Dataset(BUILT_IN, rows.take(train), rows.take(test), None, docstrings.LABELS)
 
 
 def assemble(source: Source, task: str, columns: Mapping[str, str], fraction: float, seed: int) -> Dataset:

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from fedrank.protocol import rng
-from fedrank.training.data import Rows, stratified
 from fedrank.training.sources import DataError
 
 # Pure Python, there in 3.11-3.14 on every platform, at least 50 docstrings each.
@@ -41,16 +40,12 @@ TEST_FOLDERS = {"test", "tests"}
 SEED = 0  # the set is the same whatever the seed of a run
 
 
-def load_docstrings() -> tuple[Rows, Rows, tuple[str, ...]]:
-    """Train, test and class names; the same on every call with one Python version."""
-    texts, label = labelled(Path(sysconfig.get_path("stdlib")))
-    train, test = stratified(label, 0.2, rng(SEED, "docstrings", "split"))
-    rows = Rows(texts, label=label)
-    return rows.take(train), rows.take(test), LABELS
+def labelled() -> tuple[list[str], np.ndarray]:
+    """The texts in the order of class, file and line, capped per class, and their labels.
 
-
-def labelled(library: Path) -> tuple[list[str], np.ndarray]:
-    """The texts in the order of class, file and line, capped per class, and their labels."""
+    The same on every call with one Python version.
+    """
+    library = Path(sysconfig.get_path("stdlib"))
     files = {name: sources(library, name) for name in LABELS}
     modules = [file.relative_to(library) for name in LABELS for file in files[name]]
     masked = mask({word for module in modules for word in public_names(module)})
