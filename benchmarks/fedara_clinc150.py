@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,11 @@ def merge(*parts: dict[str, Any]) -> dict[str, Any]:
 
 def play(folder: Path, config: dict[str, Any]) -> Path:
     """One run in a process of its own; a finished one is kept, a stopped one resumed."""
+    file = folder.with_name(f"{folder.name}.yaml")
+    if file.exists() and yaml.safe_load(file.read_text()) != config:
+        raise SystemExit(f"{folder} was played from another config; move it away or choose another --out")
     if not (folder / "summary.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        file = folder.with_name(f"{folder.name}.yaml")
         file.write_text(yaml.safe_dump(config))
         what = (
             ["resume", str(folder)] if (folder / "config.yaml").exists() else ["run", str(file), "--out", str(folder)]
@@ -89,7 +91,7 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"mean": statistics.mean(values), "deviation": statistics.stdev(values) if len(values) > 1 else 0.0}
 
 
-def costs(folders: dict[str, Path], data: str, repeats: int = 5) -> dict[str, Any]:
+def costs(folders: dict[str, Path], repeats: int = 5) -> dict[str, Any]:
     """Seconds and peak memory of the same training steps under the first and the last state, alternately."""
     result: dict[str, list[dict[str, float]]] = {}
     for _ in range(repeats):
@@ -140,7 +142,7 @@ def main() -> None:
         "learning_rate": best,
         "runs": {arm: {} for arm in best},
     }  # fmt: skip
-    runs = {}
+    runs: dict[tuple[Any, ...], Future[Path]] = {}
     for seed in study["seeds"]:
         for arm, settings in study["arms"].items():
             config = merge(base, settings, {"seed": seed, "local": {"lr": best[arm]}})
@@ -161,8 +163,27 @@ def main() -> None:
     result["fedara_minus"] = {arm: paired(ours, each(arm, "accuracy_last_five")) for arm in best if arm != "fedara"}
     total = statistics.mean(each("fedara", "adapter_bytes"))
     result["adapter_bytes_over_fedara"] = {arm: statistics.mean(each(arm, "adapter_bytes")) / total for arm in best}
+
+    rates = study["afterwards"]["learning_rates"]
+    for arm, lr in rates.items():
+        for seed in study["seeds"]:
+            config = merge(base, study["arms"][arm], {"seed": seed, "local": {"lr": lr}})
+            runs[arm, lr, seed] = pool.submit(play, args.out / f"afterwards-{arm}-{lr:g}-{seed}", config)
+    result["afterwards"] = {}
+    for arm, lr in rates.items():
+        found = {str(seed): measured(runs[arm, lr, seed].result()) for seed in study["seeds"]}
+        late = [run["accuracy_last_five"] for run in found.values()]
+        result["afterwards"][arm] = {
+            "learning_rate": lr, "runs": found, "accuracy_last_five": spread(late),
+            "adapter_bytes": spread([run["adapter_bytes"] for run in found.values()]),
+            # no verdict: these rates were chosen with the results at hand
+            "minus": {
+                other: {k: v for k, v in paired(late, each(other, "accuracy_last_five")).items() if k != "verdict"}
+                for other in best
+            },
+        }  # fmt: skip
     folders = {arm: args.out / f"{arm}-{study['seeds'][0]}" for arm in ("fedara", "fedavg_rank_12")}
-    result["step_cost"] = costs(folders, args.data)
+    result["step_cost"] = costs(folders)
     args.results.write_text(json.dumps(result, indent=1))
     print(
         json.dumps(

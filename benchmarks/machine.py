@@ -21,9 +21,12 @@ def describe() -> dict[str, Any]:
         model = names[0] if names else model
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     here = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True
-    ).stdout.strip()
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "../src", "*.py", "*.yaml")
+    commit = git("rev-parse", "--short", "HEAD") + (", with changes" if changed else "")
     return {
         "processor": model, "capability": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count(),
         "memory_gib": round(memory, 1), "python": platform.python_version(), "torch": torch.__version__,

@@ -86,6 +86,12 @@ class Adapter:
     def components(self) -> int:
         return sum(block.rank for block in self.blocks.values())
 
+    def odd(self) -> list[str]:
+        """The modules and dense tensors that hold NaN or infinity."""
+        parts = {name: [getattr(b, f) for f in FACTORS] for name, b in self.blocks.items()}
+        parts |= {name: [tensor] for name, tensor in self.dense.items()}
+        return [n for n, arrays in parts.items() if not all(a is None or np.isfinite(a).all() for a in arrays)]
+
     def take(self, ids: Mapping[str, np.ndarray]) -> "Adapter":
         """Only these components; KeyError where one is not there."""
         blocks = {}

@@ -171,18 +171,27 @@ def _follow(start: Callable[[], Iterator[dict[str, Any]]], path: Path, output: v
     logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False, show_time=False)])  # fmt: skip
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     last: dict[str, Any] = {}
+    go_on = f"every finished round is saved. Go on with: [bold]fedrank resume {escape(str(path))}[/]"
+
+    def begun() -> bool:
+        return (path / "config.yaml").exists()
+
     try:
         from fedrank.training.models import hush
 
         hush()
         with _mistakes():
-            last = deque(views.VIEWS[output](start()), maxlen=1).pop()
+            try:
+                last = deque(views.VIEWS[output](start()), maxlen=1).pop()
+            except OSError as error:  # a full disk, a closed pipe
+                if not begun():
+                    raise
+                errors.print(f"[bold red]error:[/] {escape(str(error))}; {go_on}", highlight=False, soft_wrap=True)
+                raise typer.Exit(1) from None
             if baselines:
                 _baselines(path, output)
     except KeyboardInterrupt:
-        begun = (path / "config.yaml").exists()
-        go_on = f"every finished round is saved. Go on with: [bold]fedrank resume {escape(str(path))}[/]"
-        errors.print(f"\nstopped; {go_on if begun else 'nothing had begun.'}", highlight=False, soft_wrap=True)
+        errors.print(f"\nstopped; {go_on if begun() else 'nothing had begun.'}", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     if last.get("clients_ok") == 0 and last.get("rounds"):
         what = f"no client answered in any round; see {escape(str(path))}/clients.jsonl"
@@ -195,7 +204,9 @@ def _baselines(path: Path, output: views.Output) -> None:
 
     found = baselines(settings.load(path / "config.yaml"))
     summary = json.loads((path / "summary.json").read_text()) | {"baselines": found}
-    Store.open(path).write("summary.json", json.dumps(summary, indent=1))
+    store = Store.open(path)
+    store.write("baselines.json", json.dumps(found, indent=1))  # they stay true when the run goes on
+    store.write("summary.json", json.dumps(summary, indent=1))
     if output is views.Output.json:
         print(json.dumps({"event": "baselines", **found}))
     elif output is not views.Output.quiet:

@@ -1,9 +1,11 @@
 """The client: one function from frame to frame; its memory is in its own store."""
 
 import logging
+import traceback
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import numpy as np
 from fedrank.adapter import FACTORS, Adapter, Block
 from fedrank.frame import Refused
 from fedrank.protocol import Device, Fit, Job, Method, Plan, Update
-from fedrank.store import Private
+from fedrank.store import Private, StoreError
 from fedrank.wire import Request, Wire
 
 log = logging.getLogger(__name__)
@@ -52,7 +54,9 @@ def handle(frame: bytes, site: Site) -> bytes:
                 return site.wire.evaluation(request, _evaluate(request, site))
             return _train(request, site)
         except Exception as error:  # whatever it is, the round goes on without this client, and says why
-            log.debug("client %s failed", request.client, exc_info=True)
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            log.warning("client %s failed: %s: %s (%s, line %s)", request.client, type(error).__name__, error,
+                        Path(where.filename).name, where.lineno)  # fmt: skip
             # Other libraries' messages may quote the client's own text, which must not leave it.
             ours = type(error).__module__.startswith("fedrank")
             text = f"{type(error).__name__}: {error if ours else 'the message stays with the client'}"
@@ -60,7 +64,9 @@ def handle(frame: bytes, site: Site) -> bytes:
 
 
 def _train(request: Request, site: Site) -> bytes:
-    kept = site.private.load(site.device.id, request.plan.since)
+    plan, kept = request.plan, site.private.load(site.device.id, request.plan.since)
+    if not kept and plan.since >= 0 and set(plan.own) & set(plan.learn):
+        raise StoreError(f"the private factors of round {plan.since} are gone from {site.private.root}")
     job = _job(request, site, kept)
     update = next(iter(site.method.train([job])))
     arrays = _keep(job, update, kept, site.wire.start)

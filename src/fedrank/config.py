@@ -19,6 +19,9 @@ class ConfigError(ValueError):
     """A config that cannot be used: which key, what is wrong with it, what would be right."""
 
 
+OWN_MODELS = ("tiny-encoder", "tiny-decoder", "minilm")
+
+
 class Model(BaseModel, extra="forbid", frozen=True):
     """name: a hub name, a local folder, or tiny-encoder, tiny-decoder, minilm."""
 

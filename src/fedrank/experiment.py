@@ -28,9 +28,9 @@ from fedrank.wire import Wire
 
 log = logging.getLogger(__name__)
 
-# What does not touch the bits of a round already played; other data at data.path is noticed by its hash.
+# What does not touch the bits of a round already played; other data or another model is noticed by its hash.
 CHANGEABLE = ("rounds.count", "rounds.cohort", "rounds.evaluate_every", "rounds.deadline", "engine.failure_rate",
-              "engine.seconds_per_example", "data.path")  # fmt: skip
+              "engine.seconds_per_example", "data.path", "model.name")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,11 @@ def go_on(path: Path, overrides: Iterable[str] = (), method: Method | None = Non
         state, numerics = store.state()
         if config.rounds.count < state.round:
             raise ConfigError(f"rounds.count={config.rounds.count}: {path} has played {state.round} rounds already")
+        if "object" in config.method and method is None:
+            raise ConfigError(
+                f"{path} was started with a method of one's own, {config.method['object']}; "
+                "go on from Python: fedrank.resume(path, method=...)"
+            )
         parts = replace(prepare(config, method), begin=store.state(0)[0])  # which an import may have made
         _same(path, config.method, parts.config.method, "method")
         _same(path, numerics, parts.numerics, "numerics")
@@ -116,7 +121,7 @@ def go_on(path: Path, overrides: Iterable[str] = (), method: Method | None = Non
         _same(path, _contents(then), _contents(parts.facts), "data and model")
         for name in ("rounds.jsonl", "clients.jsonl"):
             ledger.cut(path / name, state.round)
-        store.write("config.yaml", settings.dump(config))
+        store.write("config.yaml", settings.dump(parts.config))
         if config.rounds.count > state.round:  # what a finished run came to is no longer true
             (path / "summary.json").unlink(missing_ok=True)
             shutil.rmtree(path / "adapter", ignore_errors=True)
@@ -242,7 +247,7 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
     }  # fmt: skip
     run_id = f"{rng(config.seed, 'run', settings.dump(_identity(config))).integers(1 << 62):016x}"
     drawn = {f"{n}.{p}": t.numpy(force=True) for n, m in model.drawn.items() for p, t in m.named_parameters()}
-    numerics = local.numerics(config.engine.threads, config.device)
+    numerics = {"fedrank": fedrank.__version__} | local.numerics(config.engine.threads, config.device)
     return Parts(
         config, chosen, spec, begin, run_id, devices, site, evaluate, numerics, drawn, facts, about,
     )  # fmt: skip
@@ -254,19 +259,25 @@ def _rows_seen(device: Device, local: settings.Local) -> int:
 
 
 def _resolved(config: Config, method: Method) -> Config:
-    """The config with what it leaves open written out: the method's learning rate, alpha, the data's whole path."""
+    """The config with what it leaves open written out: the method's defaults, alpha, the whole paths."""
     lr, alpha = config.local.lr or method.default_lr, config.adapter.alpha or 2.0 * config.adapter.rank
     local, adapter = config.local.model_copy(update={"lr": lr}), config.adapter.model_copy(update={"alpha": alpha})
-    data = config.data
+    data, model, chosen = config.data, config.model, dict(config.method)
     if data.path is not None:  # a run can be resumed from another folder
         data = data.model_copy(update={"path": str(Path(data.path).expanduser().absolute())})
-    return config.model_copy(update={"local": local, "adapter": adapter, "data": data})
+    if model.name not in settings.OWN_MODELS and (folder := Path(model.name).expanduser()).is_dir():
+        model = model.model_copy(update={"name": str(folder.absolute())})
+    if "object" not in chosen:
+        chosen |= methods.values(method)
+    parts = {"local": local, "adapter": adapter, "data": data, "model": model, "method": chosen}
+    return config.model_copy(update=parts)
 
 
 def _identity(config: Config) -> Config:
     """The config less what a resumed run may change, so that its frames still belong to it."""
-    data = config.data.model_copy(update={"path": None})
-    return config.model_copy(update={"rounds": settings.Rounds(), "engine": settings.EngineSettings(), "data": data})
+    data, model = config.data.model_copy(update={"path": None}), config.model.model_copy(update={"name": ""})
+    fixed = {"rounds": settings.Rounds(), "engine": settings.EngineSettings(), "data": data, "model": model}
+    return config.model_copy(update=fixed)
 
 
 def _changed(config: Config, overrides: Iterable[str]) -> Config:
@@ -296,7 +307,7 @@ def _same(path: Path, then: Mapping[str, Any], now: Mapping[str, Any], what: str
 
 def summarise(path: Path, parts: Parts, end: Event) -> dict[str, Any]:
     """What the run came to: the last scores and the sums of the ledger."""
-    rows = ledger.read(path / "rounds.jsonl")
+    rows, baselines = ledger.read(path / "rounds.jsonl"), path / "baselines.json"
     scored = [row for row in rows if row.get("accuracy") is not None or row.get("personal_accuracy") is not None]
     last = scored[-1] if scored else {}
     sums = ("bytes_up", "bytes_down", "adapter_bytes_up", "adapter_bytes_down", "head_bytes_up", "head_bytes_down",
@@ -313,6 +324,7 @@ def summarise(path: Path, parts: Parts, end: Event) -> dict[str, Any]:
         "components_at_start": parts.begin.adapter.components,
         "modules_alive": rows[-1]["modules_alive"] if rows else len(parts.begin.adapter.blocks),
         "modules": len(parts.spec.modules), "python": platform.python_version(), "numerics": parts.numerics,
+        **({"baselines": json.loads(baselines.read_text())} if baselines.exists() else {}),
     }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,8 @@ def read_peft(folder: Path) -> Adapter:
             f"{folder} is no PEFT adapter (adapter_config.json, adapter_model.safetensors): {error}"
         ) from None
     odd = [key for key in ("use_rslora", "use_dora", "lora_bias") if settings.get(key)]
+    start = str(settings.get("init_lora_weights"))
+    odd += [start] if start.startswith(("pissa", "olora", "corda", "loftq")) else []  # these change the base model
     if settings.get("peft_type") != "LORA" or odd:
         raise StoreError(f"{folder} is {settings.get('peft_type')} with {odd}; plain LoRA can be imported")
     blocks, scale, suffix = {}, None, ".lora_A.weight"
@@ -111,7 +114,7 @@ def read_peft(folder: Path) -> Adapter:
 
 def _pattern(pattern: dict[str, Any] | None, name: str, default: float) -> float:
     for key, value in (pattern or {}).items():
-        if name == key or name.endswith(f".{key}"):
+        if re.match(rf"(.*\.)?({key})$", name):  # as PEFT reads them: expressions for the end of the name
             return float(value)
     return float(default)
 

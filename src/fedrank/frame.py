@@ -21,6 +21,7 @@ SCHEMA = 1
 HEADER = 2048  # bytes; the header grows in steps of this, so that a frame's length can be predicted
 MAX_HEADER = 1 << 20
 CHECKSUM = 8  # bytes
+MAX_AXES = 8
 
 Dtype = Literal["f64", "f32", "f16", "bf16", "int8"]
 DTYPES: Mapping[str, Any] = {"f64": np.float64, "f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16, "int8": np.int8}  # fmt: skip
@@ -33,6 +34,9 @@ _NAMES = {np.dtype(kind): code for code, kind in _CODES.items()}
 
 class Refused(ValueError):
     """A frame that is damaged, of another run or round, not what was asked for, or not fit to be sent."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text[:400])  # it may quote the frame, and is logged
 
 
 def pack(meta: Mapping[str, Any], tensors: Mapping[str, np.ndarray | list[np.ndarray]]) -> bytes:
@@ -82,7 +86,7 @@ def unpack(frame: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         tensors = _views(frame, 8 + size, header)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise Refused(f"not a frame: {type(error).__name__}: {error}") from None
-    if not isinstance(meta, dict) or meta.get("schema") != SCHEMA:
+    if not isinstance(meta, dict) or type(meta.get("schema")) is not int or meta["schema"] != SCHEMA:
         got = meta.get("schema") if isinstance(meta, dict) else None
         raise Refused(f"the frame has schema version {got!r}, this fedrank speaks {SCHEMA}")
     tensors.pop("checksum", None)
@@ -97,11 +101,11 @@ def _views(frame: bytes, at: int, header: Mapping[str, Any]) -> dict[str, np.nda
     body, tensors = at, {}
     for name, entry in header.items():
         dtype, shape, (start, end) = np.dtype(_CODES[entry["dtype"]]), entry["shape"], entry["data_offsets"]
+        if len(shape) > MAX_AXES or any(type(n) is not int or not 0 <= n <= len(frame) for n in [start, end, *shape]):
+            raise ValueError(f"tensor {name[:80]!r} has an impossible shape or place")
         count = math.prod(shape)
-        if any(type(n) is not int or n < 0 for n in [start, end, *shape]) or end - start != count * dtype.itemsize:
-            raise ValueError(f"tensor {name!r} of {dtype}{shape} does not fit its place {[start, end]}")
-        if body + start != at or body + end > len(frame):
-            raise ValueError(f"tensor {name!r} lies at {[start, end]}, not behind the one before it")
+        if body + start != at or body + end > len(frame) or end - start != count * dtype.itemsize:
+            raise ValueError(f"tensor {name[:80]!r} of {dtype}{shape} does not lie at {[start, end]}")
         tensors[name] = np.frombuffer(frame, dtype, count, at).reshape(shape)
         at = body + end
     if at != len(frame):
@@ -133,6 +137,12 @@ def sizes(frame: bytes) -> Sizes:
             start, end = entry["data_offsets"]
             totals[part] += end - start
     return Sizes(totals["adapter"], totals["head"], len(frame))
+
+
+def digest(frame: bytes) -> str:
+    """What a request calls itself, read from its header: the same on every machine, for the same run and plan."""
+    (size,) = struct.unpack("<Q", frame[:8])
+    return str(json.loads(json.loads(frame[8 : 8 + size])["__metadata__"]["fedrank"])["digest"])
 
 
 def encode(

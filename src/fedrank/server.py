@@ -121,7 +121,7 @@ class Server:
             if reply.update is not None:
                 self.store.spool(client, frame)
                 row["examples"] = reply.update.examples
-            yield row | {"ok": True, **{n: v for n, v in reply.metrics.items() if n not in row}}
+            yield row | {"ok": True, **{n: v for n, v in reply.metrics.items() if n not in (*row, "error", "event")}}
         for client in plans:
             if client not in answered:
                 down = self._down(sizes[client]) if client in sizes else {}
@@ -143,7 +143,10 @@ class Server:
             assert update is not None  # it was checked on arrival
             return update
 
-        return self.method.merge(state, self.store.spooled(arrived, read))
+        merged = self.method.merge(state, self.store.spooled(arrived, read))
+        if odd := merged.adapter.odd():  # not saved: the state before it stays the one to resume from
+            raise ValueError(f"{type(self.method).__name__}.merge made NaN or infinity in {odd[:3]}")
+        return merged
 
     def _compare(self, client: ClientId, theirs: Mapping[str, Any]) -> None:
         """Other numerics are no fault, but end the claim that this run can be repeated to the bit."""

@@ -73,7 +73,8 @@ def _live(events: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 case "end":
                     bars.update(rounds, visible=False)
                     bars.update(clients, visible=False)
-            live.update(Group(table(recent), bars) if event["event"] != "end" else table(recent))
+            shown = table(recent) if event["event"] == "end" else Group(table(recent), bars)
+            live.update(shown, refresh=event["event"] == "round")
             yield event
     console.print(summary(event))
 
@@ -145,9 +146,9 @@ def summary(summary: dict[str, Any]) -> Table:
     rows = [
         ("accuracy, global test set", share(summary["accuracy"])),
         ("  majority class", share(summary["majority"])),
+        *((f"  {name}", share(value)) for name, value in summary.get("baselines", {}).items()),
         ("personal accuracy, mean over clients", share(summary["personal_accuracy"])),
         ("  majority class of each client", share(summary["personal_majority"])),
-        *((f"  {name}", share(value)) for name, value in summary.get("baselines", {}).items()),
         ("adapter bytes up / down", f"{size(summary['adapter_bytes_up'])} / {size(summary['adapter_bytes_down'])}"),
         ("head bytes up / down", f"{size(summary['head_bytes_up'])} / {size(summary['head_bytes_down'])}"),
         ("all bytes up / down", f"{size(summary['bytes_up'])} / {size(summary['bytes_down'])}"),

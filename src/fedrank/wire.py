@@ -15,6 +15,13 @@ from fedrank.protocol import ClientId, ModelSpec, Plan, State, Update, rng
 
 MAX_WIDTH = 1 << 16  # component ids are below this
 MAX_METRIC = 1e30
+RANGES = {
+    "accuracy": (0.0, 1.0),
+    "majority": (0.0, 1.0),
+    "rows": (0.0, 1e15),
+    "steps": (0.0, 1e15),
+    "seconds": (0.0, 1e9),
+}
 
 Kind = Literal["train", "evaluate", "update", "evaluation", "error"]
 
@@ -112,6 +119,11 @@ class Wire:
 
     def update(self, request: Request, update: Update) -> bytes:
         """The client's frame: of its trained components, what the plan sends up."""
+        if request.plan.select is None:
+            planned = {name: ids for name, ids in request.plan.train.items() if len(ids)}
+            found = update.adapter.ids
+            if planned.keys() != found.keys() or not all(np.array_equal(found[n], i) for n, i in planned.items()):
+                raise ValueError("the update has other components than the plan trains")
         up = update.adapter.only(request.plan.up)
         tensors = self._write(up, request.adapter, "up", "update", request.round, request.client)
         if request.plan.select is not None:
@@ -141,7 +153,7 @@ class Wire:
         reference: what this client received, to which low-precision values are differences.
         """
         meta, tensors = unpack(frame)
-        got = tuple(meta.get(key) for key in ("run", "round", "client", "digest"))
+        got = tuple(_fields(meta, run=str, round=int, client=str, digest=str))
         digest = self.digest(kind, round, client, plan)
         if got != (self.run, round, client, digest):
             raise Refused(f"an answer to run, round, client, plan {got}, not to {(self.run, round, client, digest)}")
@@ -149,7 +161,7 @@ class Wire:
         if not isinstance(numerics, dict):
             raise Refused("the reply has no numerics record")
         size = sizes(frame)
-        if meta.get("kind") == "error":
+        if meta.get("kind") == "error" and not tensors:
             return Reply(None, {}, "".join(c for c in str(meta.get("error"))[:400] if c.isprintable()), numerics, size)
         expected = "update" if kind == "train" else "evaluation"
         if meta.get("kind") != expected:
@@ -179,7 +191,7 @@ class Wire:
         for ids in (plan.train, plan.frozen):
             state.update(self._bits(ids, plan.width).tobytes() + b"|")
         for name, array in sorted(plan.arrays.items()):
-            state.update(f"{name}{array.dtype}{array.shape}".encode() + array.tobytes())
+            state.update(f"{name}{array.dtype}{array.shape}".encode(errors="surrogatepass") + array.tobytes())
         return state.hexdigest()
 
     # ---- parts of a frame
@@ -191,11 +203,9 @@ class Wire:
     def _bits(self, ids: Mapping[str, np.ndarray], width: int) -> np.ndarray:
         """Id sets as bits: one row of `width` bits per module, packed without padding between rows."""
         grid = np.zeros((len(self.spec.modules), width), bool)
-        rows = [(at, ids[m.name]) for at, m in enumerate(self.spec.modules) if len(ids.get(m.name, ()))]
-        if rows:
-            grid[np.repeat([at for at, _ in rows], [len(i) for _, i in rows]), np.concatenate([i for _, i in rows])] = (
-                True
-            )
+        sets = [np.asarray(ids.get(module.name, ()), int) for module in self.spec.modules]
+        if sets:
+            grid[np.repeat(np.arange(len(sets)), list(map(len, sets))), np.concatenate(sets)] = True
         return np.packbits(grid)
 
     def _ids(self, bits: np.ndarray | None, width: int) -> dict[str, np.ndarray]:
@@ -244,12 +254,13 @@ class Wire:
         every = lengths | {f"h.{name}": _rows(tensor.shape) for name, tensor in shapes.items()}
         for name, rows in every.items():
             with np.errstate(over="ignore"):
-                flat[name] = decode(name, tensors, rows, self.dtype)
-                if self.dtype in EXACT:
+                flat[name] = found = decode(name, tensors, rows, self.dtype)
+                if self.dtype == "f32":
                     continue
-                flat[name] += self._reference(name, ids, reference, flat[name].size)
-            if not np.isfinite(flat[name]).all():
-                raise Refused(f"tensor {name!r} decodes to NaN or infinity")
+                if self.dtype not in EXACT:
+                    found += self._reference(name, ids, reference, found.size)
+                if not np.isfinite(found.astype(np.float32)).all():  # adapters are float32, whatever travels
+                    raise Refused(f"tensor {name!r} decodes to NaN or infinity")
         names = set(every) | ({f"{name}.scale" for name in every} if self.dtype == "int8" else set())
         if extra := set(tensors) - names:
             raise Refused(f"tensors {sorted(extra)} were not asked for")
@@ -348,8 +359,7 @@ def _metrics(metrics: Any) -> dict[str, float]:
     if not isinstance(metrics, dict) or len(metrics) > 64:
         raise Refused("metrics must be a small object of numbers")
     for name, value in metrics.items():
-        if (
-            type(value) not in (int, float) or not abs(value) <= MAX_METRIC
-        ):  # NaN included; sums over clients stay finite
-            raise Refused(f"metric {name!r} must be a finite number up to 1e30, got {value!r}")
+        low, high = RANGES.get(name, (-MAX_METRIC, MAX_METRIC))
+        if type(value) not in (int, float) or not low <= value <= high:  # NaN included; sums stay finite
+            raise Refused(f"metric {name[:80]!r} must be a finite number from {low:g} to {high:g}, got {value!r}")
     return {name: float(value) for name, value in metrics.items()}

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from fedrank import client
-from fedrank.frame import CHECKSUM, Refused
+from fedrank.frame import Refused, digest
 from fedrank.protocol import ClientId, Device, rng
 
 log = logging.getLogger(__name__)
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 class Local:
     """devices: every client. site: its client side, made when first needed. work: modelled seconds of a request.
 
-    failure_rate: the share of requests that get no answer, drawn by client and frame, so that it repeats.
+    failure_rate: the share of requests that get no answer, drawn by what is asked, so that it repeats.
     """
 
     devices: Mapping[ClientId, Device]
@@ -34,8 +34,7 @@ class Local:
             frame = build()
             if seconds is not None and self.work(self.devices[name]) > seconds:
                 continue  # too late on the modelled clock: its answer would not be waited for
-            drawn = rng(self.seed, "failure", name, frame[-CHECKSUM:].hex()).random() if self.failure_rate else 1.0
-            if drawn < self.failure_rate:
+            if self.failure_rate and rng(self.seed, "failure", digest(frame)).random() < self.failure_rate:
                 continue
             try:
                 reply = client.handle(frame, self.site(name))

@@ -53,6 +53,12 @@ def build(settings: Mapping[str, Any]) -> Any:
         raise ConfigError(f"{key}: {first['msg'].removeprefix('Value error, ')}, got {first['input']!r}") from None
 
 
+def values(method: Any) -> dict[str, Any]:
+    """A method's hyper-parameters, as `build` takes them from a config."""
+    found = TypeAdapter(type(method)).dump_python(method, mode="json")
+    return {field.name: found[field.name] for field in fields(method) if field.init}
+
+
 def check(cls: type[Any]) -> type[Any]:
     """The class itself, or a TypeError that names what it lacks."""
     if missing := [name for name in NEEDS if not hasattr(cls, name)]:

@@ -1,7 +1,11 @@
 """FedARA (reconstructed): adaptive rank allocation with truncated-SVD adapters (Wu, Hu, Min, Wang, 2025, arXiv:2501.14406).
 
-Only the paper's front matter was available: the equations follow AdaLoRA's public rule, and the
-open points are settled as the comments say.
+Only the paper's front matter was available: the equations follow AdaLoRA's public rule, and these points
+were open. Form: every update is B diag(e) A with e = 0 at first, not an SVD of the weights; no penalty on
+orthogonality. Scores: ranked over all modules jointly, not module by module, so that a module can empty;
+their averages and the optimizer start afresh each round. Arbitration: clients vote with equal weights (T_h
+is 0.5 in threshold mode); a local mask is a proposal and cuts nothing itself; removal is final. Budget:
+counted in triplets, not parameters, and scheduled in rounds.
 """
 
 import math

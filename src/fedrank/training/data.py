@@ -88,8 +88,12 @@ def configured(settings: Config) -> Dataset:
     """The dataset that a config names, with the split it is scored on in the place of test."""
     d = settings.data
     columns = d.columns.model_dump()
-    dataset = load(d.name, d.path, settings.task, columns, d.train_limit, d.test_limit, settings.seed)
-    return validation(dataset, settings.seed) if d.split == "validation" else dataset
+    if d.split == "test":
+        return load(d.name, d.path, settings.task, columns, d.train_limit, d.test_limit, settings.seed)
+    dataset = validation(
+        load(d.name, d.path, settings.task, columns, d.train_limit, None, settings.seed), settings.seed
+    )
+    return replace(dataset, test=limit(dataset.test, d.test_limit, settings.seed, "test"))
 
 
 def limit(rows: Rows, count: int | None, seed: int, split: str) -> Rows:

@@ -94,6 +94,9 @@ def load(settings: config.Config, labels: tuple[str, ...]) -> Model:
         tokenizer.pad_token = tokenizer.eos_token
     if base.config.pad_token_id is None:
         base.config.pad_token_id = tokenizer.pad_token_id
+    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
+    if settings.local.max_length > (longest := min(positions, tokenizer.model_max_length)):
+        raise ModelError(f"local.max_length={settings.local.max_length}: {name} reads at most {longest} tokens")
     network.requires_grad_(False).eval().to(settings.device)
     heads = _heads(network, base, len(labels)) if task == "classify" else {}
     modules = _targets(base, settings.adapter.targets, set(heads))
