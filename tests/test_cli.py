@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import fedrank
 import toy
 from fedrank import cli, views
+from fedrank.store import Store
 
 COMMANDS = ("run", "resume", "import", "export", "show", "methods")
 Fed = Callable[..., Any]
@@ -216,6 +217,8 @@ def test_baselines(config: Path, fed: Fed, tmp_path: Path, monkeypatch: pytest.M
     assert found.exit_code == 0, found.output
     assert "The federated run is below: linear probe, TF-IDF." in found.stdout
     assert json.loads((tmp_path / "a" / "summary.json").read_text())["baselines"]["TF-IDF"] == 0.5
+    assert fed("resume", tmp_path / "a", "rounds.count=+1", "-o", "quiet").exit_code == 0
+    assert json.loads((tmp_path / "a" / "summary.json").read_text())["baselines"]["TF-IDF"] == 0.5
     found = fed("run", config, "rounds.count=1", "--out", tmp_path / "b", "-o", "json", "--baselines")
     assert json.loads(found.stdout.splitlines()[-1]) == {"event": "baselines", "linear probe": 1.0, "TF-IDF": 0.5}
 
@@ -274,7 +277,8 @@ def test_a_directory_that_is_taken(config: Path, fed: Fed, run: Path, tmp_path: 
 def test_a_start_that_was_cut_short_is_started_again(config: Path, fed: Fed, tmp_path: Path) -> None:
     for name in ("states", "clients", "spool"):
         (tmp_path / "run" / name).mkdir(parents=True)
-    (tmp_path / "run" / "config.yaml.new").write_text("half")
+    for name in ("config.yaml.new", "data.json", "drawn.safetensors"):
+        (tmp_path / "run" / name).write_text("half")
     assert fed("run", config, "--out", tmp_path / "run", "-o", "quiet").exit_code == 0
 
 
@@ -282,6 +286,18 @@ def test_no_client_answers(config: Path, fed: Fed, tmp_path: Path) -> None:
     found = fed("run", config, "engine.failure_rate=1", "--out", tmp_path / "run", "-o", "quiet")
     assert found.exit_code == 1
     assert f"no client answered in any round; see {tmp_path / 'run'}/clients.jsonl" in found.stderr
+
+
+def test_a_full_disk_is_no_mistake_of_the_user(
+    config: Path, fed: Fed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Store, "spool", full)
+    found = fed("run", config, "--out", tmp_path / "run", "-o", "quiet")
+    assert found.exit_code == 1
+    assert "No space left on device; every finished round is saved. Go on with: fedrank resume" in found.stderr
 
 
 def test_an_unknown_option(fed: Fed) -> None:

@@ -553,6 +553,18 @@ def test_an_own_component_without_a_part_in_a_round_is_not_forgotten(tmp_path):
     assert meta["kind"] == "update"
 
 
+def test_private_factors_that_are_gone_are_missed(tmp_path):
+    """A lost private store is an error of that client, not a silent start from the beginning."""
+    f = toy.federation(FedAvg(), tmp_path / "run")
+    site = f.sites["c0"]
+    plan = Plan(everything(f.begin.adapter), own="B", up="Ah", down="Ah")
+    client.handle(request(f, "c0", plan, 1), site)
+    for file in (site.private.root / "c0").iterdir():
+        file.unlink()
+    meta, _ = unpack(client.handle(request(f, "c0", replace(plan, since=1), 2), site))
+    assert "the client's factors B of round 1 are gone" in meta["error"]
+
+
 def test_a_factor_that_is_sent_once_is_kept_as_it_came(tmp_path):
     """FFA-LoRA's A: not private, but it travels only on first contact."""
     f = toy.federation(Shared(), tmp_path / "run")

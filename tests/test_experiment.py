@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -282,6 +282,49 @@ def test_a_run_can_move(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert extended.state.round == 3
     assert seen[0] is False
     assert run.path == Path("run")
+    monkeypatch.chdir(tmp_path)
+    fedrank.resume("run", "rounds.count=+1", "data.path=moved")
+    monkeypatch.chdir(tmp_path / "moved")
+    assert fedrank.resume(tmp_path / "run", "rounds.count=+1").state.round == 5
+
+
+def test_a_model_can_move(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy.saved("bert", tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    run = fedrank.run(settings(texts, "model.name=model"), out="run")
+    assert run.config.model.name == str(tmp_path / "model")
+    (tmp_path / "model").rename(tmp_path / "moved")
+    monkeypatch.chdir(texts)
+    extended = fedrank.resume(tmp_path / "run", "rounds.count=+1", f"model.name={tmp_path / 'moved'}")
+    assert extended.state.round == 3
+
+
+def test_the_resolved_config_names_every_hyper_parameter(played: Any) -> None:
+    """So that another version's defaults do not change a resumed run."""
+    assert played[0].config.method == {
+        "name": "fedara", "target_rank": 1, "warmup": 0.0, "settle": 0.0, "score": "adalora", "arbitration": "budget",
+        "threshold": 0.5, "smoothing": 0.85,
+    }  # fmt: skip
+
+
+def test_a_merge_that_breaks_is_not_saved(texts: Path, tmp_path: Path) -> None:
+    class Broken(FedAvg):
+        def merge(self, state: State, updates: Updates) -> State:
+            merged = super().merge(state, updates)
+            name, block = next(iter(merged.adapter.blocks.items()))
+            assert block.B is not None
+            wrong = replace(block, B=block.B * np.float32(np.nan if state.round else 1))
+            return replace(merged, adapter=replace(merged.adapter, blocks={**merged.adapter.blocks, name: wrong}))
+
+    with pytest.raises(ValueError, match=r"Broken.merge made NaN or infinity in \["):
+        fedrank.run(settings(texts), out=tmp_path / "run", method=Broken())
+    assert fedrank.Run(tmp_path / "run").state.round == 1
+
+
+def test_more_tokens_than_the_model_reads(texts: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"local.max_length=300: tiny-encoder reads at most \d+ tokens"):
+        fedrank.run(settings(texts, "local.max_length=300"), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_there_is_no_global_accuracy_where_parts_are_private(texts: Path, tmp_path: Path) -> None:
@@ -320,6 +363,8 @@ def test_a_round_without_updates_is_recorded_and_skipped(texts: Path, tmp_path: 
 def test_validation_rows_come_from_train(texts: Path, tmp_path: Path) -> None:
     run = fedrank.run(settings(texts, "data.split=validation", "rounds.count=1"), out=tmp_path / "run")
     assert json.loads((run.path / "data.json").read_text())["rows"] == {"train": 58, "test": 6}
+    few = fedrank.run(settings(texts, "data.split=validation", "data.test_limit=4"), out=tmp_path / "few")
+    assert json.loads((few.path / "data.json").read_text())["rows"] == {"train": 58, "test": 4}
 
 
 def test_natural_clients(texts: Path, tmp_path: Path) -> None:

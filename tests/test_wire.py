@@ -266,6 +266,28 @@ def test_the_largest_values_stay_finite(dtype: str) -> None:
     np.testing.assert_allclose(found, np.clip(values, -largest, largest), rtol=1 / 100)
 
 
+def test_values_beyond_the_adapters_type_are_refused() -> None:
+    """float64 can carry what the float32 state cannot hold."""
+    ends = wire("f64")
+    plan = Plan(everything(STATE.adapter))
+    request = ends.open_request(ends.request("train", "c0", plan, STATE))
+    block = STATE.adapter.blocks["1.m"]
+    wide = replace(block, e=np.array([1, 1e300, 1, 1]))
+    frame = ends.update(request, Update(Adapter({**STATE.adapter.blocks, "1.m": wide}, 2.0, STATE.adapter.dense), 1))
+    with pytest.raises(Refused, match="'e' decodes to NaN or infinity"):
+        ends.open_reply(frame, "train", 4, "c0", plan, request.adapter)
+
+
+def test_an_update_of_other_components_is_not_written() -> None:
+    """As many, but others: the server would take them for the planned ones."""
+    plan = Plan({"1.m": np.array([0, 2])})
+    ends = wire()
+    request = ends.open_request(ends.request("train", "c0", plan, STATE))
+    other = STATE.adapter.take({"1.m": np.array([0, 1])})
+    with pytest.raises(ValueError, match="other components than the plan trains"):
+        ends.update(request, Update(other, 1))
+
+
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_diverged_client_says_so(dtype: str, bad: float) -> None:
@@ -514,6 +536,11 @@ def test_tensors_that_a_request_lacks(name: str) -> None:
         ({"metrics": {"loss": 10**400}}, "must be a finite number"),
         ({"metrics": {"loss": "low"}}, "must be a finite number"),
         ({"metrics": {"loss": True}}, "must be a finite number"),
+        ({"metrics": {"accuracy": 1e30}}, "'accuracy' must be a finite number from 0 to 1"),
+        ({"metrics": {"seconds": -1.0}}, "'seconds' must be a finite number from 0"),
+        ({"round": 4.0}, "'round' must be of type int"),
+        ({"schema": True}, "schema version True"),
+        ({"kind": "error"}, "kind 'error' where 'update' was asked for"),
         ({"metrics": [1]}, "metrics must be a small object"),
         ({"metrics": {str(n): 1.0 for n in range(65)}}, "metrics must be a small object"),
     ],

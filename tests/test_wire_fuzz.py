@@ -209,6 +209,41 @@ def test_noise_behind_a_plausible_length_is_refused(noise: bytes, size: int) -> 
             read(seal(struct.pack("<Q", size) + noise + bytes(3000)), "f32", PLAN)
 
 
+@pytest.mark.parametrize(
+    "shape", [["x", 300_000_000], [1 << 62, "x"], ["x", 1 << 62], [[9] * 9, 1 << 62], [9] * 200_000, [2.0], [True], {}, "27", None]
+)  # fmt: skip
+def test_a_shape_of_anything_is_refused_at_once(shape: Any) -> None:
+    """Before a product is formed, which strings and lists turn into copies of themselves."""
+    frame = request("f32", PLAN)
+    (size,) = struct.unpack("<Q", frame[:8])
+    header = json.loads(frame[8 : 8 + size])
+    header["B"]["shape"] = shape
+    text = json.dumps(header).encode()
+    frame = seal(struct.pack("<Q", len(text)) + text + frame[8 + size :])
+    tracemalloc.start()
+    for read in (read_request, read_answer):
+        with pytest.raises(Refused) as error:
+            read(frame, "f32", PLAN)
+        assert len(str(error.value)) <= 400
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20
+
+
+@pytest.mark.parametrize("name", ["arrays.\ud800", "\udfff", "", "B.scale"])
+def test_a_tensor_of_any_name_is_refused(name: str) -> None:
+    meta, tensors = unpack(request("f32", PLAN))
+    with pytest.raises(Refused):
+        read_request(pack(meta, tensors | {name: np.zeros(3, np.float32)}), "f32", PLAN)
+
+
+def test_what_a_refusal_quotes_is_cut() -> None:
+    meta, tensors = unpack(request("f32", PLAN))
+    with pytest.raises(Refused) as error:
+        read_answer(pack(meta | {"run": "x" * 900_000}, tensors), "f32", PLAN)
+    assert len(str(error.value)) <= 400
+
+
 @pytest.mark.parametrize("field", ["shape", "width", "header"])
 def test_a_claim_of_size_costs_no_memory(field: str) -> None:
     """A few kilobytes that claim terabytes are refused within a few megabytes."""

@@ -64,9 +64,7 @@ def handle(frame: bytes, site: Site) -> bytes:
 
 
 def _train(request: Request, site: Site) -> bytes:
-    plan, kept = request.plan, site.private.load(site.device.id, request.plan.since)
-    if not kept and plan.since >= 0 and set(plan.own) & set(plan.learn):
-        raise StoreError(f"the private factors of round {plan.since} are gone from {site.private.root}")
+    kept = site.private.load(site.device.id, request.plan.since)
     job = _job(request, site, kept)
     update = next(iter(site.method.train([job])))
     arrays = _keep(job, update, kept, site.wire.start)
@@ -84,6 +82,9 @@ def _evaluate(request: Request, site: Site) -> dict[str, float]:
 
 
 def _job(request: Request, site: Site, kept: Mapping[str, np.ndarray]) -> Job:
+    since = request.plan.since
+    if since >= 0 and not kept and (lost := _remembered(request.plan, kept, site.wire.start)):
+        raise StoreError(f"the client's factors {lost} of round {since} are gone from {site.private.root}")
     adapter = _complete(request.adapter, request.plan, kept, site.wire.start)
     private = {name.split("/", 1)[1]: array for name, array in kept.items() if name.startswith("private/")}
     return Job(
@@ -106,9 +107,7 @@ def _keep(job: Job, update: Update, kept: Mapping[str, np.ndarray], start: Adapt
     Components that had no part in this round stay as they were kept.
     """
     plan = job.plan
-    # A factor of its own that never learnt is as begin() made it: there is nothing to keep.
-    learnt = {f for f in plan.own if f in plan.learn or any(name.startswith(f"{f}/") for name in kept)}
-    factors = "".join(f for f in "BeAh" if f in learnt or f not in plan.own + plan.down)
+    factors = _remembered(plan, kept, start)
     if not factors:
         return {}
     trained = update.adapter.only("".join(f for f in plan.own if f in plan.learn))
@@ -121,6 +120,16 @@ def _keep(job: Job, update: Update, kept: Mapping[str, np.ndarray], start: Adapt
     if "h" in factors:
         arrays |= {f"h/{name}": tensor for name, tensor in held.dense.items()}
     return arrays
+
+
+def _remembered(plan: Plan, kept: Mapping[str, np.ndarray], start: Adapter) -> str:
+    """The factors that no later request will carry, so that the client must keep them."""
+    there = {f for b in start.blocks.values() for f in FACTORS if getattr(b, f) is not None} | set(
+        "h" * len(start.dense)
+    )
+    # A factor of its own that never learnt is as begin() made it: there is nothing to keep.
+    learnt = {f for f in plan.own if f in plan.learn or any(name.startswith(f"{f}/") for name in kept)}
+    return "".join(f for f in "BeAh" if f in there and (f in learnt or f not in plan.own + plan.down))
 
 
 def _held(kept: Mapping[str, np.ndarray], start: Adapter) -> Adapter:

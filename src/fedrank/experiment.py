@@ -94,6 +94,7 @@ def start(
     with store.locked():
         store.save_state(parts.begin, parts.numerics)
         store.write("data.json", json.dumps(parts.facts, indent=1))
+        (path / "drawn.safetensors").unlink(missing_ok=True)  # of a start that was cut short
         if parts.drawn:
             store.write("drawn.safetensors", save(parts.drawn))
         store.write("config.yaml", settings.dump(parts.config))  # last: where it is, a run has begun

@@ -100,7 +100,7 @@ def read_peft(folder: Path) -> Adapter:
         if (pair := key.replace(suffix, suffix.replace("A", "B"))) not in tensors or "lora_alpha" not in settings:
             raise StoreError(f"{folder}: {pair} or lora_alpha is missing")
         a, b = tensors[key], tensors[pair]
-        alpha = _pattern(settings.get("alpha_pattern"), name, settings["lora_alpha"])
+        alpha = _pattern(settings.get("alpha_pattern"), name, float(settings["lora_alpha"]))
         own = alpha / len(a)
         scale = own if scale is None else scale
         blocks[name] = Block(np.arange(len(a)), b * np.asarray(own / scale, b.dtype), None, a)
@@ -116,7 +116,7 @@ def _pattern(pattern: dict[str, Any] | None, name: str, default: float) -> float
     for key, value in (pattern or {}).items():
         if re.match(rf"(.*\.)?({key})$", name):  # as PEFT reads them: expressions for the end of the name
             return float(value)
-    return float(default)
+    return default
 
 
 def adopt(state: State, imported: Adapter) -> State:
