@@ -4,12 +4,14 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import fedrank
 import toy
 from fedrank import methods
 from fedrank.cli import app
+from fedrank.store import Store
 
 GOOD = '''
 """Slow averaging (Nobody, 2030)."""
@@ -87,6 +89,19 @@ def test_a_method_of_another_package(config: dict, tmp_path: Path, monkeypatch: 
     assert fedrank.resume(run.path, "rounds.count=+1").state.round == 2  # by its name, as any other
     with pytest.raises(ValueError, match=r"method.pul: calm has no such hyper-parameter; did you mean 'pull'\?"):
         fedrank.run({**config, "method": {"name": "calm", "pul": 1}}, out=tmp_path / "other")
+
+
+def test_the_method_of_the_readme(config: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    source = next(part for part in text.split("```python\n") if "class FFALoRA" in part).split("```")[0]
+    install(tmp_path, monkeypatch, "ffa", source, "FFALoRA")
+    run = fedrank.run({**config, "method": {"name": "ffa"}, "rounds": {"count": 3, "cohort": 2}}, out=tmp_path / "run")
+    begun = Store(run.path).state(0)[0].adapter.blocks
+    for name, block in run.state.adapter.blocks.items():
+        np.testing.assert_array_equal(block.A, begun[name].A)
+        assert not np.array_equal(block.B, begun[name].B)
+    first, second, _ = (row["adapter_bytes_down"] for row in run.rounds)
+    assert second < first  # A goes down once
 
 
 def test_it_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

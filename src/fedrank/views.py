@@ -101,7 +101,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     """The rounds of a ledger."""
     result = Table(box=None, pad_edge=False)
     for name in COLUMNS:
-        result.add_column(name, justify="right")
+        result.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)  # fits 80 columns
     for row in rows:
         result.add_row(*cells(row))
     return result
