@@ -93,15 +93,15 @@ COLUMNS = (
     "adapter up",
     "adapter down",
     "ok/failed",
-    "seconds",
+    "secs",
 )
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """The rounds of a ledger."""
-    result = Table(box=None, pad_edge=False)
+    result = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for name in COLUMNS:
-        result.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)  # fits 80 columns
+        result.add_column(name.replace(" ", "\n").replace("/", "/\n"), justify="right", no_wrap=True)  # fits 80 columns
     for row in rows:
         result.add_row(*cells(row))
     return result
