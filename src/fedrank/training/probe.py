@@ -59,7 +59,9 @@ def features(model: models.Model, rows: data.Rows, config: Config) -> np.ndarray
             with torch.inference_mode():
                 model.network(**inputs)
             found = seen.pop().cpu().numpy()
-            found = found if found.ndim == 2 else found[:, -1]
+            if found.ndim == 3:  # a decoder's head sees every token; the last real one decides
+                ends = inputs["attention_mask"].sum(1).cpu().numpy() - 1
+                found = found[np.arange(len(found)), ends]
             result = np.zeros((len(encoded), found.shape[1]), np.float32) if result is None else result
             result[batch] = found
     finally:
