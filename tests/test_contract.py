@@ -428,7 +428,7 @@ def test_a_redone_round_starts_from_the_version_the_server_names(tmp_path):
     plan = Plan(train=everything(f.begin.adapter), up="BeA", down="BeA", own="h")
     client.handle(request(f, "c0", plan, 1), site)
     one = store.load("c0", 1)["h/head.weight"]
-    assert store.load("c0", -1) == {}
+    assert store.load("c0", -1) is None
     answer = client.handle(request(f, "c0", replace(plan, since=1), 2), site)
     two = store.load("c0", 2)["h/head.weight"]
     assert np.any(one != two)
@@ -553,16 +553,49 @@ def test_an_own_component_without_a_part_in_a_round_is_not_forgotten(tmp_path):
     assert meta["kind"] == "update"
 
 
-def test_private_factors_that_are_gone_are_missed(tmp_path):
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+@pytest.mark.parametrize("factor", "Bh")
+def test_private_factors_that_are_gone_are_missed(factor, kind, tmp_path):
     """A lost private store is an error of that client, not a silent start from the beginning."""
     f = toy.federation(FedAvg(), tmp_path / "run")
-    site = f.sites["c0"]
-    plan = Plan(everything(f.begin.adapter), own="B", up="Ah", down="Ah")
+    site, present = f.sites["c0"], everything(f.begin.adapter)
+    rest = "BeAh".replace(factor, "")
+    plan = Plan(present, own=factor, up=rest, down=rest)
     client.handle(request(f, "c0", plan, 1), site)
+    plan = replace(plan, since=1)
+    if kind == "evaluate":
+        plan = replace(plan, train={}, frozen=present, learn="", up="")
+    ask = f.server.wire.request(kind, "c0", plan, replace(f.begin, round=1))
+    assert unpack(client.handle(ask, site))[0]["kind"] != "error"
     for file in (site.private.root / "c0").iterdir():
         file.unlink()
-    meta, _ = unpack(client.handle(request(f, "c0", replace(plan, since=1), 2), site))
-    assert "the client's factors B of round 1 are gone" in meta["error"]
+    meta, _ = unpack(client.handle(ask, site))
+    assert f"factors {factor} do not travel" in meta["error"]
+    assert "no version of round 1" in meta["error"]
+
+
+@dataclass(frozen=True)
+class Late(FedAvg):
+    """A test's method whose private B learns from the second round on."""
+
+    def plan(self, state, cohort, seed):
+        learn = "Ah" if state.round < 1 else "BAh"
+        return dict.fromkeys(cohort, Plan(everything(state.adapter), learn=learn, up="Ah", down="Ah", own="B"))
+
+
+@dataclass(frozen=True)
+class Waiting(FedAvg):
+    """A test's method that freezes A and gives no one a component before the second round."""
+
+    def plan(self, state, cohort, seed):
+        train = everything(state.adapter) if state.round else {}
+        return dict.fromkeys(cohort, Plan(train, learn="Bh", up="Bh", down="Bh"))
+
+
+@pytest.mark.parametrize("method", [Late(), Waiting()])
+def test_a_client_that_had_nothing_to_keep_misses_nothing(method, tmp_path):
+    f = toy.federation(method, tmp_path / "run", rounds=3)
+    assert [(e["clients_ok"], e["clients_failed"]) for e in f.play()["round"]] == [(4, 0)] * 3
 
 
 def test_a_factor_that_is_sent_once_is_kept_as_it_came(tmp_path):

@@ -91,6 +91,41 @@ def test_a_method_of_another_package(config: dict, tmp_path: Path, monkeypatch: 
         fedrank.run({**config, "method": {"name": "calm", "pul": 1}}, out=tmp_path / "other")
 
 
+@pytest.mark.parametrize("value", ["math.inf", "(1, 2.5)", "None", "('a', ('b', True))"])
+def test_a_hyper_parameter_comes_back_on_resume(
+    value: str, config: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = GOOD.replace("pull: float = 0.5", f"pull: Any = {value}").replace(
+        "import ClassVar", "import Any, ClassVar"
+    )
+    source = source.replace('metrics={"pull": self.pull}', "metrics={}")
+    install(tmp_path, monkeypatch, "calm", "import math\n" + source, "Calm")
+    run = fedrank.run({**config, "method": {"name": "calm"}}, out=tmp_path / "run")
+    assert fedrank.resume(run.path, "rounds.count=+1").state.round == 2
+
+
+@pytest.mark.parametrize("value", ["math.nan", "len", "frozenset('ab')", "(1, len)"])
+def test_a_hyper_parameter_that_no_config_holds(
+    value: str, config: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = GOOD.replace("pull: float = 0.5", f"pull: Any = {value}").replace(
+        "import ClassVar", "import Any, ClassVar"
+    )
+    install(tmp_path, monkeypatch, "calm", "import math\n" + source, "Calm")
+    with pytest.raises(ValueError, match=r"method.pull: .* cannot be written in a config"):
+        fedrank.run({**config, "method": {"name": "calm"}}, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("word", ["name", "object"])
+def test_a_hyper_parameter_of_a_taken_name(
+    word: str, config: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, monkeypatch, "calm", GOOD.replace("pull", word), "Calm")
+    with pytest.raises(ValueError, match=f"Calm needs another word for {word}"):
+        fedrank.run({**config, "method": {"name": "calm"}}, out=tmp_path / "run")
+
+
 def test_the_method_of_the_readme(config: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (Path(__file__).parents[1] / "README.md").read_text()
     source = next(part for part in text.split("```python\n") if "class FFALoRA" in part).split("```")[0]

@@ -272,6 +272,7 @@ def test_a_run_can_move(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     run = fedrank.run(settings(texts, "data.path=data"), out="run")
     assert fedrank.resume("run").state.round == 2
+    before = experiment.prepare(run.config).run_id
     (tmp_path / "data").rename(tmp_path / "moved")
     monkeypatch.chdir(tmp_path / "moved")
     seen: list[bool] = []
@@ -283,6 +284,9 @@ def test_a_run_can_move(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert seen[0] is False
     assert run.path == Path("run")
     monkeypatch.chdir(tmp_path)
+    assert (
+        experiment.prepare(run.config).run_id == before
+    )  # so that its frames, and what is drawn for them, stay the same
     fedrank.resume("run", "rounds.count=+1", "data.path=moved")
     monkeypatch.chdir(tmp_path / "moved")
     assert fedrank.resume(tmp_path / "run", "rounds.count=+1").state.round == 5
@@ -293,10 +297,13 @@ def test_a_model_can_move(texts: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     run = fedrank.run(settings(texts, "model.name=model"), out="run")
     assert run.config.model.name == str(tmp_path / "model")
+    before = experiment.prepare(run.config).run_id
     (tmp_path / "model").rename(tmp_path / "moved")
     monkeypatch.chdir(texts)
     extended = fedrank.resume(tmp_path / "run", "rounds.count=+1", f"model.name={tmp_path / 'moved'}")
     assert extended.state.round == 3
+    assert extended.config.model.name == str(tmp_path / "moved")
+    assert experiment.prepare(extended.config).run_id == before
 
 
 def test_the_resolved_config_names_every_hyper_parameter(played: Any) -> None:

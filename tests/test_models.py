@@ -142,6 +142,18 @@ def test_sizes_of_a_conv1d_are_out_and_in(tmp_path):
     assert sizes == {"attn.c_attn": (96, 32), "attn.c_proj": (32, 32), "mlp.c_fc": (128, 32), "mlp.c_proj": (32, 128)}
 
 
+@pytest.mark.parametrize(("kind", "most"), [("roberta", 65), ("gpt2", 64)])  # RoBERTa's first position is the padding's
+def test_the_most_tokens_that_a_model_reads(kind, most, tmp_path):
+    model = toy.loaded(kind, tmp_path, local={"max_length": most})
+    model.network(input_ids=torch.full((1, most), 5), attention_mask=torch.ones(1, most, dtype=torch.long))
+    with pytest.raises(models.ModelError, match=f"reads at most {most} tokens"):
+        toy.loaded(kind, tmp_path, local={"max_length": most + 1})
+
+
+def test_a_model_without_a_limit(tmp_path):
+    assert toy.loaded("xlnet", tmp_path, local={"max_length": 100}).spec.modules
+
+
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_a_saved_folder_gives_the_same_model(kind, tmp_path):
     one = toy.loaded(kind, tmp_path / "one")

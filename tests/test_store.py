@@ -196,7 +196,7 @@ def test_private_state_comes_back(tmp_path: Path) -> None:
     assert {n: (a.dtype, a.shape, a.tolist()) for n, a in found.items()} == {
         n: (a.dtype, a.shape, a.tolist()) for n, a in kept(2).items()
     }
-    assert private.load("c1", 2) == {}
+    assert private.load("c1", 2) is None
 
 
 def test_a_job_never_sees_a_newer_version_than_was_merged(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_a_job_never_sees_a_newer_version_than_was_merged(tmp_path: Path) -> Non
     private.save("c0", 5, 2, kept(5))
     assert versions(private, "c0") == [2, 5]
     assert private.load("c0", 2)["B/0.m"][0, 0] == 2
-    assert private.load("c0", -1) == private.load("c0", 3) == {}
+    assert private.load("c0", -1) is private.load("c0", 3) is None
     private.save("c0", 7, 2, kept(7))  # from round 2 again
     assert versions(private, "c0") == [2, 7]
     private.save("c0", 9, 7, kept(9))  # round 7 was merged: 2 is over
@@ -218,11 +218,18 @@ def test_a_job_never_sees_a_newer_version_than_was_merged(tmp_path: Path) -> Non
 
 def test_a_client_that_keeps_nothing_writes_nothing(tmp_path: Path) -> None:
     private = Private(tmp_path)
-    private.save("c0", 2, -1, {})
+    private.save("c0", 2, -1, None)
     assert list(tmp_path.iterdir()) == []
     private.save("c0", 3, -1, kept(3))
-    private.save("c0", 4, 3, {})
+    private.save("c0", 4, 3, None)
     assert versions(private, "c0") == [3]
+
+
+def test_an_empty_version_is_told_from_a_lost_one(tmp_path: Path) -> None:
+    private = Private(tmp_path)
+    private.save("c0", 2, -1, {})
+    assert private.load("c0", 2) == {}
+    assert private.load("c0", 3) is None
 
 
 def test_clients_do_not_share(tmp_path: Path) -> None:

@@ -93,6 +93,15 @@ def forged(header: str, body: bytes = b"") -> bytes:
     return sealed(struct.pack("<Q", size) + text.ljust(size) + body + bytes(CHECKSUM))
 
 
+def placed(*places: tuple[int, int]) -> bytes:
+    """A frame of float32[2] tensors a, b, ... that says they lie at these places, and its checksum after the last."""
+    entries: dict[str, Any] = {"__metadata__": {"fedrank": "{}"}}
+    entries |= {n: {"dtype": "F32", "shape": [2], "data_offsets": at} for n, at in zip("ab", places, strict=True)}
+    end = max(end for _, end in places)
+    entries["checksum"] = {"dtype": "U64", "shape": [1], "data_offsets": [end, end + CHECKSUM]}
+    return forged(json.dumps(entries), bytes(end))
+
+
 # ---- round trips
 
 
@@ -423,6 +432,13 @@ def test_the_frames_that_are_spoilt_below_are_good() -> None:
         (forged('{"__metadata__": {"fedrank": "{}"}, "B": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}'), "not a frame"),
         (forged('{"__metadata__": {"fedrank": "{}"}, "B": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}'), "not a frame"),
         (forged('{"__metadata__": {"fedrank": "{}"}, "__metadata__": {"fedrank": "{}"}, "B": {"dtype": "U32", "shape": [2], "data_offsets": [0, 8]}}'), "schema version None"),
+        *((placed(*places), why) for places, why in [
+            (((0, 8), (0, 8)), "'b' of float32.2. does not lie at"),  # one on top of the other
+            (((8, 16), (0, 8)), "'a' of float32.2. does not lie at"),  # in another order than named
+            (((0, 8), (12, 20)), "'b' of float32.2. does not lie at"),  # a gap
+            (((0, 4), (4, 12)), "'a' of float32.2. does not lie at"),  # less than its shape
+            (((0, 8), (8, 16)), "schema version None"),  # as it should be, but for the rest
+        ]),
         (altered(ASK, {"schema": 2}), "schema version 2, this fedrank speaks 1"),
         (altered(ASK, {"schema": None}), "schema version None"),
     ],

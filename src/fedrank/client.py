@@ -64,27 +64,38 @@ def handle(frame: bytes, site: Site) -> bytes:
 
 
 def _train(request: Request, site: Site) -> bytes:
-    kept = site.private.load(site.device.id, request.plan.since)
+    kept = _load(request, site)
     job = _job(request, site, kept)
     update = next(iter(site.method.train([job])))
     arrays = _keep(job, update, kept, site.wire.start)
     arrays |= {f"private/{name}": array for name, array in update.private.items()}
-    site.private.save(site.device.id, request.round, request.plan.since, arrays)
+    # Even an empty version is written where later rounds will ask for one, so that a lost one is missed.
+    needed = arrays or _staying(request.plan, site.wire.start)
+    site.private.save(site.device.id, request.round, request.plan.since, arrays if needed else None)
     return site.wire.update(request, update)
 
 
 def _evaluate(request: Request, site: Site) -> dict[str, float]:
     if site.evaluate is None:
         return {"rows": 0.0}
-    job = _job(request, site, site.private.load(site.device.id, request.plan.since))
+    job = _job(request, site, _load(request, site))
     adapt = getattr(site.method, "adapt", None)
     return site.evaluate(job.adapter if adapt is None else adapt(job))
 
 
-def _job(request: Request, site: Site, kept: Mapping[str, np.ndarray]) -> Job:
+def _load(request: Request, site: Site) -> dict[str, np.ndarray]:
+    """What the client kept in the last round that was merged; StoreError where it is needed and not there."""
     since = request.plan.since
-    if since >= 0 and not kept and (lost := _remembered(request.plan, kept, site.wire.start)):
-        raise StoreError(f"the client's factors {lost} of round {since} are gone from {site.private.root}")
+    kept = site.private.load(site.device.id, since)
+    if kept is None and since >= 0 and (lost := _staying(request.plan, site.wire.start)):
+        raise StoreError(
+            f"factors {lost} do not travel, and {site.private.root} holds no version of round {since}: "
+            "it was lost, or the plan of that round let them travel"
+        )
+    return kept or {}
+
+
+def _job(request: Request, site: Site, kept: Mapping[str, np.ndarray]) -> Job:
     adapter = _complete(request.adapter, request.plan, kept, site.wire.start)
     private = {name.split("/", 1)[1]: array for name, array in kept.items() if name.startswith("private/")}
     return Job(
@@ -107,7 +118,9 @@ def _keep(job: Job, update: Update, kept: Mapping[str, np.ndarray], start: Adapt
     Components that had no part in this round stay as they were kept.
     """
     plan = job.plan
-    factors = _remembered(plan, kept, start)
+    # A factor of its own that never learnt is as begin() made it: there is nothing to keep.
+    learnt = {*plan.learn, *(name.partition("/")[0] for name in kept)}
+    factors = [f for f in _staying(plan, start) if f in learnt or f not in plan.own]
     if not factors:
         return {}
     trained = update.adapter.only("".join(f for f in plan.own if f in plan.learn))
@@ -122,14 +135,11 @@ def _keep(job: Job, update: Update, kept: Mapping[str, np.ndarray], start: Adapt
     return arrays
 
 
-def _remembered(plan: Plan, kept: Mapping[str, np.ndarray], start: Adapter) -> str:
-    """The factors that no later request will carry, so that the client must keep them."""
-    there = {f for b in start.blocks.values() for f in FACTORS if getattr(b, f) is not None} | set(
-        "h" * len(start.dense)
-    )
-    # A factor of its own that never learnt is as begin() made it: there is nothing to keep.
-    learnt = {f for f in plan.own if f in plan.learn or any(name.startswith(f"{f}/") for name in kept)}
-    return "".join(f for f in "BeAh" if f in there and (f in learnt or f not in plan.own + plan.down))
+def _staying(plan: Plan, start: Adapter) -> str:
+    """The adapter's factors that no later request of such a plan carries: the client has to keep them."""
+    blocks = start.blocks.values()
+    there = [f for f in FACTORS if any(getattr(b, f) is not None for b in blocks)] + ["h"] * bool(start.dense)
+    return "".join(f for f in there if f in plan.own or f not in plan.down)
 
 
 def _held(kept: Mapping[str, np.ndarray], start: Adapter) -> Adapter:

@@ -124,7 +124,7 @@ class WireSettings(BaseModel, extra="forbid", frozen=True):
     dtype: Literal["f64", "f32", "f16", "bf16", "int8"] = "f32"
 
 
-class Config(BaseModel, extra="forbid", frozen=True):
+class Config(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants"):
     """Everything a run is made of; the same config and seed give the same run."""
 
     task: Literal["classify", "generate"] = "classify"

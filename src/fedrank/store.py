@@ -54,21 +54,21 @@ class Private:
             raise ValueError(f"client id {client!r} must be letters, digits, '_', '-' or '.', at most 128")
         return self.root / client
 
-    def load(self, client: ClientId, since: int) -> dict[str, np.ndarray]:
-        """The version of round `since`, never a newer one; empty for a client that was never merged or keeps nothing."""
+    def load(self, client: ClientId, since: int) -> dict[str, np.ndarray] | None:
+        """The version of round `since`, never a newer one; None where that round left none."""
         path = self._folder(client) / f"{since:04d}.safetensors"
         try:
-            return dict(load_file(path)) if since >= 0 and path.exists() else {}
+            return dict(load_file(path)) if since >= 0 and path.exists() else None
         except SafetensorError as error:
             raise StoreError(f"{path} is damaged: {error}") from None
 
-    def save(self, client: ClientId, round: int, since: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Write this round's version; all others but `since`, which a redone round needs, are over."""
+    def save(self, client: ClientId, round: int, since: int, arrays: Mapping[str, np.ndarray] | None) -> None:
+        """Write this round's version, none for None; all others but `since`, which a redone round needs, are over."""
         folder = self._folder(client)
-        if arrays:
+        if arrays is not None:
             write(folder / f"{round:04d}.safetensors", save({n: np.asarray(a, order="C") for n, a in arrays.items()}))
         for number, path in _numbered(folder).items():
-            if number not in (since, round if arrays else -1):
+            if number not in (since, -1 if arrays is None else round):
                 path.unlink()
 
 

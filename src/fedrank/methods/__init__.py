@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from fedrank.config import ConfigError, hint
 
@@ -54,9 +54,23 @@ def build(settings: Mapping[str, Any]) -> Any:
 
 
 def values(method: Any) -> dict[str, Any]:
-    """A method's hyper-parameters, as `build` takes them from a config."""
-    found = TypeAdapter(type(method)).dump_python(method, mode="json")
-    return {field.name: found[field.name] for field in fields(method) if field.init}
+    """A method's hyper-parameters, as `build` takes them from a config. ConfigError where one cannot be written there."""
+    found = {field.name: getattr(method, field.name) for field in fields(method) if field.init}
+    for key, value in found.items():
+        if not _plain(value):
+            raise ConfigError(
+                f"method.{key}: {value!r} cannot be written in a config, which the run is resumed from; "
+                "a hyper-parameter is a number, a text, a truth value or a tuple of these"
+            )
+    plain = TypeAdapter(dict[str, Any], config=ConfigDict(ser_json_inf_nan="constants"))
+    return dict(plain.dump_python(found, mode="json"))
+
+
+def _plain(value: Any) -> bool:
+    """Whether YAML gives it back as it is, in any process; NaN does not even equal itself."""
+    if isinstance(value, tuple | list):
+        return all(map(_plain, value))
+    return value is None or (isinstance(value, bool | int | float | str) and value == value)
 
 
 def check(cls: type[Any]) -> type[Any]:
@@ -65,4 +79,6 @@ def check(cls: type[Any]) -> type[Any]:
         raise TypeError(f"{cls.__qualname__} is no method: it lacks {', '.join(missing)}")
     if not is_dataclass(cls):
         raise TypeError(f"{cls.__qualname__} is no method: it must be a dataclass of its hyper-parameters")
+    if taken := {field.name for field in fields(cls)} & {"name", "object"}:
+        raise TypeError(f"{cls.__qualname__} needs another word for {', '.join(sorted(taken))}: a config has its own")
     return cls

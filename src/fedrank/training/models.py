@@ -94,8 +94,7 @@ def load(settings: config.Config, labels: tuple[str, ...]) -> Model:
         tokenizer.pad_token = tokenizer.eos_token
     if base.config.pad_token_id is None:
         base.config.pad_token_id = tokenizer.pad_token_id
-    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
-    if settings.local.max_length > (longest := min(positions, tokenizer.model_max_length)):
+    if settings.local.max_length > (longest := _longest(base, tokenizer)):
         raise ModelError(f"local.max_length={settings.local.max_length}: {name} reads at most {longest} tokens")
     network.requires_grad_(False).eval().to(settings.device)
     heads = _heads(network, base, len(labels)) if task == "classify" else {}
@@ -105,6 +104,18 @@ def load(settings: config.Config, labels: tuple[str, ...]) -> Model:
     drawn = {n: layer for n, layer in base.named_modules() if n in new and n not in heads and pooling != "mean"}
     source = MINILM_HUB if name == "minilm" else str(location or name)
     return Model(network, base, tokenizer, spec, modules, heads, drawn, pooling, source, task)
+
+
+def _longest(base: Any, tokenizer: Any) -> int:
+    """How many tokens the model was made for, by its tokenizer and its positions."""
+    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None) or 0
+    if positions <= 0:  # XLNet says -1: it has none
+        return int(tokenizer.model_max_length)
+    tables = (layer for name, layer in base.named_modules() if name.endswith("position_embeddings"))
+    padding = next((table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None), -1)
+    return int(
+        min(positions - padding - 1, tokenizer.model_max_length)
+    )  # RoBERTa's positions begin after the padding's
 
 
 def _device(name: str) -> None:
