@@ -5,7 +5,6 @@ Killed, it goes on where it was. One run at a time, each in a process of its own
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
+from fedara_clinc150 import spread
 
 
 def play(folder: Path, seed: int) -> dict[str, Any]:
@@ -42,10 +42,7 @@ def main() -> None:
     columns |= {
         name: [run["baselines"][name] for run in runs.values()] for name in next(iter(runs.values()))["baselines"]
     }
-    sums = {
-        name: {"mean": statistics.mean(found), "stdev": statistics.stdev(found) if len(found) > 1 else None}
-        for name, found in columns.items()
-    }
+    sums = {name: spread(found) for name, found in columns.items()}
     command = f"python benchmarks/quickstart.py --seeds {' '.join(map(str, given.seeds))}"
     result = {"command": command, "machine": machine.describe(), "over_seeds": sums, "runs": runs}
     given.results.write_text(json.dumps(result, indent=1) + "\n")

@@ -49,10 +49,7 @@ def fed() -> Fed:
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("config")
     (folder / "texts").mkdir()
-    for split, count in (("train", 32), ("test", 16)):
-        rows = toy.texts(count, 0)
-        lines = (json.dumps({"text": t, "label": int(y)}) for t, y in zip(rows.text, rows.label, strict=True))
-        (folder / "texts" / f"{split}.jsonl").write_text("\n".join(lines))
+    toy.write(folder / "texts", train=toy.texts(32, 0), test=toy.texts(16, 0))
     settings = {
         "data": {"path": str(folder / "texts"), "partition": {"kind": "iid"}}, "clients": {"count": 3},
         "rounds": {"count": 2, "cohort": 2, "evaluate_every": 1}, "adapter": {"rank": 2, "targets": ["query"]},

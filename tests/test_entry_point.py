@@ -69,10 +69,7 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, source: st
 def config(tmp_path: Path) -> dict:
     folder = tmp_path / "texts"
     folder.mkdir()
-    for split, count in (("train", 24), ("test", 8)):
-        rows = toy.texts(count, 0)
-        lines = (json.dumps({"text": t, "label": int(y)}) for t, y in zip(rows.text, rows.label, strict=True))
-        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    toy.write(folder, train=toy.texts(24, 0), test=toy.texts(8, 0))
     return {
         "data": {"path": str(folder), "partition": {"kind": "iid"}},
         "clients": {"count": 2},
@@ -91,15 +88,19 @@ def test_a_method_of_another_package(config: dict, tmp_path: Path, monkeypatch: 
         fedrank.run({**config, "method": {"name": "calm", "pul": 1}}, out=tmp_path / "other")
 
 
+def with_pull(value: str) -> str:
+    """The good method with another default."""
+    source = GOOD.replace("import ClassVar", "import Any, ClassVar").replace(
+        "pull: float = 0.5", f"pull: Any = {value}"
+    )
+    return "import math\n" + source.replace('metrics={"pull": self.pull}', "metrics={}")
+
+
 @pytest.mark.parametrize("value", ["math.inf", "(1, 2.5)", "None", "('a', ('b', True))"])
 def test_a_hyper_parameter_comes_back_on_resume(
     value: str, config: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = GOOD.replace("pull: float = 0.5", f"pull: Any = {value}").replace(
-        "import ClassVar", "import Any, ClassVar"
-    )
-    source = source.replace('metrics={"pull": self.pull}', "metrics={}")
-    install(tmp_path, monkeypatch, "calm", "import math\n" + source, "Calm")
+    install(tmp_path, monkeypatch, "calm", with_pull(value), "Calm")
     run = fedrank.run({**config, "method": {"name": "calm"}}, out=tmp_path / "run")
     assert fedrank.resume(run.path, "rounds.count=+1").state.round == 2
 
@@ -108,10 +109,7 @@ def test_a_hyper_parameter_comes_back_on_resume(
 def test_a_hyper_parameter_that_no_config_holds(
     value: str, config: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = GOOD.replace("pull: float = 0.5", f"pull: Any = {value}").replace(
-        "import ClassVar", "import Any, ClassVar"
-    )
-    install(tmp_path, monkeypatch, "calm", "import math\n" + source, "Calm")
+    install(tmp_path, monkeypatch, "calm", with_pull(value), "Calm")
     with pytest.raises(ValueError, match=r"method.pull: .* cannot be written in a config"):
         fedrank.run({**config, "method": {"name": "calm"}}, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -284,9 +284,8 @@ def test_a_run_can_move(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert seen[0] is False
     assert run.path == Path("run")
     monkeypatch.chdir(tmp_path)
-    assert (
-        experiment.prepare(run.config).run_id == before
-    )  # so that its frames, and what is drawn for them, stay the same
+    # Its frames, and what is drawn for them, stay the same.
+    assert experiment.prepare(run.config).run_id == before
     fedrank.resume("run", "rounds.count=+1", "data.path=moved")
     monkeypatch.chdir(tmp_path / "moved")
     assert fedrank.resume(tmp_path / "run", "rounds.count=+1").state.round == 5

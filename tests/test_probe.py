@@ -1,6 +1,5 @@
 """The pooled baselines: they learn what can be learnt, and the probe sees what the model's head sees."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,7 @@ pytest.importorskip("sklearn", reason="the baselines need scikit-learn")
 
 @pytest.fixture
 def config(tmp_path: Path) -> dict[str, Any]:
-    for split, count, seed in (("train", 96, 0), ("test", 48, 1)):
-        rows = toy.texts(count, seed)
-        lines = (json.dumps({"text": t, "label": int(y)}) for t, y in zip(rows.text, rows.label, strict=True))
-        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    toy.write(tmp_path, train=toy.texts(96, 0), test=toy.texts(48, 1))
     return {"data": {"path": str(tmp_path)}, "local": {"max_length": 16}}
 
 

@@ -68,10 +68,7 @@ class Recalling:
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("texts")
-    for split, count, seed in (("train", 48, 0), ("test", 24, 1)):
-        rows = toy.texts(count, seed)
-        lines = (json.dumps({"text": t, "label": int(y)}) for t, y in zip(rows.text, rows.label, strict=True))
-        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    toy.write(folder, train=toy.texts(48, 0), test=toy.texts(24, 1))
     return folder
 
 

@@ -22,7 +22,7 @@ from fedrank.methods.fedara import FedARA
 from fedrank.protocol import Device, Plan, State, Update, rng
 from fedrank.selection import everything
 from fedrank.wire import Reply, Request, Wire
-from toy import arrays, drawn, forced, same, small
+from toy import arrays, drawn, forced, same, sealed, small
 
 SPEC = small({"0.m": (5, 3), "1.m": (4, 6), "2.m": (3, 3)}, rank=4)
 LOW = ("f16", "bf16", "int8")
@@ -79,11 +79,6 @@ def altered(frame: bytes, meta: Mapping[str, Any] = {}, drop: str = "", **tensor
     facts, found = unpack(frame)
     found.pop(drop, None)
     return forced({**facts, **meta}, {**found, **tensors})
-
-
-def sealed(body: bytes) -> bytes:
-    """The bytes with a checksum that fits."""
-    return body[:-CHECKSUM] + xxhash.xxh3_64_digest(body[:-CHECKSUM])
 
 
 def forged(header: str, body: bytes = b"") -> bytes:

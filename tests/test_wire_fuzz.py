@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +17,7 @@ from fedrank.frame import CHECKSUM, Refused, pack, unpack
 from fedrank.protocol import Plan, State, Update
 from fedrank.selection import everything
 from fedrank.wire import Reply, Request, Wire
-from toy import arrays, drawn, small
+from toy import arrays, drawn, sealed, small
 
 SPEC = small({"0.m": (5, 3), "1.m": (4, 6)}, rank=3)
 STATE = State(1, 5, drawn(SPEC, 1))
@@ -115,10 +114,6 @@ def spoilt(frame: bytes, seed: str) -> Iterator[bytes]:
             yield bytes(body)
 
 
-def seal(body: bytes) -> bytes:
-    return body[:-CHECKSUM] + xxhash.xxh3_64_digest(body[:-CHECKSUM])
-
-
 @pytest.mark.parametrize(("write", "read", "dtype", "plan"), CASES)
 def test_the_frames_that_are_spoilt_are_good(write: Write, read: Read, dtype: str, plan: Plan) -> None:
     read(write(dtype, plan), dtype, plan)
@@ -137,7 +132,7 @@ def test_a_damaged_frame_with_a_good_checksum(write: Write, read: Read, dtype: s
     refused = 0
     for _, frame in zip(range(ROUNDS), spoilt(write(dtype, plan), "malice"), strict=False):
         try:
-            read(seal(frame), dtype, plan)
+            read(sealed(frame), dtype, plan)
         except Refused:
             refused += 1
     assert 0 < refused < ROUNDS  # a changed value of a tensor can be read
@@ -186,7 +181,7 @@ def test_every_entry_of_a_header_may_be_anything(write: Write, read: Read, dtype
         for value in (*NASTY, "F64", "I8", "BF16", "F8_E4M3", [0], [1 << 40, 1 << 40], [4, 0], [0, 1 << 40]):
             text = json.dumps(planted(header, path, value)).encode()
             try:
-                read(seal(struct.pack("<Q", len(text)) + text + body), dtype, plan)
+                read(sealed(struct.pack("<Q", len(text)) + text + body), dtype, plan)
             except Refused:
                 refused += 1
     assert refused > 100
@@ -194,8 +189,8 @@ def test_every_entry_of_a_header_may_be_anything(write: Write, read: Read, dtype
 
 @settings(max_examples=200)
 @given(st.binary(max_size=9000), st.booleans())
-def test_noise_is_refused(noise: bytes, sealed: bool) -> None:
-    frame = seal(noise + bytes(4)) if sealed else noise
+def test_noise_is_refused(noise: bytes, seal: bool) -> None:
+    frame = sealed(noise + bytes(CHECKSUM)) if seal else noise
     for read in (read_request, read_answer):
         with pytest.raises(Refused):
             read(frame, "f32", PLAN)
@@ -206,7 +201,7 @@ def test_noise_is_refused(noise: bytes, sealed: bool) -> None:
 def test_noise_behind_a_plausible_length_is_refused(noise: bytes, size: int) -> None:
     for read in (read_request, read_answer):
         with pytest.raises(Refused):
-            read(seal(struct.pack("<Q", size) + noise + bytes(3000)), "f32", PLAN)
+            read(sealed(struct.pack("<Q", size) + noise + bytes(3000)), "f32", PLAN)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +214,7 @@ def test_a_shape_of_anything_is_refused_at_once(shape: Any) -> None:
     header = json.loads(frame[8 : 8 + size])
     header["B"]["shape"] = shape
     text = json.dumps(header).encode()
-    frame = seal(struct.pack("<Q", len(text)) + text + frame[8 + size :])
+    frame = sealed(struct.pack("<Q", len(text)) + text + frame[8 + size :])
     tracemalloc.start()
     for read in (read_request, read_answer):
         with pytest.raises(Refused) as error:
@@ -251,12 +246,12 @@ def test_a_claim_of_size_costs_no_memory(field: str) -> None:
     if field == "shape":
         text = frame.replace(b'"shape":[27]', b'"shape":[1099511627776]', 1)
         assert text != frame
-        frame = seal(text)
+        frame = sealed(text)
     elif field == "width":
         meta, tensors = unpack(frame)
         frame = pack({**meta, "plan": {**meta["plan"], "width": 1 << 45}}, tensors)
     else:
-        frame = seal(struct.pack("<Q", 1 << 45) + frame[8:])
+        frame = sealed(struct.pack("<Q", 1 << 45) + frame[8:])
     tracemalloc.start()
     with pytest.raises(Refused):
         read_request(frame, "f32", PLAN)

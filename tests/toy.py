@@ -38,6 +38,13 @@ def texts(count: int, seed: int) -> Rows:
     return Rows(["".join(draw.choice(list(LABELS[y]), draw.integers(3, 8))) for y in label], label=label)
 
 
+def write(folder: Path, **splits: Rows) -> None:
+    """Each split as JSON lines of text and label, as a config's data.path reads them."""
+    for split, rows in splits.items():
+        lines = (json.dumps({"text": t, "label": int(y)}) for t, y in zip(rows.text, rows.label, strict=True))
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+
+
 def settings(**sections: Any) -> Config:
     """A config for the tiny encoder; data.name is only a name here."""
     base: dict[str, Any] = {
@@ -278,4 +285,9 @@ def forced(meta: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> bytes:
     for name, tensor in tensors.items():
         start, end = (8 + size + at for at in header[name]["data_offsets"])
         frame[start:end] = tensor.tobytes()
-    return bytes(frame[:-CHECKSUM]) + xxhash.xxh3_64_digest(frame[:-CHECKSUM])
+    return sealed(bytes(frame))
+
+
+def sealed(frame: bytes) -> bytes:
+    """The bytes with a checksum that fits."""
+    return frame[:-CHECKSUM] + xxhash.xxh3_64_digest(frame[:-CHECKSUM])

@@ -44,7 +44,7 @@ def pack(meta: Mapping[str, Any], tensors: Mapping[str, np.ndarray | list[np.nda
 
     Refused where an array holds NaN or infinity, as its reader would refuse it.
     """
-    header: dict[str, Any] = {"__metadata__": {"fedrank": json.dumps(meta, sort_keys=True)}}
+    header: dict[str, Any] = {}
     at, parts = 0, list[Any]()
     for name, value in tensors.items():
         # ascontiguousarray would make a scalar one-dimensional
@@ -57,17 +57,15 @@ def pack(meta: Mapping[str, Any], tensors: Mapping[str, np.ndarray | list[np.nda
         at += size
         parts += [chunk.reshape(-1).view(np.uint8).data for chunk in chunks if chunk.size]
     header["checksum"] = {"dtype": "U64", "shape": [1], "data_offsets": [at, at + CHECKSUM]}
-    text = json.dumps(header, separators=(",", ":")).encode()
+    facts = {"__metadata__": {"fedrank": json.dumps(meta, sort_keys=True)}}
+    text = json.dumps(facts | header, separators=(",", ":")).encode()
     size = HEADER * math.ceil((8 + len(text)) / HEADER) - 8
     pieces = [struct.pack("<Q", size), text.ljust(size), *parts]
     checksum = xxhash.xxh3_64()
     for piece in pieces:
         checksum.update(piece)
     frame = b"".join([*pieces, checksum.digest()])
-    for name, entry in header.items():
-        if entry.get("dtype") in _FLOATS:  # looked for in the frame, where a tensor is one piece
-            start, end = entry["data_offsets"]
-            _finite(name, np.frombuffer(memoryview(frame)[8 + size + start : 8 + size + end], _CODES[entry["dtype"]]))
+    finite(_views(frame, 8 + size, header))  # looked for in the frame, where a tensor is one piece
     return frame
 
 
@@ -90,9 +88,7 @@ def unpack(frame: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         got = meta.get("schema") if isinstance(meta, dict) else None
         raise Refused(f"the frame has schema version {got!r}, this fedrank speaks {SCHEMA}")
     tensors.pop("checksum", None)
-    for name, array in tensors.items():
-        if _NAMES[array.dtype] in _FLOATS:
-            _finite(name, array)
+    finite(tensors)
     return meta, tensors
 
 
@@ -113,9 +109,11 @@ def _views(frame: bytes, at: int, header: Mapping[str, Any]) -> dict[str, np.nda
     return tensors
 
 
-def _finite(name: str, array: np.ndarray) -> None:
-    if not np.isfinite(array).all():
-        raise Refused(f"tensor {name!r} holds NaN or infinity")
+def finite(tensors: Mapping[str, np.ndarray]) -> None:
+    """Refused where one of these arrays, of the wire's types, holds NaN or infinity."""
+    for name, array in tensors.items():
+        if _NAMES[array.dtype] in _FLOATS and not np.isfinite(array).all():
+            raise Refused(f"tensor {name!r} holds NaN or infinity")
 
 
 @dataclass(frozen=True)
@@ -129,9 +127,8 @@ class Sizes:
 
 def sizes(frame: bytes) -> Sizes:
     """What the bytes of a frame of this module are spent on, read from its header."""
-    (size,) = struct.unpack("<Q", frame[:8])
     totals = {"adapter": 0, "head": 0}
-    for name, entry in json.loads(frame[8 : 8 + size]).items():
+    for name, entry in _header(frame).items():
         part = "head" if name.startswith("h.") else "adapter" if name.split(".")[0] in (*FACTORS,) else None
         if part:
             start, end = entry["data_offsets"]
@@ -141,8 +138,12 @@ def sizes(frame: bytes) -> Sizes:
 
 def digest(frame: bytes) -> str:
     """What a request calls itself, read from its header: the same on every machine, for the same run and plan."""
+    return str(json.loads(_header(frame)["__metadata__"]["fedrank"])["digest"])
+
+
+def _header(frame: bytes) -> dict[str, Any]:
     (size,) = struct.unpack("<Q", frame[:8])
-    return str(json.loads(json.loads(frame[8 : 8 + size])["__metadata__"]["fedrank"])["digest"])
+    return dict(json.loads(frame[8 : 8 + size]))
 
 
 def encode(

@@ -102,11 +102,8 @@ class Store:
         """A new directory; StoreError where something is in it already, but for a start that was cut short."""
         held = {entry.name.removesuffix(".new") for entry in path.iterdir()} if path.is_dir() else set()
         begun = (path / "config.yaml").exists()
-        if (
-            begun
-            or path.is_file()
-            or held - {"states", "clients", "spool", ".lock", "data.json", "drawn.safetensors", "config.yaml"}
-        ):
+        left = {"states", "clients", "spool", ".lock", "data.json", "drawn.safetensors", "config.yaml"}
+        if begun or path.is_file() or held - left:
             hint = f", or go on with: fedrank resume {path}" if begun else ""
             raise StoreError(f"{path} is not an empty folder; choose another --out{hint}")
         for folder in ("states", "clients", "spool"):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fedrank.adapter import FACTORS, Adapter, Block, split
-from fedrank.frame import DTYPES, EXACT, SCHEMA, Dtype, Refused, Sizes, decode, encode, pack, sizes, unpack
+from fedrank.frame import DTYPES, EXACT, SCHEMA, Dtype, Refused, Sizes, decode, encode, finite, pack, sizes, unpack
 from fedrank.protocol import ClientId, ModelSpec, Plan, State, Update, rng
 
 MAX_WIDTH = 1 << 16  # component ids are below this
@@ -232,8 +232,7 @@ class Wire:
                 tensors[name] = [chunk.astype(DTYPES[self.dtype], copy=False) for chunk in chunks]
                 continue
             values = np.concatenate([chunk.reshape(-1) for chunk in chunks])
-            if not np.isfinite(values).all():  # it would be clipped
-                raise Refused(f"tensor {name!r} holds NaN or infinity")
+            finite({name: values})  # before infinity is clipped
             values -= self._reference(name, adapter.ids, reference, values.size)
             generator = rng(self.seed, "rounding", *address, name)
             tensors |= encode(name, values, lengths, self.dtype, generator)

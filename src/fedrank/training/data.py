@@ -88,11 +88,9 @@ def configured(settings: Config) -> Dataset:
     """The dataset that a config names, with the split it is scored on in the place of test."""
     d = settings.data
     columns = d.columns.model_dump()
-    if d.split == "test":
-        return load(d.name, d.path, settings.task, columns, d.train_limit, d.test_limit, settings.seed)
-    dataset = validation(
-        load(d.name, d.path, settings.task, columns, d.train_limit, None, settings.seed), settings.seed
-    )
+    dataset = load(d.name, d.path, settings.task, columns, d.train_limit, None, settings.seed)
+    if d.split == "validation":
+        dataset = validation(dataset, settings.seed)
     return replace(dataset, test=limit(dataset.test, d.test_limit, settings.seed, "test"))
 
 

@@ -112,10 +112,9 @@ def _longest(base: Any, tokenizer: Any) -> int:
     if positions <= 0:  # XLNet says -1: it has none
         return int(tokenizer.model_max_length)
     tables = (layer for name, layer in base.named_modules() if name.endswith("position_embeddings"))
+    # RoBERTa's positions begin after the padding's.
     padding = next((table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None), -1)
-    return int(
-        min(positions - padding - 1, tokenizer.model_max_length)
-    )  # RoBERTa's positions begin after the padding's
+    return int(min(positions - padding - 1, tokenizer.model_max_length))
 
 
 def _device(name: str) -> None:
