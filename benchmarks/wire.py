@@ -139,7 +139,7 @@ def main() -> None:
     np.ones(31 << 17)  # 32 MB freed, as after loading a model: glibc then keeps what is freed for the next frame
     spec = minilm()
     adapter = spec.with_head(gaussian(spec.shapes, 12, 2.0, rng(0, "benchmark")))
-    runs = [overhead(spec, adapter) for _ in range(5)]
+    runs = [overhead(spec, adapter) for _ in range(15)]
     result = {
         "command": "python benchmarks/wire.py",
         "machine": machine.describe(),

@@ -34,15 +34,20 @@ class _Sum:
             union = np.union1d(self.ids, block.ids)
             if len(union) != len(self.ids):
                 self.reindex(union)
+        parts = _rows(block)
+        if parts.keys() != self.rows.keys():
+            odd = ", ".join(sorted(parts.keys() ^ self.rows.keys()))
+            raise ValueError(f"factor {odd} is in some updates of a module and not in others")
         whole = len(block.ids) == len(self.ids)
         at = slice(None) if whole else np.searchsorted(self.ids, block.ids)
         self.weights[at] += weight
-        for name, rows in _rows(block).items():
-            if name not in self.rows:
-                raise ValueError(f"factor {name} is in some updates of a module and not in others")
-            self.rows[name][at] += np.multiply(rows, weight, dtype=np.float64)
-        if len(_rows(block)) != len(self.rows):
-            raise ValueError("a factor is in some updates of a module and not in others")
+        for name, rows in parts.items():
+            part = rows.astype(np.float64)
+            part *= weight
+            if whole:  # x[:] += y would write x twice
+                self.rows[name] += part
+            else:
+                self.rows[name][at] += part
 
 
 def _rows(block: Block) -> dict[str, np.ndarray]:

@@ -120,7 +120,7 @@ class Plan:
             if odd := set(part) - set("BeAh"):
                 raise ValueError(f"{sorted(odd)} are no factors; they are B, e, A and h")
 
-    @property
+    @cached_property
     def width(self) -> int:
         """One more than the largest component id: the bits per module in which its ids travel."""
         parts = (self.train, self.frozen)

@@ -203,9 +203,9 @@ class Wire:
     def _bits(self, ids: Mapping[str, np.ndarray], width: int) -> np.ndarray:
         """Id sets as bits: one row of `width` bits per module, packed without padding between rows."""
         grid = np.zeros((len(self.spec.modules), width), bool)
-        sets = [np.asarray(ids.get(module.name, ()), int) for module in self.spec.modules]
+        sets = {at: ids[m.name] for at, m in enumerate(self.spec.modules) if len(ids.get(m.name, ()))}
         if sets:
-            grid[np.repeat(np.arange(len(sets)), list(map(len, sets))), np.concatenate(sets)] = True
+            grid[np.repeat(list(sets), list(map(len, sets.values()))), np.concatenate(list(sets.values()))] = True
         return np.packbits(grid)
 
     def _ids(self, bits: np.ndarray | None, width: int) -> dict[str, np.ndarray]:
