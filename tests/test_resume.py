@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import coverage
 import numpy as np
 import pytest
 import torch
@@ -124,6 +125,8 @@ def child(work: Callable[[], object]) -> int:
     if pid:
         return pid
     status = 1
+    if tracer := coverage.Coverage.current():
+        tracer.stop()  # what it sees here is never saved, and a signal inside its lock would leave that taken
     try:
         work()
         status = 0
