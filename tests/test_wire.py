@@ -635,7 +635,7 @@ def chosen(**ids: list[int]) -> Adapter:
 
 
 def test_a_client_may_choose_among_what_it_trained() -> None:
-    for adapter in (chosen(m0=[0, 3]), chosen(m0=[2], m2=[1])):
+    for adapter in (chosen(m0=[0, 3]), chosen(m0=[2], m2=[1]), chosen(m2=[1])):
         assert same(reading(answer(SELECT, adapter), plan=SELECT).update.adapter, adapter)
 
 
@@ -645,7 +645,6 @@ def test_a_client_may_choose_among_what_it_trained() -> None:
         ({"m0": [0, 1]}, r"\['0.m'\] not planned"),
         ({"m0": [0], "m1": [1]}, r"\['1.m'\] not planned"),
         ({"m0": [0, 2, 3]}, "3 components came back"),
-        ({"m2": [1]}, "1 components came back"),
     ],
 )
 def test_ids_that_were_never_asked_for(ids: dict[str, list[int]], why: str) -> None:
@@ -655,7 +654,7 @@ def test_ids_that_were_never_asked_for(ids: dict[str, list[int]], why: str) -> N
 
 def test_a_choice_needs_its_ids() -> None:
     frame = answer(SELECT, chosen(m0=[0, 3]))
-    with pytest.raises(Refused, match="0 components came back"):
+    with pytest.raises(Refused, match="ids of the chosen components are missing"):
         reading(altered(frame, drop="ids"), plan=SELECT)
     with pytest.raises(Refused, match="do not fit"):
         reading(altered(frame, ids=np.zeros(9, np.uint8)), plan=SELECT)

@@ -29,6 +29,7 @@ from fedrank.wire import Wire
 LABELS = ("ab", "cd", "ef", "gh")
 CLIENTS = ("c0", "c1", "c2", "c3")
 ROWS = 16  # of one client
+RANKS = (1, 2, 4, 4)  # of the devices, in client order
 
 
 def texts(count: int, seed: int) -> Rows:
@@ -161,7 +162,7 @@ def federation(
 
     sites = {
         name: alter(Site(
-            Device(name, len(rows)), method, wire, store.private, learning, seed, partial(teacher.fit, rows=rows),
+            Device(name, len(rows), rank=RANKS[at % len(RANKS)]), method, wire, store.private, learning, seed, partial(teacher.fit, rows=rows),
             partial(personal, np.arange(at * 10, at * 10 + 10)), teacher.session,
         ))
         for at, (name, rows) in enumerate(shares.items())
@@ -231,7 +232,7 @@ class Arrived:
 def job(
     spec: ModelSpec, adapter: Adapter, plan: Plan, fit: Any, client: str = "c0", round: int = 2, **more: Any
 ) -> Job:
-    return Job(plan, round, 10, spec, adapter, {}, Local(batch_size=8), Device(client, 4), 0, fit, **more)
+    return Job(plan, round, 10, spec, adapter, (), {}, Local(batch_size=8), Device(client, 4), 0, fit, **more)
 
 
 def cohort(*names: str) -> dict[str, Device]:

@@ -99,7 +99,7 @@ def _job(request: Request, site: Site, kept: Mapping[str, np.ndarray]) -> Job:
     adapter = _complete(request.adapter, request.plan, kept, site.wire.start)
     private = {name.split("/", 1)[1]: array for name, array in kept.items() if name.startswith("private/")}
     return Job(
-        request.plan, request.round, request.rounds, site.wire.spec, adapter, private, site.local, site.device,
+        request.plan, request.round, request.rounds, site.wire.spec, adapter, (), private, site.local, site.device,
         site.seed, site.fit,
     )  # fmt: skip
 

@@ -167,7 +167,7 @@ class Parts:
         engine = LocalEngine(
             self.devices,
             cache(lambda client: self.site(client, wire, store)),
-            lambda device: _rows_seen(device, config.local) * device.seconds_per_example,
+            lambda device: _rows_seen(device, config.local) * config.engine.seconds_per_example,
             config.engine.failure_rate,
             config.seed,
         )
@@ -204,10 +204,7 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
     )
     own_rows, own_set = (dataset.test, test) if shares.test_from == "test" else (dataset.train, train)
     index = {name: at for at, name in enumerate(shares.names)}
-    devices = {
-        name: Device(name, len(rows), config.engine.seconds_per_example)
-        for name, rows in zip(shares.names, shares.train, strict=True)
-    }
+    devices = {name: Device(name, len(rows)) for name, rows in zip(shares.names, shares.train, strict=True)}
 
     def personal(rows: np.ndarray, adapter: Adapter) -> dict[str, float]:
         found = trainer.evaluate(adapter, own_set, rows)

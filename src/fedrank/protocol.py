@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -56,12 +56,39 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
+class Load:
+    """What one round of a client's local training goes through, in padded batches.
+
+    steps: optimizer steps. tokens: sum of rows * length over the batches. pairs: sum of rows * length^2
+    (attention). peak_tokens, peak_pairs: of the largest batch.
+    """
+
+    steps: int
+    tokens: int
+    pairs: int
+    peak_tokens: int
+    peak_pairs: int
+
+
+@dataclass(frozen=True)
 class Device:
-    """A client as the server knows it: its id, its number of training rows, its modelled speed."""
+    """A client as the server knows it: its id, its number of training rows, and the machine it registered.
+
+    rank: the largest LoRA rank it can train; None: the adapter's. load: a round of its local training, as
+    it expects it. Rates are nominal and in FLOP, bytes and seconds; power in watts; 0 means unknown.
+    """
 
     id: ClientId
     examples: int
-    seconds_per_example: float = 0.0
+    kind: str = ""
+    rank: int | None = None
+    load: Load | None = None
+    flops_per_second: float = 0.0
+    memory_bytes: float = 0.0
+    up_bytes_per_second: float = 0.0
+    down_bytes_per_second: float = 0.0
+    idle_watts: float = 0.0
+    busy_watts: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +97,9 @@ class State:
 
     ``round`` counts the rounds done: hooks called with it play round ``round + 1`` of ``rounds``.
     ``seen`` maps a client to the last round in which an update of its was merged.
+    ``base_updates``: round -> the increment of the frozen base promised in that round's merge (FLoRA,
+    FedEx-LoRA), ascending. Its blocks are factors; its dense tensors are whole increments (out, in) by
+    module and sum up every earlier round too.
     ``arrays`` is the method's own memory; ``metrics`` are of the last merge.
     """
 
@@ -79,6 +109,7 @@ class State:
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     seen: Mapping[ClientId, int] = field(default_factory=dict)
+    base_updates: Mapping[int, Adapter] = field(default_factory=dict)
 
     def next(self, adapter: Adapter, **changes: Any) -> "State":
         """The state after a merge: a new adapter, and whatever else changed. The server counts the round."""
@@ -92,10 +123,12 @@ class Plan:
     train: components that learn. frozen: components present in the forward pass, not learning.
     learn, up, down: which of "BeAh" move, travel up, travel down (h = the dense tensors).
     own: factors that are the client's private ones, from its store, else as ``begin`` made them.
-    select: the client may return any subset of `train` of this size. since: the last round in which
+    select: the client may return any subset of `train` of at most this size. since: the last round in which
     an update of this client was merged; -1: never, so everything not `own` is sent (the server fills it in).
     arrays: what the method tells the client. returns: the arrays that the client must send
     back, name -> (dtype, shape); anything else is refused.
+    private: components per module that the client holds beside these and never sends (the second level).
+    passes: forward and backward passes per local step, for the costs.
     """
 
     train: Mapping[str, np.ndarray]
@@ -108,6 +141,8 @@ class Plan:
     since: int = -1
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     returns: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    private: int = 0
+    passes: tuple[float, float] = (1.0, 1.0)
 
     def __post_init__(self) -> None:
         for name, ids in [*self.train.items(), *self.frozen.items()]:
@@ -148,28 +183,52 @@ class Observe(Protocol):
     """Called after every backward pass, before the optimizer's step.
 
     values, grads: factor -> one flat tensor of all learning components, in module and id order,
-    each component's vector contiguous (the wire's order).
+    each component's vector contiguous (the wire's order); "h.<name>" -> a dense tensor, flat.
+    Gradients may be changed in place: a penalty adds its own.
     """
 
     def __call__(self, values: Mapping[str, Any], grads: Mapping[str, Any]) -> None: ...
 
 
+@dataclass(frozen=True, eq=False)
+class Lower:
+    """The lower level of a bilevel local step: one SGD step of size `rate`, through which the upper one differentiates.
+
+    private: the components that it trains, the client's own; None: a copy of the upper ones, dropped after
+    each step (MAML). derivative of the second-order term: "double" differentiates through the step,
+    "finite" by central differences, "first" leaves the term out. moments: the upper optimizer's, kept from
+    the last round; a fresh one where empty.
+    """
+
+    rate: float
+    private: Adapter | None = None
+    derivative: Literal["double", "finite", "first"] = "double"
+    moments: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
 @runtime_checkable
 class Fit(Protocol):
-    """Local training, injected into a job: returns the trained components, by the job's plan."""
+    """Local training, injected into a job: returns the trained components, by the job's plan.
 
-    def __call__(self, job: "Job", observe: Observe | None = None) -> Update: ...
+    With a lower level, the update's `private` holds its trained components and the upper moments.
+    """
+
+    def __call__(self, job: "Job", observe: Observe | None = None, lower: Lower | None = None) -> Update: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One client's work in one round, with all it may use. ``local`` holds the local-training settings."""
+    """One client's work in one round, with all it may use. ``local`` holds the local-training settings.
+
+    ``base_updates``: the increments of the frozen base that hold on this client, in their order.
+    """
 
     plan: Plan
     round: int
     rounds: int
     spec: ModelSpec
     adapter: Adapter
+    base_updates: tuple[Adapter, ...]
     private: Mapping[str, np.ndarray]
     local: Any
     device: Device
@@ -206,19 +265,41 @@ class Updates(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class About:
+    """What a method is, for those who choose one; shown by ``fedrank methods``.
+
+    differs: what may differ between clients. travels: what goes up and down. exact_start: every client
+    starts from the global function. exact_aggregation: the result is the mean of the clients' functions.
+    personal: clients predict with parts of their own. averages: merges are means of factors, so that a
+    server optimizer may act on their change.
+    """
+
+    paper: str
+    year: int
+    url: str
+    differs: tuple[Literal["rank", "depth", "data"], ...]
+    travels: str
+    exact_start: bool
+    exact_aggregation: bool
+    personal: bool = False
+    averages: bool = True
+
+
 @runtime_checkable
 class Method(Protocol):
     """A frozen dataclass of hyper-parameters with pure hooks: nothing is mutated, nothing kept in self.
 
-    A method may also define ``adapt(job) -> Adapter``, what this client predicts with;
-    without it, that is the received adapter. ``default_lr`` is used where the config names no rate.
+    A method may also define ``adapt(job) -> Adapter``, what this client predicts with; without it,
+    that is the received adapter. ``default_lr`` is used where the config names no rate. ``about`` may say what
+    the method is. In `plan`, None for a client lets it sit the round out.
     """
 
     default_lr: float
 
     def begin(self, spec: ModelSpec, rounds: int, seed: int) -> State: ...
 
-    def plan(self, state: State, cohort: Mapping[ClientId, Device], seed: int) -> dict[ClientId, Plan]: ...
+    def plan(self, state: State, cohort: Mapping[ClientId, Device], seed: int) -> Mapping[ClientId, Plan | None]: ...
 
     def train(self, jobs: Iterable[Job]) -> Iterable[Update]: ...
 

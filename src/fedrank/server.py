@@ -53,7 +53,7 @@ class Server:
         size = min(self.rounds.cohort, len(clients))
         drawn = rng(self.seed, "cohort", t).choice(len(clients), size, replace=False)
         cohort = {clients[i]: fleet[clients[i]] for i in sorted(drawn)}
-        plans = self._plans(state, cohort)
+        plans = self._plans(state, cohort, training=True)
         yield {"event": "cohort", "round": t, "rounds": state.rounds, "clients": list(cohort)}
         rows = []
         for row in self._exchange("train", state, plans):
@@ -70,14 +70,17 @@ class Server:
         self.store.clear_spool()
         return after, {"event": "round", "rounds": state.rounds, **row}
 
-    def _plans(self, state: State, cohort: Mapping[ClientId, Device]) -> dict[ClientId, Plan]:
+    def _plans(self, state: State, cohort: Mapping[ClientId, Device], training: bool = False) -> dict[ClientId, Plan]:
         """The method's plans, with what the server knows: the last round merged, and whose the head is."""
         plans = self.method.plan(state, cohort, self.seed)
         if missing := sorted(cohort.keys() - plans.keys()):
             raise ValueError(f"{type(self.method).__name__}.plan left out clients {missing[:5]}")
         result = {}
         for client in cohort:
-            plan = replace(plans[client], since=state.seen.get(client, -1))
+            given = plans[client]
+            if given is None and training:  # it sits this round out
+                continue
+            plan = replace(given or Plan({}), since=state.seen.get(client, -1))
             if self.head != "train":  # it stays where it is: trained there, or as begin() made it
                 learn = plan.learn if self.head == "own" else plan.learn.replace("h", "")
                 up, down = plan.up.replace("h", ""), plan.down.replace("h", "")

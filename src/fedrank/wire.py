@@ -99,15 +99,19 @@ class Wire:
             raise Refused(f"the server's base model {theirs} is not this client's {self.spec.fingerprint}")
         if not math.isfinite(scale):
             raise Refused(f"the scale must be finite, got {scale}")
-        width, learn, up, down, own, since, returns = _fields(
-            told, width=int, learn=str, up=str, down=str, own=str, since=int, returns=dict
+        width, learn, up, down, own, since, returns, private, passes = _fields(
+            told, width=int, learn=str, up=str, down=str, own=str, since=int, returns=dict, private=int, passes=list
         )
+        if len(passes) != 2 or not all(type(n) is float and math.isfinite(n) for n in passes):
+            raise Refused(f"passes must be two finite numbers, got {passes!r}")
         select = None if told.get("select") is None else _fields(told, select=int)[0]
         returns = {name: _return(name, value) for name, value in returns.items()}
         train, frozen = (self._ids(tensors.pop(f"plan.{name}", None), width) for name in ("train", "frozen"))
         arrays = {n[len("arrays.") :]: tensors.pop(n) for n in list(tensors) if n.startswith("arrays.")}
         try:
-            plan = Plan(train, frozen, learn, up, down, own, select, since, arrays, returns)
+            plan = Plan(
+                train, frozen, learn, up, down, own, select, since, arrays, returns, private, (passes[0], passes[1])
+            )
         except ValueError as error:
             raise Refused(f"not a plan: {error}") from None
         if self.digest(kind, round, client, plan) != digest:
@@ -218,11 +222,16 @@ class Wire:
         return {m.name: np.flatnonzero(row) for m, row in zip(self.spec.modules, grid, strict=True) if row.any()}
 
     def _chosen(self, bits: np.ndarray | None, plan: Plan) -> dict[str, np.ndarray]:
+        if bits is None:
+            raise Refused("the ids of the chosen components are missing")
         ids = self._ids(bits, plan.width)
         extra = {name: i for name, i in ids.items() if np.setdiff1d(i, plan.train.get(name, [])).size}
         count = sum(map(len, ids.values()))
-        if extra or count != plan.select:
-            raise Refused(f"{count} components came back ({sorted(extra)} not planned), asked for were {plan.select}")
+        assert plan.select is not None
+        if extra or count > plan.select:
+            raise Refused(
+                f"{count} components came back ({sorted(extra)} not planned), asked for were at most {plan.select}"
+            )
         return ids
 
     def _write(self, adapter: Adapter, reference: Adapter, *address: Any) -> dict[str, Any]:
@@ -336,7 +345,8 @@ def _plan(plan: Plan) -> dict[str, Any]:
     """The plan's JSON-able part; its ids and arrays travel as tensors."""
     returns = {name: [kind, list(shape)] for name, (kind, shape) in plan.returns.items()}
     return {"learn": plan.learn, "up": plan.up, "down": plan.down, "own": plan.own, "select": plan.select,
-            "since": plan.since, "width": plan.width, "returns": returns}  # fmt: skip
+            "since": plan.since, "width": plan.width, "returns": returns, "private": plan.private,
+            "passes": list(plan.passes)}  # fmt: skip
 
 
 def _fields(record: Mapping[str, Any], **kinds: type) -> list[Any]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from fedrank.adapter import Adapter, gaussian, norms
 from fedrank.aggregation import average, vote
-from fedrank.protocol import ClientId, Device, Job, ModelSpec, Plan, State, Update, Updates, rng
+from fedrank.protocol import About, ClientId, Device, Job, ModelSpec, Plan, State, Update, Updates, rng
 from fedrank.selection import by_module, cubic, everything, top
 
 
@@ -40,6 +40,12 @@ class FedARA:
     smoothing: float = 0.85
 
     default_lr: ClassVar[float] = 1e-2
+    about: ClassVar[About] = About(
+        paper="Adaptive Rank Allocation for Federated Parameter-Efficient Fine-Tuning of Language Models", year=2025,
+        url="https://arxiv.org/abs/2501.14406", differs=("data",),
+        travels="B, e, A of the components still alive, and head, both ways; a bit mask up",
+        exact_start=True, exact_aggregation=False,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.target_rank < 1:
@@ -129,7 +135,7 @@ class Sensitivity:
         self.uncertainty: dict[str, Any] = {}
 
     def __call__(self, values: Mapping[str, Any], grads: Mapping[str, Any]) -> None:
-        for factor, value in values.items():
+        for factor, value in ((f, v) for f, v in values.items() if f in "BeA"):
             now = (value * grads[factor]).abs_()
             if factor not in self.mean:
                 self.mean[factor], self.uncertainty[factor] = now * 0, now * 0

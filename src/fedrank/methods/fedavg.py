@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from fedrank.adapter import kaiming
 from fedrank.aggregation import average
-from fedrank.protocol import ClientId, Device, Job, ModelSpec, Plan, State, Update, Updates, rng
+from fedrank.protocol import About, ClientId, Device, Job, ModelSpec, Plan, State, Update, Updates, rng
 from fedrank.selection import everything
 
 
@@ -18,6 +18,11 @@ class FedAvg:
     """
 
     default_lr: ClassVar[float] = 3e-3
+    about: ClassVar[About] = About(
+        paper="Towards Building the Federated GPT: Federated Instruction Tuning", year=2023,
+        url="https://arxiv.org/abs/2305.05644", differs=("data",), travels="A, B and head, both ways",
+        exact_start=True, exact_aggregation=False,
+    )  # fmt: skip
 
     def begin(self, spec: ModelSpec, rounds: int, seed: int) -> State:
         adapter = kaiming(spec.shapes, spec.rank, spec.scale, rng(seed, "begin"))

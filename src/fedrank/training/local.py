@@ -15,7 +15,7 @@ import transformers
 
 from fedrank.adapter import Adapter
 from fedrank.config import Local
-from fedrank.protocol import Job, Observe, Update
+from fedrank.protocol import Job, Lower, Observe, Update
 from fedrank.training import tasks
 from fedrank.training.hooks import live, mounted
 from fedrank.training.models import Model
@@ -65,7 +65,7 @@ class Trainer:
         finally:
             torch.set_num_threads(before)
 
-    def fit(self, job: Job, rows: np.ndarray, observe: Observe | None = None) -> Update:
+    def fit(self, job: Job, rows: np.ndarray, observe: Observe | None = None, lower: Lower | None = None) -> Update:
         """Train the job's planned components on these rows; a fresh AdamW sees exactly those tensors."""
         local: Local = job.local
         train, frozen = job.adapter.take(job.plan.train), job.adapter.take(job.plan.frozen)
@@ -73,7 +73,6 @@ class Trainer:
         rate = (local.lr or self.lr) * _schedule(local.schedule, job.round, job.rounds)
         values = list(adapter.values.values())
         optimizer = torch.optim.AdamW(values, lr=rate, weight_decay=0.0)
-        learning = {f: v for f, v in adapter.values.items() if not f.startswith("h.")}
         started, losses, seen = time.perf_counter(), [], 0
         with self._training(local.dropout, job), mounted(self.model.modules, self.model.heads, adapter):
             for batch in _batches(rows, local, job):
@@ -82,7 +81,7 @@ class Trainer:
                 loss.backward()  # type: ignore[no-untyped-call]
                 losses.append(loss.detach())
                 if observe is not None:
-                    observe(learning, adapter.grads)
+                    observe(adapter.values, adapter.grads)
                 if local.clip is not None:
                     torch.nn.utils.clip_grad_norm_(values, local.clip)
                 optimizer.step()
