@@ -7,7 +7,7 @@ import numpy as np
 
 from fedrank.adapter import FACTORS, Adapter
 from fedrank.frame import CHECKSUM, DTYPES, HEADER, Dtype, Sizes
-from fedrank.protocol import Plan
+from fedrank.protocol import ModelSpec, Plan
 
 
 def factors(adapter: Adapter, sent: str, ranks: Mapping[str, int], dtype: Dtype) -> int:
@@ -33,6 +33,12 @@ def dense(adapter: Adapter, sent: str, dtype: Dtype) -> int:
         return 0
     size, scale = np.dtype(DTYPES[dtype]).itemsize, 4 if dtype == "int8" else 0
     return sum(t.size * size + scale * math.prod(t.shape[:-1]) for t in adapter.dense.values())
+
+
+def block_flops(spec: ModelSpec) -> tuple[float, float]:
+    """Forward FLOPs of one transformer block (the mean over blocks): per token, and per pair of tokens (attention)."""
+    linear = sum(2.0 * map.out * map.in_ for map in spec.flow if map.block < spec.blocks)
+    return linear / spec.blocks, 4.0 * spec.attention.width
 
 
 def down(adapter: Adapter, plan: Plan, modules: int, dtype: Dtype) -> Sizes:

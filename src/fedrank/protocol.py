@@ -31,12 +31,39 @@ class Module:
     block: int
 
 
+@dataclass(frozen=True)
+class Linear:
+    """One product with a weight matrix in the forward pass, adapted or not, for the costs.
+
+    block: its transformer block, or the number of blocks for what comes after them. stage: its place within the
+    block; maps that read the same input share it, and the first stage feeds attention. role: "query", "key",
+    "value", "" for the others and for fused maps. rows: it runs once per row, not once per token.
+    """
+
+    name: str
+    out: int
+    in_: int
+    block: int
+    stage: int
+    role: str = ""
+    rows: bool = False
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Self-attention of every block. width: of all heads together. heads: their number."""
+
+    width: int
+    heads: int
+
+
 @dataclass(frozen=True, eq=False)
 class ModelSpec:
     """What a method may know of the model: the adapted modules, input side first, and the dense tensors.
 
     ``rank`` and ``scale`` (= alpha / rank) are the adapter's at birth; ``dense`` holds the initial
     classification head, empty where the task has none; ``fingerprint`` names modules and weights.
+    ``flow``: every linear map in the order of execution; ``parameters``: the numbers in the frozen base.
     """
 
     modules: tuple[Module, ...]
@@ -45,6 +72,9 @@ class ModelSpec:
     rank: int
     scale: float
     fingerprint: str
+    flow: tuple[Linear, ...] = ()
+    attention: Attention = Attention(0, 0)
+    parameters: int = 0
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
