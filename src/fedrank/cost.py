@@ -74,7 +74,7 @@ def up(adapter: Adapter, plan: Plan, modules: int, dtype: Dtype) -> Sizes:
 def most_up(spec: ModelSpec, adapter: Adapter, plan: Plan, dtype: Dtype) -> Sizes:
     """Bytes of the update that answers this plan; where it selects, of the longest answer that it allows."""
     chosen, left = dict[str, np.ndarray](), plan.select
-    for name in sorted(plan.train, key=lambda name: -sum(spec.shapes[name])):
+    for name in sorted(plan.train, key=lambda name: -factors(adapter, plan.up, {name: 1}, dtype)):
         chosen[name] = plan.train[name][:left]
         left = None if left is None else left - len(chosen[name])
     return _up(adapter, plan, len(spec.modules), dtype, chosen)
