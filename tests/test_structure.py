@@ -28,7 +28,7 @@ FLOORS = [
     {"client"},
     {"server", "export"},
     {"engines"},
-    {"experiment"},
+    {"experiment", "parts"},
     {"cli", "views"},
 ]
 HEAVY = {"torch", "transformers", "tokenizers", "peft", "sklearn", "flwr", "datasets"}

@@ -137,13 +137,15 @@ class FleetSettings(BaseModel, extra="forbid", frozen=True):
 class EngineSettings(BaseModel, extra="forbid", frozen=True):
     """threads: of each worker. failure_rate: share of requests that get no answer, drawn by address.
 
-    seconds_per_example: the modelled speed of a client, against `rounds.deadline`.
+    fleet: the clients' devices, on whose simulated clock rounds are played; by default one nominal kind.
+    timing: that clock runs by the model of `fedrank.cost`, or by the wall time that training takes here.
     """
 
     kind: Literal["local"] = "local"
     threads: Positive = 1
     failure_rate: Share = 0.0
-    seconds_per_example: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    fleet: FleetSettings | None = None
+    timing: Literal["modelled", "measured"] = "modelled"
 
 
 class WireSettings(BaseModel, extra="forbid", frozen=True):

@@ -228,8 +228,9 @@ def _activations(spec: ModelSpec, plan: Plan, load: Load, forms: str) -> int:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one round costs one client. parameters: those that learn. Bytes are of whole frames."""
+    """What one round costs one client, on its device as it is then. parameters: those that learn; bytes: of whole frames."""
 
+    device: Device
     parameters: int
     bytes_down: int
     bytes_up: int
@@ -257,10 +258,10 @@ class Cost:
             "peak_memory_bytes": float(self.peak_memory_bytes),
         }  # fmt: skip
 
-    def timed(self, device: Device, forward_seconds: float, backward_seconds: float) -> "Cost":
+    def timed(self, forward_seconds: float, backward_seconds: float) -> "Cost":
         """The same work, its training timed otherwise; energy follows."""
         computing, moving = forward_seconds + backward_seconds, self.download_seconds + self.upload_seconds
-        joules = device.busy_watts * computing + device.idle_watts * moving
+        joules = self.device.busy_watts * computing + self.device.idle_watts * moving
         return replace(self, forward_seconds=forward_seconds, backward_seconds=backward_seconds, joules=joules)
 
 
@@ -278,7 +279,7 @@ def predict(
             raise ValueError(f"device {device.id!r}{kind}: {name} is {getattr(device, name)}, which means unknown")
     forward, backward = flops(spec, start, plan, load)
     untimed = Cost(
-        trainable(spec, start, plan), bytes_down, bytes_up, forward, backward, peak_memory(spec, start, plan, load),
+        device, trainable(spec, start, plan), bytes_down, bytes_up, forward, backward, peak_memory(spec, start, plan, load),
         0.0, 0.0, bytes_down / device.down_bytes_per_second, bytes_up / device.up_bytes_per_second, 0.0,
     )  # fmt: skip
-    return untimed.timed(device, forward / device.flops_per_second, backward / device.flops_per_second)
+    return untimed.timed(forward / device.flops_per_second, backward / device.flops_per_second)

@@ -132,6 +132,25 @@ def size(count: int | float) -> str:
     raise AssertionError
 
 
+def duration(seconds: float | None) -> str:
+    """Seconds for people: 2.5 min."""
+    if seconds is None:
+        return "–"
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def energy(joules: float) -> str:
+    """Joules for people: 1.5 kJ."""
+    for unit in ("J", "kJ", "MJ", "GJ"):
+        if joules < 1000 or unit == "GJ":
+            return f"{joules:.3g} {unit}"
+        joules /= 1000
+    raise AssertionError
+
+
 def _about(event: dict[str, Any]) -> str:
     on = f", on from round {event['round']}" if event["event"] == "resume" else ""
     return (
@@ -156,6 +175,9 @@ def summary(summary: dict[str, Any]) -> Table:
         ("modules alive", f"{summary['modules_alive']} of {summary['modules']}"),
         ("client updates merged / failed", f"{summary['clients_ok']} / {summary['clients_failed']}"),
         ("seconds, of which training", f"{summary['wall_seconds']:.0f}, {summary['train_seconds']:.0f}"),
+        ("simulated time, energy", f"{duration(summary['clock_seconds'])}, {energy(summary['device_joules'])}"),
+        ("simulated wait of a client per round, mean", duration(summary["waiting_seconds"])),
+        ("largest memory of a client", size(summary["peak_memory_bytes"])),
         ("run directory", escape(summary["path"])),
     ]
     for name, value in rows:
