@@ -28,7 +28,7 @@ FLOORS = [
     {"client"},
     {"server", "export"},
     {"engines"},
-    {"experiment", "parts"},
+    {"experiment", "forecast", "parts"},
     {"cli", "views"},
 ]
 HEAVY = {"torch", "transformers", "tokenizers", "peft", "sklearn", "flwr", "datasets"}

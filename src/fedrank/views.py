@@ -136,19 +136,22 @@ def duration(seconds: float | None) -> str:
     """Seconds for people: 2.5 min."""
     if seconds is None:
         return "–"
-    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+    for unit, length in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.3g} s"
+    return f"{seconds:.1f} s" if seconds >= 1 or not seconds else f"{1000 * seconds:.3g} ms"
 
 
-def energy(joules: float) -> str:
-    """Joules for people: 1.5 kJ."""
-    for unit in ("J", "kJ", "MJ", "GJ"):
-        if joules < 1000 or unit == "GJ":
-            return f"{joules:.3g} {unit}"
-        joules /= 1000
+def scaled(value: float | int, *units: str) -> str:
+    """Three digits in the largest unit that is not above the value, each a thousand times the one before: 1.5 kJ."""
+    for unit in units:
+        if value < 999.5 or unit == units[-1]:
+            return f"{value:.3g} {unit}"
+        value /= 1000
     raise AssertionError
+
+
+ENERGY, MEMORY = ("J", "kJ", "MJ", "GJ"), ("B", "kB", "MB", "GB")
 
 
 def _about(event: dict[str, Any]) -> str:
@@ -175,11 +178,49 @@ def summary(summary: dict[str, Any]) -> Table:
         ("modules alive", f"{summary['modules_alive']} of {summary['modules']}"),
         ("client updates merged / failed", f"{summary['clients_ok']} / {summary['clients_failed']}"),
         ("seconds, of which training", f"{summary['wall_seconds']:.0f}, {summary['train_seconds']:.0f}"),
-        ("simulated time, energy", f"{duration(summary['clock_seconds'])}, {energy(summary['device_joules'])}"),
+        (
+            "simulated time, energy",
+            f"{duration(summary['clock_seconds'])}, {scaled(summary['device_joules'], *ENERGY)}",
+        ),
         ("simulated wait of a client per round, mean", duration(summary["waiting_seconds"])),
-        ("largest memory of a client", size(summary["peak_memory_bytes"])),
+        ("largest memory of a client", scaled(summary["peak_memory_bytes"], *MEMORY)),
         ("run directory", escape(summary["path"])),
     ]
     for name, value in rows:
         table.add_row(name, value)
+    return table
+
+
+def costs(found: dict[str, Any]) -> Table:
+    """What a round costs on each kind of device: means over its clients, the largest memory of any."""
+    odd = {"sitting_out": "sit out", "late": "late", "too_small": "out of\nmemory"}
+    odd = {key: name for key, name in odd.items() if any(kind[key] for kind in found["kinds"])}
+    result = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    result.add_column("device", no_wrap=True)
+    for name in ("#", "down", "up", "FLOP", "compute", "link", "energy", "memory", "of", *odd.values()):
+        result.add_column(name, justify="right", no_wrap=True)  # fits 80 columns
+    for kind in found["kinds"]:
+        result.add_row(
+            kind["kind"], str(kind["clients"]), size(kind["bytes_down"]), size(kind["bytes_up"]),
+            f"{kind['flops']:.0e}".replace("e+", "e"), duration(kind["compute_seconds"]), duration(kind["link_seconds"]),
+            scaled(kind["joules"], *ENERGY), scaled(kind["peak_memory_bytes"], *MEMORY),
+            scaled(kind["memory_bytes"], *MEMORY) if kind["memory_bytes"] else "–", *(str(kind[key]) for key in odd),
+        )  # fmt: skip
+    return result
+
+
+def totals(found: dict[str, Any]) -> Table:
+    """What a round and the whole run cost, all clients of a cohort together."""
+    table = Table("", "a round", f"{found['rounds']} rounds", box=None, pad_edge=False)
+    one, run = found["round"], found["run"]
+    rows = [
+        ("simulated time, expected", duration(one["seconds"]), duration(run["seconds"])),
+        ("  of the slowest client", duration(one["slowest_seconds"]), ""),
+        ("bytes down", size(one["bytes_down"]), size(run["bytes_down"])),
+        ("bytes up", size(one["bytes_up"]), size(run["bytes_up"])),
+        ("energy", scaled(one["joules"], *ENERGY), scaled(run["joules"], *ENERGY)),
+        ("largest memory of a client", scaled(one["peak_memory_bytes"], *MEMORY), ""),
+    ]
+    for row in rows:
+        table.add_row(*row)
     return table
