@@ -128,11 +128,11 @@ def test_a_person_reads_it_in_80_columns(config: Path, monkeypatch: pytest.Monke
     found = CliRunner().invoke(cli.app, ["cost", str(config), f"engine.fleet.devices={kinds}", "rounds.deadline=1e-3"])
     assert found.exit_code == 0, found.output
     assert "…" not in found.output
-    for word in ("jetson-agx-xavier", "jetson-xavier-nx", "raspberry-pi-5", "late", "energy", "3 rounds", "8 GB"):
+    for word in ("jetson-agx-xavier", "jetson-xavier-nx", "raspberry-pi-5", "lost", "energy", "3 rounds", "8 GB"):
         assert word in found.output
     plain = CliRunner().invoke(cli.app, ["cost", str(config)])
     assert "laptop" in plain.output
-    assert "late" not in plain.output
+    assert "lost" not in plain.output
 
 
 def test_nothing_is_written_or_trained(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,19 +139,26 @@ def duration(seconds: float | None) -> str:
     for unit, length in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.1f} s" if seconds >= 1 or not seconds else f"{1000 * seconds:.3g} ms"
+    return scaled(1e6 * seconds, "µs", "ms", "s")
 
 
 def scaled(value: float | int, *units: str) -> str:
-    """Three digits in the largest unit that is not above the value, each a thousand times the one before: 1.5 kJ."""
+    """Two or three digits in the largest unit that is not above the value, each a thousand times the one before."""
     for unit in units:
         if value < 999.5 or unit == units[-1]:
-            return f"{value:.3g} {unit}"
+            return f"{value:.1f} {unit}" if 0 < value < 9.95 else f"{value:.0f} {unit}"
         value /= 1000
     raise AssertionError
 
 
-ENERGY, MEMORY = ("J", "kJ", "MJ", "GJ"), ("B", "kB", "MB", "GB")
+def energy(joules: float) -> str:
+    """Joules for people: 1.5 kJ."""
+    return scaled(1000 * joules, "mJ", "J", "kJ", "MJ", "GJ")
+
+
+def memory(count: float | int) -> str:
+    """Bytes for people, shorter: 226 MB."""
+    return scaled(count, "B", "kB", "MB", "GB", "TB")
 
 
 def _about(event: dict[str, Any]) -> str:
@@ -180,10 +187,10 @@ def summary(summary: dict[str, Any]) -> Table:
         ("seconds, of which training", f"{summary['wall_seconds']:.0f}, {summary['train_seconds']:.0f}"),
         (
             "simulated time, energy",
-            f"{duration(summary['clock_seconds'])}, {scaled(summary['device_joules'], *ENERGY)}",
+            f"{duration(summary['clock_seconds'])}, {energy(summary['device_joules'])}",
         ),
         ("simulated wait of a client per round, mean", duration(summary["waiting_seconds"])),
-        ("largest memory of a client", scaled(summary["peak_memory_bytes"], *MEMORY)),
+        ("largest memory of a client", memory(summary["peak_memory_bytes"])),
         ("run directory", escape(summary["path"])),
     ]
     for name, value in rows:
@@ -192,19 +199,21 @@ def summary(summary: dict[str, Any]) -> Table:
 
 
 def costs(found: dict[str, Any]) -> Table:
-    """What a round costs on each kind of device: means over its clients, the largest memory of any."""
-    odd = {"sitting_out": "sit out", "late": "late", "too_small": "out of\nmemory"}
-    odd = {key: name for key, name in odd.items() if any(kind[key] for kind in found["kinds"])}
+    """What a round costs on each kind of device: means over its clients, the largest memory of any.
+
+    lost: clients that would sit it out, be late, or lack the memory; shown where there are any.
+    """
+    lost = [kind["sitting_out"] + kind["late"] + kind["too_small"] for kind in found["kinds"]]
     result = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     result.add_column("device", no_wrap=True)
-    for name in ("#", "down", "up", "FLOP", "compute", "link", "energy", "memory", "of", *odd.values()):
+    for name in ("#", "down", "up", "FLOP", "train", "link", "energy", "memory", "of", *["lost"] * any(lost)):
         result.add_column(name, justify="right", no_wrap=True)  # fits 80 columns
-    for kind in found["kinds"]:
+    for kind, missing in zip(found["kinds"], lost, strict=True):
         result.add_row(
-            kind["kind"], str(kind["clients"]), size(kind["bytes_down"]), size(kind["bytes_up"]),
+            kind["kind"], str(kind["clients"]), memory(kind["bytes_down"]), memory(kind["bytes_up"]),
             f"{kind['flops']:.0e}".replace("e+", "e"), duration(kind["compute_seconds"]), duration(kind["link_seconds"]),
-            scaled(kind["joules"], *ENERGY), scaled(kind["peak_memory_bytes"], *MEMORY),
-            scaled(kind["memory_bytes"], *MEMORY) if kind["memory_bytes"] else "–", *(str(kind[key]) for key in odd),
+            energy(kind["joules"]), memory(kind["peak_memory_bytes"]),
+            f"{kind['memory_bytes'] / 1e9:.3g} GB" if kind["memory_bytes"] else "–", *[str(missing)] * any(lost),
         )  # fmt: skip
     return result
 
@@ -218,8 +227,8 @@ def totals(found: dict[str, Any]) -> Table:
         ("  of the slowest client", duration(one["slowest_seconds"]), ""),
         ("bytes down", size(one["bytes_down"]), size(run["bytes_down"])),
         ("bytes up", size(one["bytes_up"]), size(run["bytes_up"])),
-        ("energy", scaled(one["joules"], *ENERGY), scaled(run["joules"], *ENERGY)),
-        ("largest memory of a client", scaled(one["peak_memory_bytes"], *MEMORY), ""),
+        ("energy", energy(one["joules"]), energy(run["joules"])),
+        ("largest memory of a client", memory(one["peak_memory_bytes"]), ""),
     ]
     for row in rows:
         table.add_row(*row)
