@@ -327,6 +327,33 @@ def test_what_is_unknown_of_a_device_is_named(name):
         cost.predict(spec, start(spec), Plan({}), load(2, 8), replace(NANO, **{name: 0.0}), 1, 1)
 
 
+# ---- the longest answer
+
+
+@pytest.mark.parametrize("up", ["BeAh", "B", "eA"])
+def test_the_longest_answer_is_that_of_the_largest_components(up):
+    """Of modules of 6, 10 and 4 numbers a component, two components each: three at most come back."""
+    spec = toy.small({"0.m": (2, 3), "1.m": (1, 8), "2.m": (1, 2)})
+    adapter, given = toy.drawn(spec), Plan({m.name: np.array([0, 1]) for m in spec.modules}, up=up, select=3)
+    found = cost.most_up(spec, adapter, given, "f32")
+    sizes = [
+        cost.up(adapter.take({n: np.array(i) for n, i in picked.items()}), given, 3, "f32").frame
+        for picked in (
+            {"0.m": [0, 1], "1.m": [1]},
+            {"0.m": [0], "1.m": [0, 1]},
+            {"1.m": [0, 1], "2.m": [0]},
+            {"0.m": [1]},
+        )
+    ]
+    assert found.frame == max(sizes)
+    whole = replace(given, select=None)
+    assert cost.most_up(spec, adapter, whole, "f32") == cost.up(adapter, whole, 3, "f32")
+    assert (
+        cost.most_up(spec, adapter, replace(given, select=99), "f32").adapter
+        == cost.up(adapter, whole, 3, "f32").adapter
+    )
+
+
 # ---- the flow
 
 

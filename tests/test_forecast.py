@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import fedrank
 import toy
-from fedrank import cli, forecast, methods
+from fedrank import cli, forecast, methods, views
 from fedrank.config import load
 from fedrank.parts import prepare
 
@@ -149,3 +149,17 @@ def test_mistakes_are_one_line(config: Path) -> None:
     assert found.exit_code == 2
     assert "no device kind 'lap'" in found.stderr
     assert "Traceback" not in found.output
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 µs"), (3e-5, "30 µs"), (0.0042, "4.2 ms"), (1.5, "1.5 s"), (119, "119 s"), (150, "2.5 min"), (9000, "2.5 h"),
+     (216000, "2.5 days"), (None, "–")],
+)  # fmt: skip
+def test_durations_for_people(seconds: float | None, text: str) -> None:
+    assert views.duration(None if seconds is None else float(seconds)) == text
+
+
+@pytest.mark.parametrize(("joules", "text"), [(0.0, "0 mJ"), (0.0123, "12 mJ"), (1.0, "1.0 J"), (44.2, "44 J"), (2470.0, "2.5 kJ"), (9e12, "9000 GJ")])  # fmt: skip
+def test_energy_for_people(joules: float, text: str) -> None:
+    assert views.energy(joules) == text
