@@ -22,13 +22,13 @@ ROOT = Path(fedrank.__file__).parent
 FLOORS = [
     {"adapter"},
     {"protocol"},
-    {"aggregation", "selection", "cost", "frame", "increments", "wire", "config", "store", "ledger"},
+    {"aggregation", "selection", "cost", "fleet", "frame", "increments", "wire", "config", "store", "ledger"},
     {"training"},
     {"methods"},
     {"client"},
     {"server", "export"},
     {"engines"},
-    {"experiment"},
+    {"experiment", "forecast", "parts"},
     {"cli", "views"},
 ]
 HEAVY = {"torch", "transformers", "tokenizers", "peft", "sklearn", "flwr", "datasets"}
