@@ -1,4 +1,4 @@
-"""LEGEND (reconstructed): LoRA depth by each device's capacity, ranks that rise to the output (Liu et al., 2025, arXiv:2412.20004).
+"""LEGEND (reconstructed): LoRA depth by device capacity, ranks rise to the output (Liu et al., 2025, arXiv:2412.20004).
 
 Only the paper's abstract was available: the equations are a reconstruction that agrees with it, and these points
 were open. Ranks: one arithmetic sequence over the blocks, common to all clients, with alpha / rank the same in
@@ -171,11 +171,8 @@ class LEGEND:
             now, name = self._observed(state, held[-1], update.adapter, timings), f"capacity/{client}"
             before = state.arrays.get(name, now)
             capacities[name] = before + (1 - self.smoothing) * (now - before)
-        metrics = {
-            "mean_depth": float(np.mean(held)),
-            "lowest_depth": float(min(held)),
-            "highest_depth": float(max(held)),
-        }
+        found = {"mean": np.mean(held), "lowest": min(held), "highest": max(held)}
+        metrics = {f"{name}_depth": float(value) for name, value in found.items()}
         if capacities and self.depth == "adaptive":  # which these clients would have, were they drawn again
             seconds = _seconds(state, np.array(list(capacities.values())))
             caps = np.full(len(seconds), layers)
