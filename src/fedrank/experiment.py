@@ -29,8 +29,8 @@ from fedrank.wire import Wire
 log = logging.getLogger(__name__)
 
 # What does not touch the bits of a round already played; other data or another model is noticed by its hash.
-CHANGEABLE = ("rounds.count", "rounds.cohort", "rounds.evaluate_every", "rounds.deadline", "engine.failure_rate",
-              "engine.seconds_per_example", "data.path", "model.name")  # fmt: skip
+CHANGEABLE = ("rounds.count", "rounds.cohort", "rounds.evaluate_every", "rounds.deadline", "rounds.exactness",
+              "engine.failure_rate", "engine.seconds_per_example", "data.path", "model.name")  # fmt: skip
 
 
 @dataclass(frozen=True)

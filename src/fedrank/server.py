@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from fedrank import exactness, ledger
 from fedrank import frame as frames
-from fedrank import ledger
 from fedrank.adapter import Adapter
 from fedrank.config import Rounds
 from fedrank.frame import EXACT, Refused, Sizes
@@ -146,10 +146,11 @@ class Server:
             assert update is not None  # it was checked on arrival
             return update
 
-        merged = self.method.merge(state, self.store.spooled(arrived, read))
+        updates = self.store.spooled(arrived, read)
+        merged = self.method.merge(state, updates)
         if odd := merged.adapter.odd():  # not saved: the state before it stays the one to resume from
             raise ValueError(f"{type(self.method).__name__}.merge made NaN or infinity in {odd[:3]}")
-        return merged
+        return exactness.noted(self.method, state, merged, plans, updates) if self.rounds.exactness else merged
 
     def _compare(self, client: ClientId, theirs: Mapping[str, Any]) -> None:
         """Other numerics are no fault, but end the claim that this run can be repeated to the bit."""
