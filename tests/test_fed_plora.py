@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import toy
 from fedrank import cost, methods
-from fedrank.adapter import Adapter, Block, gaussian
+from fedrank.adapter import Adapter, Block, gaussian, norms
 from fedrank.client import Site
 from fedrank.exactness import covariance
 from fedrank.methods.fed_plora import FedPLoRA
@@ -29,13 +29,12 @@ RESTS = ("freeze", "fold", "drop")
 SELECTIONS = ("random", "fixed", "weight_norm")
 
 
-def drawn(spec: ModelSpec = SPEC, seed: int = 0, size: float = 1.0) -> Adapter:
+def drawn(spec: ModelSpec = SPEC, seed: int = 0) -> Adapter:
     """B and A of normal numbers, in float64."""
-    draw = rng(seed, "drawn")
-    blocks = {
-        name: Block(np.arange(spec.rank), *(size * draw.normal(size=s) for s in ((o, spec.rank),)), None, size * draw.normal(size=(spec.rank, i)))
-        for name, (o, i) in spec.shapes.items()
-    }  # fmt: skip
+    draw, blocks = rng(seed, "drawn"), {}
+    for name, (out, in_) in spec.shapes.items():
+        b, a = draw.normal(size=(out, spec.rank)), draw.normal(size=(spec.rank, in_))
+        blocks[name] = Block(np.arange(spec.rank), b, None, a)
     return Adapter(blocks, spec.scale, {n: t.astype(float) for n, t in spec.dense.items()})
 
 
@@ -142,6 +141,20 @@ def test_p02_in_a_real_run_clients_receive_the_global_adapter_to_the_bit(tmp_pat
         assert {len(i) for i in job.plan.train.values()} == {toy.RANKS[int(job.device.id[1])]}
         left = {n: np.setdiff1d(np.arange(R), i) for n, i in job.plan.train.items()}
         assert ids(job.plan.frozen) == ids(left)
+
+
+def test_folding_comes_on_top_of_the_base_updates_that_hold():
+    """And where there is nothing to fold, nothing changes."""
+    method, state, earlier = FedPLoRA(rest="fold"), state_of(drawn()), drawn(seed=1)
+    seen: list[Job] = []
+    plans = method.plan(state, devices(1, R), 0)
+    jobs = [replace(toy.job(SPEC, received(state, p), p, changed), base_updates=(earlier,)) for p in plans.values()]
+    list(method.train([replace(job, fit=lambda inner: (seen.append(inner), changed(inner))[1]) for job in jobs]))
+    assert seen[0].base_updates[0] is earlier
+    assert ids(seen[0].base_updates[1].ids) == ids(jobs[0].plan.frozen)
+    assert not seen[0].plan.frozen
+    assert seen[1].base_updates == (earlier,)
+    assert seen[1].plan is jobs[1].plan
 
 
 def test_a_rank_above_the_servers_is_the_servers():
@@ -432,7 +445,7 @@ def test_p12_another_basis_of_the_same_function_is_another_adapter():
 
 @pytest.mark.parametrize("rest", RESTS)
 def test_p07_up_the_clients_rank_down_the_servers(rest, tmp_path):
-    """r_i (out + in) numbers per matrix up, R (out + in) down; r_i where the rest is dropped. By cost.py and in frames."""
+    """r_i (out + in) numbers per matrix up, R (out + in) down, r_i where the rest is dropped; in frames as predicted."""
     f = toy.federation(FedPLoRA(rest=rest), tmp_path / "run", rounds=1)
     rows = {row["client"]: row for row in f.play()["client"]}
     plans = f.server.method.plan(f.begin, f.server.engine.fleet(), f.server.seed)
@@ -485,7 +498,10 @@ CHI2_7, CHI2_49 = 24.32, 85.35  # 0.999 quantiles
 
 
 def test_p14_every_module_is_selected_equally_often_and_every_matrix_by_itself():
-    """Without replacement var = n p (1 - p) and cov = -var / (R - 1), so sum_j (O_j - n p)^2 / var (R - 1) / R ~ chi^2(R - 1)."""
+    """Counts drawn without replacement: var = n p (1 - p), cov = -var / (R - 1).
+
+    So sum_j (O_j - n p)^2 / var * (R - 1) / R is chi^2(R - 1).
+    """
     full, rank, rounds = 8, 3, 1500
     method, state = FedPLoRA(), state_of(drawn(toy.small({"a": (2, 2), "b": (2, 2)}, rank=full)))
     picked = {name: np.zeros((2 * rounds, full)) for name in "ab"}
@@ -541,7 +557,7 @@ def test_fixed_is_the_first_modules_in_every_round():
 def test_weight_norm_is_the_largest_modules_and_at_first_a_draw():
     method, adapter = FedPLoRA("weight_norm"), drawn()
     size = np.array([0.1, 3.0, 1.0, 2.0])
-    blocks = {n: replace(b, B=b.B / np.linalg.norm(b.B, axis=0) * size / np.linalg.norm(b.A, axis=1)) for n, b in adapter.blocks.items()}  # fmt: skip
+    blocks = {n: replace(b, B=b.B * size / norms(adapter)[n]) for n, b in adapter.blocks.items()}
     plan = method.plan(state_of(replace(adapter, blocks=blocks)), devices(2), 0)["c0"]
     assert ids(plan.train) == {"0.m": [1, 3], "1.m": [1, 3]}
     begin = method.begin(toy.small({f"{at}": (2, 2) for at in range(30)}, rank=R), 3, 0)  # B = 0
@@ -606,7 +622,10 @@ def test_the_start_is_loras_and_the_scale_is_one_for_all():
 
 @pytest.mark.parametrize(
     ("settings", "named"),
-    [({"selection": "loudest"}, "selection"), ({"rest": "keep"}, "rest"), ({"weights": "rank"}, "weights"), ({"rset": "fold"}, "rest")],
+    [
+        ({"selection": "loudest"}, "selection"), ({"rest": "keep"}, "rest"), ({"weights": "rank"}, "weights"),
+        ({"rset": "fold"}, "rest"),
+    ],
 )  # fmt: skip
 def test_a_bad_hyper_parameter_is_named(settings, named):
     with pytest.raises(ValueError, match=named):

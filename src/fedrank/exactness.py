@@ -132,8 +132,8 @@ def errors(
 
     start_error: |what a client starts from - the global function|_F, mean over clients. n_init: the same between
     factors, summed over them. agg_eq3: |mean of what clients trained - the new global function|_F (the paper's
-    eq. 3). agg_fullmodel: the same with the mean of the clients' whole functions. Low precision on the wire is
-    left out. Memory: all updates stacked, or one matrix per adapted module where that is smaller.
+    eq. 3). agg_fullmodel: the same with the mean of the clients' whole functions. Heads, and low precision on the
+    wire, are left out. Memory: all updates stacked, or one matrix per adapted module where that is smaller.
     """
     old, mean, starts, n_init, total = before.adapter, Increment(), list[float](), 0.0, 0.0
     rest = {name: np.zeros(block.rank) for name, block in old.blocks.items()}

@@ -1,4 +1,4 @@
-"""Fed-PLoRA: one-rank modules in parallel, a random few of which each client trains (Zhang, Hu, Xu, 2026, arXiv:2602.16936).
+"""Fed-PLoRA: parallel one-rank modules, of which each client trains a few (Zhang, Hu, Xu, 2026, arXiv:2602.16936).
 
 Most of the paper was read, but not its algorithm listing, ablations and code. These points were open. A module
 that nobody trained in a round keeps its value. The means are over the clients that came back, and uniform. The
@@ -66,8 +66,8 @@ class FedPLoRA:
 
     def train(self, jobs: Iterable[Job]) -> Iterable[Update]:
         for job in jobs:
-            if self.rest == "fold":
-                folded = job.adapter.take(job.plan.frozen).only("BeA")
+            if self.rest == "fold" and job.plan.frozen:
+                folded = job.adapter.take(job.plan.frozen).only("BeA")  # less the head, which is no part of the base
                 updates = (*job.base_updates, folded)
                 job = replace(job, plan=replace(job.plan, frozen={}), base_updates=updates)
             yield job.fit(job)
