@@ -140,7 +140,7 @@ def test_the_covariance_is_of_two_factors():
 BEFORE = State(0, 3, lora([[1, 2]], [[1], [1]]))
 X, Y = lora([[3]], [[2]], [0]), lora([[1, 4]], [[4], [1]])
 AFTER = State(0, 3, lora([[2, 4]], [[3], [1]]))
-CAME = toy.Arrived({"x": Update(X, 1), "y": Update(Y, 3)})
+CAME = toy.Arrived({"x": Update(X, 3), "y": Update(Y, 1)})
 
 
 def everyone(client: str, update: Update) -> Mapping[str, np.ndarray]:
@@ -174,9 +174,9 @@ def test_what_is_missing_at_the_start_is_an_error_of_the_start():
 
 
 def test_the_figures_may_be_weighted():
-    """By 1 and 3 examples: (6 + 3 * 8)/4 - 10 = -2.5, (8 + 3 * 8)/4 - 10 = -2."""
+    """By 3 and 1 examples: (3 * 6 + 8)/4 - 10 = -3.5, (3 * (6 + 2) + 8)/4 - 10 = -2."""
     found = errors(BEFORE, AFTER, CAME, everyone, aggregation.examples)
-    assert found["agg_eq3"] == pytest.approx(2.5)
+    assert found["agg_eq3"] == pytest.approx(3.5)
     assert found["agg_fullmodel"] == pytest.approx(2)
 
 
@@ -250,6 +250,14 @@ def test_what_the_server_finds_by_the_plans_is_what_a_method_finds_by_itself(res
 def test_factors_that_never_leave_their_client_are_not_guessed(tmp_path):
     _, rows = measured_run(Shared(), tmp_path / "run")
     assert not FIGURES & set(rows[0])
+    for change, known in (
+        ({}, True),
+        ({"own": "B"}, False),
+        ({"up": "Ah"}, False),
+        ({"up": "Ah", "learn": "Ah"}, True),
+    ):
+        plans = dict.fromkeys(("x", "y"), Plan(BEFORE.adapter.ids, **change))
+        assert bool(exactness.noted(FedAvg(), BEFORE, AFTER, plans, CAME).metrics) == known
 
 
 # ---- the table

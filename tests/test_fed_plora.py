@@ -445,7 +445,7 @@ def test_p12_another_basis_of_the_same_function_is_another_adapter():
 
 @pytest.mark.parametrize("rest", RESTS)
 def test_p07_up_the_clients_rank_down_the_servers(rest, tmp_path):
-    """r_i (out + in) numbers per matrix up, R (out + in) down, r_i where the rest is dropped; in frames as predicted."""
+    """r_i (out + in) numbers per matrix up, R (out + in) down, r_i where the rest is dropped; predicted, and sent."""
     f = toy.federation(FedPLoRA(rest=rest), tmp_path / "run", rounds=1)
     rows = {row["client"]: row for row in f.play()["client"]}
     plans = f.server.method.plan(f.begin, f.server.engine.fleet(), f.server.seed)
