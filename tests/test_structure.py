@@ -22,7 +22,19 @@ ROOT = Path(fedrank.__file__).parent
 FLOORS = [
     {"adapter"},
     {"protocol"},
-    {"aggregation", "selection", "cost", "fleet", "frame", "increments", "wire", "config", "store", "ledger"},
+    {
+        "aggregation",
+        "exactness",
+        "selection",
+        "cost",
+        "fleet",
+        "frame",
+        "increments",
+        "wire",
+        "config",
+        "store",
+        "ledger",
+    },  # fmt: skip
     {"training"},
     {"methods"},
     {"client"},

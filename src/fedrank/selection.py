@@ -5,7 +5,8 @@ import math
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from fedrank.adapter import Adapter, split
+from fedrank.adapter import Adapter, norms, split
+from fedrank.protocol import Address, rng
 
 
 def everything(adapter: Adapter) -> dict[str, np.ndarray]:
@@ -39,6 +40,29 @@ def by_module(adapter: Adapter, mask: Bool[np.ndarray, "n"]) -> dict[str, np.nda
     """A mask over all components, in module and id order, as ids by module."""
     parts = split(mask, (block.rank for block in adapter.blocks.values()))
     return {name: block.ids[part] for (name, block), part in zip(adapter.blocks.items(), parts, strict=True)}
+
+
+def leading(adapter: Adapter, rank: int) -> dict[str, np.ndarray]:
+    """The first `rank` components of every module, all of them where it has fewer."""
+    return {name: block.ids[:rank] for name, block in adapter.blocks.items()}
+
+
+def sampled(adapter: Adapter, rank: int, seed: int, *address: Address) -> dict[str, np.ndarray]:
+    """`rank` components of every module, uniformly without replacement; each module has a draw of its own."""
+    result = {}
+    for name, block in adapter.blocks.items():
+        draw = rng(seed, "select", *address, name)
+        result[name] = np.sort(draw.choice(block.ids, min(rank, block.rank), replace=False))
+    return result
+
+
+def largest(adapter: Adapter, rank: int, seed: int, *address: Address) -> dict[str, np.ndarray]:
+    """The `rank` components of the largest norm of every module; ties, such as B = 0 at first, are drawn."""
+    size = norms(adapter)
+    return {
+        name: block.ids[top(rank, size[name], rng(seed, "select", *address, name).random(block.rank))]
+        for name, block in adapter.blocks.items()
+    }
 
 
 def arithmetic(layers: int, budget: int, least: int = 2) -> Int[np.ndarray, "layers"]:

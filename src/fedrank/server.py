@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from fedrank import exactness, ledger
 from fedrank import frame as frames
-from fedrank import ledger
 from fedrank.adapter import Adapter
 from fedrank.config import Rounds
 from fedrank.frame import EXACT, Refused, Sizes
@@ -141,6 +141,8 @@ class Server:
             n for part in (merged.adapter, *merged.base_updates.values()) for n in part.odd()
         ]:  # not saved: the state before it stays the one to resume from
             raise ValueError(f"{type(self.method).__name__}.merge made NaN or infinity in {odd[:3]}")
+        if self.rounds.exactness:
+            merged = exactness.noted(self.method, state, merged, plans, self.store.spooled(arrived, read))
         return merged
 
     def _compare(self, client: ClientId, theirs: Mapping[str, Any]) -> None:
