@@ -22,7 +22,7 @@ ROOT = Path(fedrank.__file__).parent
 FLOORS = [
     {"adapter"},
     {"protocol"},
-    {"aggregation", "levels", "selection", "cost", "frame", "wire", "config", "store", "ledger"},
+    {"aggregation", "levels", "selection", "cost", "frame", "increments", "wire", "config", "store", "ledger"},
     {"training"},
     {"methods"},
     {"client"},

@@ -3,8 +3,8 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from typing import Any
@@ -13,12 +13,14 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
+import xxhash
+from torch import Tensor
 
 from fedrank.adapter import Adapter
 from fedrank.config import Local
 from fedrank.protocol import Address, Job, Lower, Observe, Update
 from fedrank.training import bilevel, tasks
-from fedrank.training.hooks import live, mounted
+from fedrank.training.hooks import incremented, live, mounted, swapped
 from fedrank.training.models import Model
 from fedrank.training.tasks import Encoded
 
@@ -55,6 +57,7 @@ class Trainer:
     lr: float
     threads: int
     device: str
+    working: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -84,6 +87,7 @@ class Trainer:
             self._training(local.dropout, job),
             mounted(self.model.modules, self.model.heads, adapter),
             mounted(self.model.modules, self.model.heads, two.lower) if two and two.lower else nullcontext(),
+            self._updated(job.base_updates),
         ):
             for at, batch in enumerate(_batches(rows, local, job)):
                 outer = partial(self._loss, batch)
@@ -131,11 +135,13 @@ class Trainer:
             torch.manual_seed(int(job.rng(*address).integers(1 << 62)))
             yield
 
-    def evaluate(self, adapter: Adapter, encoded: Encoded, rows: np.ndarray) -> dict[str, float]:
+    def evaluate(
+        self, adapter: Adapter, encoded: Encoded, rows: np.ndarray, base_updates: tuple[Adapter, ...] = ()
+    ) -> dict[str, float]:
         """Loss and accuracy of the adapter on these rows (of completion tokens where the task generates)."""
         mount = live(adapter, Adapter({}, adapter.scale, {}), "", self.device)
         loss, right, known = 0.0, 0, 0
-        with torch.inference_mode(), mounted(self.model.modules, self.model.heads, mount):
+        with self._updated(base_updates), torch.inference_mode(), mounted(self.model.modules, self.model.heads, mount):
             for batch in tasks.by_length(encoded, rows, EVALUATION_BATCH):
                 inputs, labels = encoded.batch(batch, self.device)
                 part = tasks.counts(self.model.network(**inputs), labels)
@@ -143,6 +149,16 @@ class Trainer:
         if not known:
             raise TrainingError("no rows to evaluate on")
         return {"loss": loss / known, "accuracy": right / known, "rows": float(len(rows))}
+
+    def _updated(self, updates: tuple[Adapter, ...]) -> AbstractContextManager[None]:
+        """The base with these increments while a block runs, added up from its own weights; the last sum is kept."""
+        if not updates:
+            return nullcontext()
+        key = _digest(updates)
+        if key not in self.working:
+            self.working.clear()  # one copy of the base at a time
+            self.working[key] = incremented(self.model.modules, updates)
+        return swapped(self.model.modules, self.working[key])
 
     @contextmanager
     def _training(self, dropout: float, job: Job) -> Iterator[None]:
@@ -179,6 +195,21 @@ def _schedule(kind: str, round: int, rounds: int) -> float:
     """The learning rate's factor in a round of 1..rounds: it falls over the run, not within a round."""
     left = 1 - (round - 1) / rounds
     return {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[kind]
+
+
+def _digest(updates: tuple[Adapter, ...]) -> str:
+    """Names a sequence of base updates by its numbers."""
+    state = xxhash.xxh3_128()
+    for update in updates:
+        state.update(f"{update.scale}".encode())
+        for name, block in update.blocks.items():
+            parts = [part for part in (block.B, block.e, block.A) if part is not None]
+            state.update(f"{name}{[part.shape for part in parts]}".encode())
+            for part in parts:
+                state.update(part.tobytes(order="A"))
+        for name, tensor in update.dense.items():
+            state.update(name.encode() + tensor.tobytes())
+    return state.hexdigest()
 
 
 def majority(labels: np.ndarray) -> float:
