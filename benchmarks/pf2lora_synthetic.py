@@ -9,7 +9,7 @@ Prints the forecast (steps by methods) first. Client k has W*_k of rank q_k and 
 import argparse
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import yaml
 from fedrank.protocol import rng
 
 HERE = Path(__file__).parent
+PROBE = 50  # steps by which the forecast guesses
 Array = np.ndarray
 
 
@@ -205,12 +206,37 @@ def row(w: Array, before: Array, p: Problem, threshold: float) -> dict[str, Any]
     }  # fmt: skip
 
 
-def cells(study: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every run: its table, targets, samples and method."""
+# ---- the study
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a method on one problem of a table. interval: local steps between two aggregations."""
+
+    table: str
+    targets: tuple[int, ...]
+    samples: int
+    interval: int
+    method: str
+
+    def __str__(self) -> str:
+        ranks = ",".join(map(str, self.targets))
+        return f"{self.table:12} ({ranks:19}) N={self.samples:<4} I={self.interval:<2} {self.method:19}"
+
+    def play(self, study: dict[str, Any], steps: int) -> tuple[dict[str, Any], float]:
+        """Its row and its seconds."""
+        table, method = study["tables"][self.table], Method(**study["methods"][self.method])
+        p = problem(study, self.targets, self.samples, table["noise"], table["seeds"])
+        clock = time.perf_counter()
+        w, before = run(method, p, study["rate"], steps, self.interval)
+        return row(w, before, p, table["threshold"]), time.perf_counter() - clock
+
+
+def cells(study: dict[str, Any]) -> list[Cell]:
     return [
-        {"table": name, "targets": tuple(targets), "samples": samples, "method": method}
-        for name, table in study["tables"].items()
-        for targets in table["targets"] for samples in table["samples"] for method in table["methods"]
+        Cell(name, tuple(targets), samples, interval, method)
+        for name, table in study["tables"].items() for targets in table["targets"]
+        for samples in table["samples"] for interval in table["intervals"] for method in table["methods"]
     ]  # fmt: skip
 
 
@@ -219,37 +245,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "pf2lora_synthetic.json")
     args = parser.parse_args()
     study = yaml.safe_load((HERE / "pf2lora_synthetic.yaml").read_text())
-    todo, forecast = cells(study), []
+    steps = {name: table["steps"] for name, table in study["tables"].items()}
+    todo, seconds = cells(study), 0.0
     for cell in todo:
-        table = study["tables"][cell["table"]]
-        p = problem(study, cell["targets"], cell["samples"], table["noise"], table["seeds"])
-        clock = time.perf_counter()
-        run(Method(**study["methods"][cell["method"]]), p, study["rate"], 100, study["interval"])
-        seconds = (time.perf_counter() - clock) / 100 * table["steps"]
-        forecast.append({**cell, "steps": table["steps"], "matrices": p.truth[..., 0, 0].size, "seconds": seconds})
-        print("{table:>12} {targets!s:>32} N={samples:<5} {method:20} {steps:6} steps on {matrices:2} matrices, "
-              "about {seconds:4.0f} s".format(**forecast[-1]), flush=True)  # fmt: skip
-    total = sum(line["seconds"] for line in forecast)
-    print(
-        f"forecast: {len(todo)} runs, {sum(line['steps'] for line in forecast)} steps, {total:.0f} s in all", flush=True
-    )
-
+        expected = cell.play(study, PROBE)[1] / PROBE * steps[cell.table]
+        seconds += expected
+        print(f"{cell} {steps[cell.table]} steps, about {expected:.0f} s", flush=True)
+    total = sum(steps[cell.table] for cell in todo)
+    print(f"forecast: {len(todo)} runs, {total} steps, {seconds:.0f} s in all", flush=True)
     result: dict[str, Any] = {
         "study": study, "command": "python benchmarks/pf2lora_synthetic.py", "machine": machine.describe(),
-        "forecast": {"runs": len(todo), "steps": sum(line["steps"] for line in forecast), "seconds": round(total)},
+        "forecast": {"runs": len(todo), "steps": total, "seconds": round(seconds)},
         "tables": {name: [] for name in study["tables"]},
     }  # fmt: skip
     started = time.perf_counter()
     for cell in todo:
-        table = study["tables"][cell["table"]]
-        p = problem(study, cell["targets"], cell["samples"], table["noise"], table["seeds"])
-        clock = time.perf_counter()
-        w, before = run(Method(**study["methods"][cell["method"]]), p, study["rate"], table["steps"], study["interval"])
-        found = row(w, before, p, table["threshold"]) | {"seconds": round(time.perf_counter() - clock, 1)}
-        result["tables"][cell["table"]].append({**cell, **found})
-        print(f"{cell['table']:>12} {cell['targets']!s:>32} N={cell['samples']:<5} {cell['method']:20} "
-              f"excess {found['excess']['mean']:.3g}, ranks in {found['ranks_recovered']}, off by "
-              f"{found['rank_error']:.2f}", flush=True)  # fmt: skip
+        found, took = cell.play(study, steps[cell.table])
+        result["tables"][cell.table].append(asdict(cell) | found | {"seconds": round(took, 1)})
+        print(f"{cell} excess {found['excess']['mean']:.3g}, ranks in {found['ranks_recovered']}, "
+              f"off by {found['rank_error']:.2f}", flush=True)  # fmt: skip
     result["seconds"] = round(time.perf_counter() - started)
     args.out.write_text(json.dumps(result, indent=1))
     print(f"{result['seconds']} s, {args.out}")
