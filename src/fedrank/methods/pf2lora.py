@@ -31,7 +31,7 @@ class PF2LoRA:
     """
 
     private_rank: int = 2
-    rate: float = 1e-2
+    rate: float = 0.1
     derivative: Literal["double", "finite", "first"] = "double"
     keep_moments: bool = True
     weights: Literal["uniform", "examples"] = "uniform"
