@@ -81,6 +81,9 @@ class Watched:
         assert frozen_copy(arrived.updates) == before
         return result
 
+    def adapt(self, job: Job) -> Adapter:
+        return self._pure("adapt", job) if hasattr(self.inner, "adapt") else job.adapter
+
 
 @pytest.fixture(scope="module", params=methods.names())
 def method(request: pytest.FixtureRequest) -> Any:
