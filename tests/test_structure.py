@@ -22,19 +22,8 @@ ROOT = Path(fedrank.__file__).parent
 FLOORS = [
     {"adapter"},
     {"protocol"},
-    {
-        "aggregation",
-        "exactness",
-        "selection",
-        "cost",
-        "fleet",
-        "frame",
-        "increments",
-        "wire",
-        "config",
-        "store",
-        "ledger",
-    },  # fmt: skip
+    {"aggregation", "exactness", "levels", "optimizer", "selection"}
+    | {"cost", "fleet", "frame", "increments", "wire", "config", "store", "ledger"},
     {"training"},
     {"methods"},
     {"client"},

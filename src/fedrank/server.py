@@ -210,7 +210,7 @@ class Server:
         present, rows = everything(state.adapter), list[dict[str, Any]]()
         for at in range(0, len(clients), self.rounds.cohort):  # a method plans for cohorts, never for the whole fleet
             plans = self._plans(state, {client: fleet[client] for client in clients[at : at + self.rounds.cohort]})
-            plans = {c: replace(p, train=ids, frozen=present, learn="", up="", returns={}) for c, p in plans.items()}
+            plans = {c: replace(p, train=ids, frozen=present, up="", returns={}) for c, p in plans.items()}
             rows += self._exchange("evaluate", state, plans)
         frames = sum(row.get("bytes_down", 0) + row.get("bytes_up", 0) for row in rows)
         scored = [row for row in rows if row["ok"] and row.get("rows", 0) > 0 and {"accuracy", "loss"} <= row.keys()]
