@@ -11,6 +11,11 @@ def everything(adapter: Adapter) -> dict[str, np.ndarray]:
     return adapter.ids
 
 
+def leading(adapter: Adapter, rank: int | None) -> dict[str, np.ndarray]:
+    """The first `rank` components of every module, all of them where it is None or larger."""
+    return {name: ids[:rank] for name, ids in adapter.ids.items()}
+
+
 def cubic(round: int, rounds: int, start: int, end: int, warmup: int, settle: int) -> int:
     """AdaLoRA's cubic budget in rounds 1..`rounds`: `start` through the warm-up, `end` while it settles.
 
