@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from fedrank.adapter import Adapter, Block, recompress
+from fedrank.adapter import Adapter, Block, recompress, stack
 from fedrank.protocol import State
 from fedrank.store import Store, StoreError, write
 
@@ -27,6 +27,7 @@ def export(run: Path, out: Path, round: int | None = None) -> Path:
     A head on mean pooling is no part of the base model: it is written beside, as head.safetensors.
     """
     state, _ = Store.open(run).state(round)
+    state = replace(state, adapter=whole(state))
     model = json.loads((run / "data.json").read_text())["model"]
     ranks = {name: block.rank for name, block in state.adapter.blocks.items()}
     if not ranks:
@@ -60,6 +61,18 @@ def export(run: Path, out: Path, round: int | None = None) -> Path:
     write(out / "adapter_config.json", json.dumps(settings, indent=1).encode())
     write(out / "README.md", _readme(model, bool(head) and not inside, state.round).encode())
     return out
+
+
+def whole(state: State) -> Adapter:
+    """The adapter that gives a pristine base the function of this state: base updates become components."""
+    if not state.base_updates:
+        return state.adapter
+    parts = [state.adapter, *state.base_updates.values()]
+    for name, tensor in {n: t for update in state.base_updates.values() for n, t in update.dense.items()}.items():
+        u, s, vt = np.linalg.svd(tensor.astype(np.float64), full_matrices=False)
+        block = Block(np.arange(len(s)), (u * s).astype(np.float32), None, vt.astype(np.float32))
+        parts.append(Adapter({name: block}, 1.0, {}))
+    return replace(recompress(stack(parts)), dense=state.adapter.dense)
 
 
 def _readme(model: dict[str, Any], beside: bool, rounds: int) -> str:
