@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Float, Int
+from numpy.typing import DTypeLike
 
 Ids = Int[np.ndarray, "r"]
 Shapes = Mapping[str, tuple[int, int]]  # module -> (out, in)
@@ -164,6 +165,15 @@ class Adapter:
                     parts[f] = np.concatenate([a, b])[order]
             blocks[name] = Block(ids[order], parts["B"], parts["e"], parts["A"])
         return Adapter(blocks, self.scale, {**other.dense, **self.dense})
+
+    def astype(self, kind: DTypeLike) -> "Adapter":
+        """The same numbers in another dtype."""
+
+        def cast(array: np.ndarray | None) -> np.ndarray | None:
+            return None if array is None else array.astype(kind)
+
+        blocks = {n: Block(b.ids, *(cast(getattr(b, f)) for f in FACTORS)) for n, b in self.blocks.items()}
+        return Adapter(blocks, self.scale, {name: tensor.astype(kind) for name, tensor in self.dense.items()})
 
     def delta(self) -> dict[str, np.ndarray]:
         """Module -> dense increment (out, in)."""

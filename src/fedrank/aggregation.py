@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from fedrank.adapter import FACTORS, Adapter, Block, halves
-from fedrank.protocol import Total, Update, Updates
+from fedrank.protocol import State, Total, Update, Updates
 
 Absent = Literal["skip", "zero", "old"]
 
@@ -225,3 +225,52 @@ def product_mean(
             yield old.without(found.sums.ids).only("BeA")
 
     return total_increment(parts(), old.scale)
+
+
+def residual(mean: Adapter, updates: Updates, weight: Callable[[Update], float] = examples) -> Adapter:
+    """What the product of the means lacks of the mean of the products: sum_k p_k B_k A_k - B A, B and A from `mean`.
+
+    As sum_k p_k (B_k - B)(A_k - A_1), which is the same because sum_k p_k (B_k - B) = 0: so it is small without
+    cancelling, and of |S| - 1 ranks where the three-term form has |S| + 1. Clients must hold the same components.
+    """
+    whole = updates.total(lambda update: update.adapter.only(""), weight).weight
+
+    def parts() -> Iterator[Adapter]:
+        first: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for client, update in updates:
+            blocks = {}
+            for name, block in update.adapter.blocks.items():
+                b, a = (half.astype(np.float64) for half in halves(name, block))
+                centre = mean.blocks[name]
+                if not np.array_equal(block.ids, centre.ids):
+                    raise ValueError(f"client {client!r} holds {block.rank} of {centre.rank} components of {name!r}")
+                if name in first:
+                    left = (b - halves(name, centre)[0]) * (weight(update) / whole)
+                    blocks[name] = Block(block.ids, left, None, a - first[name][1])
+                else:
+                    first[name] = b, a
+            yield Adapter(blocks, update.adapter.scale, {})
+
+    return total_increment(parts(), mean.scale)
+
+
+def promise(state: State, increment: Adapter) -> dict[int, Adapter]:
+    """The base updates after a merge that adds this increment: those of `state`, and it as factors.
+
+    Once all the factors that are kept have more numbers than the matrices of their modules, everything promised so
+    far becomes one whole increment of this round, so that neither the state nor what a new client is sent goes on
+    growing. The dtype is the adapter's.
+    """
+    round, shapes = state.round + 1, state.adapter.shapes
+    kind = np.result_type(*(halves(*item)[1] for item in state.adapter.blocks.items()))
+    kept = dict(state.base_updates)
+    if increment.blocks:
+        kept[round] = increment.astype(kind)
+    numbers = sum(block.rank * sum(shapes[name]) for update in kept.values() for name, block in update.blocks.items())
+    if numbers <= sum(out * in_ for out, in_ in shapes.values()):
+        return kept
+    whole: dict[str, np.ndarray] = {}
+    for update in (*state.base_updates.values(), increment):
+        for name, matrix in {**update.dense, **update.astype(np.float64).delta()}.items():
+            whole[name] = whole.get(name, 0.0) + matrix
+    return {round: Adapter({}, increment.scale, whole).astype(kind)}

@@ -1,4 +1,4 @@
-"""LoRA-A2: train B and A in turn, each client only the rank-one pieces that matter to it (Koo, Jang, Ok, 2025, arXiv:2410.22815).
+"""LoRA-A2: train B and A in turn, each client only the rank-one pieces that matter to it (Koo, Jang, Ok, 2024, arXiv:2410.22815).
 
 Points that were open: B learns in the first round, as A alone cannot move while B = 0. The epoch that scores is the
 first of the round's own and what it learnt on the chosen pieces is kept; the optimizer starts afresh after it. Where
@@ -32,7 +32,7 @@ class LoRAA2:
 
     default_lr: ClassVar[float] = 3e-3
     about: ClassVar[About] = About(
-        paper="Towards Robust and Efficient Federated Low-Rank Adaptation with Heterogeneous Clients", year=2025,
+        paper="Towards Robust and Efficient Federated Low-Rank Adaptation with Heterogeneous Clients", year=2024,
         url="https://arxiv.org/abs/2410.22815", differs=("rank", "data"),
         travels="down A, B and head; up the chosen pieces of A or B with their ids, and head",
         exact_start=True, exact_aggregation=True,
