@@ -239,7 +239,7 @@ def recompress(adapter: Adapter, rank: int | None = None) -> Adapter:
     return Adapter(blocks, adapter.scale, adapter.dense)
 
 
-def refit(increment: Adapter, old: Adapter, power: float) -> Adapter:
+def truncate(increment: Adapter, old: Adapter, power: float) -> Adapter:
     """The best approximation of an increment at the ranks of `old`, as B = U S^power, A = S^(1 - power) V^T.
 
     Ids, scale, dtype and dense tensors are those of `old`; singular values fall with the ids. Beyond the increment's

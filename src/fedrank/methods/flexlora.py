@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from fedrank.adapter import kaiming, refit
+from fedrank.adapter import kaiming, truncate
 from fedrank.aggregation import average, examples, product_mean, uniform
 from fedrank.protocol import About, ClientId, Device, Job, ModelSpec, Plan, State, Update, Updates, rng
 from fedrank.selection import leading
@@ -47,4 +47,4 @@ class FlexLoRA:
         weight = uniform if self.weights == "uniform" else examples
         mean = product_mean(state.adapter, updates, weight)
         old = average(state.adapter, updates, weight, parts="h")
-        return state.next(refit(mean, old, power=1.0 if self.split == "left" else 0.5))
+        return state.next(truncate(mean, old, power=1.0 if self.split == "left" else 0.5))

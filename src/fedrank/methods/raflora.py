@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedrank.adapter import kaiming, refit
+from fedrank.adapter import kaiming, truncate
 from fedrank.aggregation import average, product_mean
 from fedrank.protocol import About, ClientId, Device, Job, ModelSpec, Plan, State, Update, Updates, rng
 from fedrank.selection import leading
@@ -44,4 +44,4 @@ class RaFLoRA:
 
     def merge(self, state: State, updates: Updates) -> State:
         mean = product_mean(state.adapter, updates, absent="skip")
-        return state.next(refit(mean, average(state.adapter, updates, parts="h"), power=0.5))
+        return state.next(truncate(mean, average(state.adapter, updates, parts="h"), power=0.5))
