@@ -122,7 +122,7 @@ def _keep(job: Job, update: Update, kept: Mapping[str, np.ndarray], start: Adapt
     learnt = {*plan.learn, *(name.partition("/")[0] for name in kept)}
     # What was frozen in a round is kept as received: no one has changed it, so it need not be sent again.
     factors = [
-        f for f in _factors(start) if (f in learnt if f in plan.own else f not in plan.down or f not in plan.learn)
+        f for f in start.factors if (f in learnt if f in plan.own else f not in plan.down or f not in plan.learn)
     ]
     if not factors:
         return {}
@@ -138,15 +138,9 @@ def _keep(job: Job, update: Update, kept: Mapping[str, np.ndarray], start: Adapt
     return arrays
 
 
-def _factors(start: Adapter) -> list[str]:
-    """The factors that the adapter has at all."""
-    blocks = start.blocks.values()
-    return [f for f in FACTORS if any(getattr(b, f) is not None for b in blocks)] + ["h"] * bool(start.dense)
-
-
 def _staying(plan: Plan, start: Adapter) -> str:
     """The factors that no later request of such a plan carries: the client has to keep them."""
-    return "".join(f for f in _factors(start) if f in plan.own or f not in plan.down)
+    return "".join(f for f in start.factors if f in plan.own or f not in plan.down)
 
 
 def _held(kept: Mapping[str, np.ndarray], start: Adapter) -> Adapter:

@@ -20,7 +20,7 @@ from fedrank.adapter import Adapter
 from fedrank.client import MIN_TEST_ROWS, Site
 from fedrank.config import Config, ConfigError
 from fedrank.engines.local import Local as LocalEngine
-from fedrank.export import export
+from fedrank.export import export, obstacle
 from fedrank.protocol import ClientId, Device, Method, ModelSpec, State, rng
 from fedrank.server import Event, Server
 from fedrank.store import Store, StoreError
@@ -140,7 +140,10 @@ def _play(server: Server, state: State, parts: "Parts") -> Iterator[Event]:
         last = event
     summary = summarise(server.store.path, parts, last)
     server.store.write("summary.json", json.dumps(summary, indent=1))
-    export(server.store.path, server.store.path / "adapter")
+    if why := obstacle(server.store.path):
+        log.warning("no adapter is exported: %s", why)
+    else:
+        export(server.store.path, server.store.path / "adapter")
     yield {"event": "end", **summary}
 
 
@@ -226,15 +229,17 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
     spec = model.spec
     try:
         begin = chosen.begin(spec, config.rounds.count, config.seed)
+        plans = chosen.plan(begin, dict([*devices.items()][:1]), config.seed)
     except ValueError as error:  # hyper-parameters that do not fit the adapter
         raise ConfigError(f"method {config.method['name']}: {error}") from None
+    own = {f for plan in plans.values() if plan for f in plan.own} | set("h" * (config.adapter.head == "own"))
     facts = {
         "data": dataset.name, "rows": {"train": len(dataset.train), "test": len(dataset.test)},
         "hash": {"train": dataset.train.digest(), "test": dataset.test.digest()}, "labels": list(dataset.labels),
         "model": {"name": config.model.name, "fingerprint": spec.fingerprint, "pooling": model.pooling,
                   "source": model.source, "base_class": type(model.base).__name__, "task": config.task,
                   "conv1d": any(type(m).__name__ == "Conv1D" for m in model.modules.values())},
-        "partition": shares.summary(),
+        "partition": shares.summary(), "own": "".join(f for f in begin.adapter.factors if f in own),
     }  # fmt: skip
     about = {
         "data": dataset.name, "train_rows": len(dataset.train), "test_rows": len(dataset.test),
