@@ -25,6 +25,7 @@ from fedrank.frame import pack, unpack
 from fedrank.methods.fedavg import FedAvg
 from fedrank.protocol import Job, ModelSpec, Plan, State, Update, rng
 from fedrank.selection import everything
+from fedrank.store import StoreError
 
 SETTINGS: dict[str, dict[str, Any]] = {"fedara": {"target_rank": 1}}
 
@@ -95,10 +96,22 @@ def method(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(scope="module")
 def played(method: Any, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """Three rounds of three of the four clients, under watch. left: the run directory as each round left it."""
+    """Three rounds of three of the four clients, under watch.
+
+    left: the run directory as each round left it. predicts: what each client was last evaluated with.
+    """
     folder, watched = tmp_path_factory.mktemp("contract"), Watched(method, [])
-    f = toy.federation(watched, folder / "run", cohort=3)
     left: dict[int, Path] = {}
+    predicts: dict[str, Adapter] = {}
+
+    def note(site: client.Site) -> client.Site:
+        def evaluate(adapter: Adapter) -> dict[str, float]:
+            predicts[site.device.id] = adapter
+            return site.evaluate(adapter)
+
+        return replace(site, evaluate=evaluate)
+
+    f = toy.federation(watched, folder / "run", cohort=3, alter=note)
 
     def copy(event: dict) -> None:
         if event["event"] in ("cohort", "end"):  # before a round, and after the last
@@ -106,7 +119,9 @@ def played(method: Any, tmp_path_factory: pytest.TempPathFactory) -> SimpleNames
             left[number] = shutil.copytree(f.store.path, folder / str(number))
 
     events = f.play(watch=copy)
-    return SimpleNamespace(events=events, states=f.states, federation=f, seen=watched.seen, left=left)
+    return SimpleNamespace(
+        events=events, states=f.states, federation=f, seen=watched.seen, left=left, predicts=predicts
+    )
 
 
 def test_learns(method, tmp_path):
@@ -206,26 +221,34 @@ def test_is_one_short_file_that_names_its_paper(method):
     if not module.__name__.startswith("fedrank.methods"):
         pytest.skip("someone else's file")
     assert len(inspect.getsource(module).splitlines()) < 200
-    assert re.search(r"\(.*(19|20)\d\d.*\)", module.__doc__ or "")
+    assert re.search(rf"\(.*{method.about.year}.*\)", (module.__doc__ or "").splitlines()[0])
+    assert method.about.url.startswith("https://")
     assert "torch" not in {n.split(".")[0] for n in vars(module) if not n.startswith("_")}
 
 
-def test_exports_the_same_function(played, tmp_path):
+def test_exports_the_same_function_or_says_why_there_is_none(method, played, tmp_path):
+    """Where clients have factors of their own, it is each client's function that is exported."""
     model = toy.encoder()
     about = {
         "task": "classify", "pooling": "mean", "source": "toy", "name": "toy", "conv1d": False, "base_class": "BertModel",
     }  # fmt: skip
-    path = tmp_path / "run"
+    path, own = tmp_path / "run", plan_of(method).own
     shutil.copytree(played.federation.store.path, path)
     (path / "config.yaml").write_text("")
-    (path / "data.json").write_text(json.dumps({"model": about}))
-    found = export.read_peft(export.export(path, tmp_path / "peft"))
-    ours = played.states[3].adapter
-    assert found.delta().keys() == ours.delta().keys() <= model.modules.keys()
-    for name, delta in ours.delta().items():
-        np.testing.assert_allclose(found.delta()[name], delta, rtol=1e-5, atol=1e-7)
-    for name, tensor in ours.dense.items():
-        np.testing.assert_array_equal(found.dense[name], tensor)
+    (path / "data.json").write_text(json.dumps({"model": about, "own": own}))
+    functions = {None: played.states[3].adapter}
+    if own:
+        with pytest.raises(StoreError, match=f"each client keeps {own[0]}.* to itself, so there is no one function"):
+            export.export(path, tmp_path / "peft")
+        functions = {name: played.predicts[name] for name in played.states[3].seen}
+    for name, ours in functions.items():
+        found = export.read_peft(export.export(path, tmp_path / f"peft {name}", client=name))
+        assert found.delta().keys() == ours.delta().keys() <= model.modules.keys()
+        for module, delta in ours.delta().items():
+            np.testing.assert_allclose(found.delta()[module], delta, rtol=1e-5, atol=1e-7)
+        assert any(delta.any() for delta in ours.delta().values())
+        for dense, tensor in ours.dense.items():
+            np.testing.assert_array_equal(found.dense[dense], tensor)
 
 
 # ---- what is refused on the wire

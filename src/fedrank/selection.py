@@ -11,6 +11,11 @@ def everything(adapter: Adapter) -> dict[str, np.ndarray]:
     return adapter.ids
 
 
+def leading(adapter: Adapter, rank: int) -> dict[str, np.ndarray]:
+    """The first `rank` components of every module, or all where it has fewer."""
+    return {name: block.ids[:rank] for name, block in adapter.blocks.items()}
+
+
 def cubic(round: int, rounds: int, start: int, end: int, warmup: int, settle: int) -> int:
     """AdaLoRA's cubic budget in rounds 1..`rounds`: `start` through the warm-up, `end` while it settles.
 
