@@ -10,47 +10,15 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import machine
 import yaml
+from study import merge, paired, play, rows, spread
 
 HERE = Path(__file__).parent
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # Student's t, two-sided, by degrees of freedom
-
-
-def merge(*parts: dict[str, Any]) -> dict[str, Any]:
-    """Nested mappings laid over one another."""
-    result: dict[str, Any] = {}
-    for part in parts:
-        for key, value in part.items():
-            both = isinstance(value, dict) and isinstance(result.get(key), dict)
-            result[key] = merge(result[key], value) if both else value
-    return result
-
-
-def play(folder: Path, config: dict[str, Any]) -> Path:
-    """One run in a process of its own; a finished one is kept, a stopped one resumed."""
-    file = folder.with_name(f"{folder.name}.yaml")
-    if file.exists() and yaml.safe_load(file.read_text()) != config:
-        raise SystemExit(f"{folder} was played from another config; move it away or choose another --out")
-    if not (folder / "summary.json").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(yaml.safe_dump(config))
-        what = (
-            ["resume", str(folder)] if (folder / "config.yaml").exists() else ["run", str(file), "--out", str(folder)]
-        )
-        clock = time.time()
-        subprocess.run([sys.executable, "-m", "fedrank.cli", *what, "--output", "quiet"], check=True)
-        print(f"{time.strftime('%H:%M:%S')}  {folder.name}  {time.time() - clock:.0f} s", flush=True)
-    return folder
-
-
-def rows(folder: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
 
 def measured(folder: Path) -> dict[str, Any]:
@@ -76,19 +44,6 @@ def measured(folder: Path) -> dict[str, Any]:
         "step_seconds_first_five_rounds": step(1, 5), "step_seconds_last_five_rounds": step(last - 4, last),
         "wall_seconds": summary["wall_seconds"], "train_seconds": summary["train_seconds"],
     }  # fmt: skip
-
-
-def paired(ours: list[float], theirs: list[float]) -> dict[str, Any]:
-    """Differences in points over the same seeds, with the 95 % interval of their mean."""
-    points = [100 * (a - b) for a, b in zip(ours, theirs, strict=True)]
-    mean = statistics.mean(points)
-    half = T_95[len(points) - 1] * statistics.stdev(points) / len(points) ** 0.5 if len(points) > 1 else float("inf")
-    verdict = "no loss beyond 1 point" if mean - half > -1 else "not shown"
-    return {"points": points, "mean": mean, "interval_95": [mean - half, mean + half], "verdict": verdict}
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"mean": statistics.mean(values), "deviation": statistics.stdev(values) if len(values) > 1 else 0.0}
 
 
 def costs(folders: dict[str, Path], repeats: int = 5) -> dict[str, Any]:

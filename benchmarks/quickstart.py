@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
-from fedara_clinc150 import spread
+from study import spread
 
 
 def play(folder: Path, seed: int) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def main() -> None:
     state, _ = Store.open(path).state(0 if when == "first" else None)
     fit = partial(trainer.fit, rows=np.arange(STEPS * BATCH))
     plan = Plan(train=everything(state.adapter))
-    job = Job(plan, 1, 1, model.spec, state.adapter, {}, settings.local, Device("0", STEPS * BATCH), 0, fit)
+    job = Job(plan, 1, 1, model.spec, state.adapter, (), {}, settings.local, Device("0", STEPS * BATCH), 0, fit)
 
     with trainer.session():
         warm = settings.local.model_copy(update={"steps": 2})

@@ -178,9 +178,9 @@ def test_rolora_clients_start_from_the_servers_factors_however_long_they_were_aw
                 raise MemoryError
             return site.fit(job, **more)
 
-        def evaluate(adapter: Adapter) -> dict[str, float]:
+        def evaluate(adapter: Adapter, *base: Any) -> dict[str, float]:
             judged[site.device.id] = adapter
-            return site.evaluate(adapter)
+            return site.evaluate(adapter, *base)
 
         return replace(site, fit=fit, evaluate=evaluate)
 

@@ -105,9 +105,9 @@ def played(method: Any, tmp_path_factory: pytest.TempPathFactory) -> SimpleNames
     predicts: dict[str, Adapter] = {}
 
     def note(site: client.Site) -> client.Site:
-        def evaluate(adapter: Adapter) -> dict[str, float]:
+        def evaluate(adapter: Adapter, base: tuple[Adapter, ...]) -> dict[str, float]:
             predicts[site.device.id] = adapter
-            return site.evaluate(adapter)
+            return site.evaluate(adapter, base)
 
         return replace(site, evaluate=evaluate)
 

@@ -159,8 +159,8 @@ def test_personal_accuracy_is_the_plain_mean_over_clients_with_enough_rows(
     scored: list[tuple[int, float]] = []
     whole = local.Trainer.evaluate
 
-    def spy(self: Any, adapter: Any, encoded: Any, rows: Any) -> dict[str, float]:
-        found = whole(self, adapter, encoded, rows)
+    def spy(self: Any, adapter: Any, encoded: Any, rows: Any, base: Any) -> dict[str, float]:
+        found = whole(self, adapter, encoded, rows, base)
         if len(rows) < len(encoded):
             scored.append((len(rows), found["accuracy"]))
         return found

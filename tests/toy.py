@@ -169,8 +169,8 @@ def federation(
     learning = Local(batch_size=8, epochs=epochs)
     test = encoded("test")
 
-    def personal(rows: np.ndarray, adapter: Adapter) -> dict[str, float]:
-        found = teacher.evaluate(adapter, test, rows)
+    def personal(rows: np.ndarray, adapter: Adapter, base: tuple[Adapter, ...]) -> dict[str, float]:
+        found = teacher.evaluate(adapter, test, rows, base)
         return {"accuracy": found["accuracy"], "loss": found["loss"], "rows": len(rows), "majority": 0.25}
 
     sites = {
@@ -183,8 +183,8 @@ def federation(
     devices = {name: site.device for name, site in sites.items()}
     carrier = carry(engine.Local(devices, sites.__getitem__, lambda device: 0.0, 0.0, seed))
 
-    def evaluate(adapter: Adapter) -> dict[str, float]:
-        return teacher.evaluate(adapter, test, np.arange(len(test)))
+    def evaluate(adapter: Adapter, base: tuple[Adapter, ...]) -> dict[str, float]:
+        return teacher.evaluate(adapter, test, np.arange(len(test)), base)
 
     played = Rounds(count=rounds, cohort=cohort, evaluate_every=evaluate_every)
     server = Server(method, carrier, wire, store, played, seed, head, None if head == "own" else evaluate)
@@ -287,6 +287,8 @@ def equal(a: State, b: State) -> bool:
         and (a.round, a.rounds, dict(a.seen), dict(a.metrics)) == (b.round, b.rounds, dict(b.seen), dict(b.metrics))
         and a.arrays.keys() == b.arrays.keys()
         and all(np.array_equal(a.arrays[name], b.arrays[name]) for name in a.arrays)
+        and list(a.base_updates) == list(b.base_updates)
+        and all(same(update, b.base_updates[n]) for n, update in a.base_updates.items())
     )
 
 

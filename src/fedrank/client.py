@@ -12,6 +12,7 @@ import numpy as np
 
 from fedrank.adapter import FACTORS, Adapter, Block
 from fedrank.frame import Refused
+from fedrank.increments import whole
 from fedrank.protocol import Device, Fit, Job, Method, Plan, Update
 from fedrank.store import Private, StoreError
 from fedrank.wire import Request, Wire
@@ -25,7 +26,7 @@ MIN_TEST_ROWS = 5  # fewer say nothing about a client
 class Site:
     """All that a client brings: what it is, its method, its wire, its private store, and how it computes.
 
-    evaluate: adapter -> metrics on the client's own test rows; None where it has too few of them.
+    evaluate: adapter, base updates -> metrics on the client's own test rows; None where it has too few of them.
     session: entered for every frame, sets the worker's threads.
     """
 
@@ -36,7 +37,7 @@ class Site:
     local: Any
     seed: int
     fit: Fit
-    evaluate: Callable[[Adapter], dict[str, float]] | None
+    evaluate: Callable[[Adapter, tuple[Adapter, ...]], dict[str, float]] | None
     session: Callable[[], AbstractContextManager[None]]
 
 
@@ -69,6 +70,9 @@ def _train(request: Request, site: Site) -> bytes:
     update = next(iter(site.method.train([job])))
     arrays = _keep(job, update, kept, site.wire.start)
     arrays |= {f"private/{name}": array for name, array in update.private.items()}
+    if rounds := _promised(request, kept):
+        site.private.save_base(request.base_updates)
+        arrays["base"] = np.array(rounds)
     # Even an empty version is written where later rounds will ask for one, so that a lost one is missed.
     needed = arrays or _staying(request.plan, site.wire.start)
     site.private.save(site.device.id, request.round, request.plan.since, arrays if needed else None)
@@ -80,7 +84,7 @@ def _evaluate(request: Request, site: Site) -> dict[str, float]:
         return {"rows": 0.0}
     job = _job(request, site, _load(request, site))
     adapt = getattr(site.method, "adapt", None)
-    return site.evaluate(job.adapter if adapt is None else adapt(job))
+    return site.evaluate(job.adapter if adapt is None else adapt(job), job.base_updates)
 
 
 def _load(request: Request, site: Site) -> dict[str, np.ndarray]:
@@ -98,10 +102,20 @@ def _load(request: Request, site: Site) -> dict[str, np.ndarray]:
 def _job(request: Request, site: Site, kept: Mapping[str, np.ndarray]) -> Job:
     adapter = complete(request.adapter, request.plan, kept, site.wire.start)
     private = {name.split("/", 1)[1]: array for name, array in kept.items() if name.startswith("private/")}
+    earlier = [round for round in _promised(request, kept) if round not in request.base_updates]
+    base = (*site.private.base(earlier, adapter.scale), *request.base_updates.values())
     return Job(
-        request.plan, request.round, request.rounds, site.wire.spec, adapter, (), private, site.local, site.device,
+        request.plan, request.round, request.rounds, site.wire.spec, adapter, base, private, site.local, site.device,
         site.seed, site.fit,
     )  # fmt: skip
+
+
+def _promised(request: Request, kept: Mapping[str, np.ndarray]) -> list[int]:
+    """The rounds of the base updates that hold on this client: those it kept, and those that came."""
+    new = request.base_updates
+    if any(whole(update) for update in new.values()):  # only the first can be: it sums up all before it
+        return list(new)
+    return [*kept["base"].tolist(), *new] if "base" in kept else list(new)
 
 
 def complete(adapter: Adapter, plan: Plan, kept: Mapping[str, np.ndarray], start: Adapter) -> Adapter:

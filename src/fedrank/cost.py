@@ -1,7 +1,7 @@
 """What a plan costs: the bytes of its frames, predicted before anything is sent."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -41,13 +41,25 @@ def block_flops(spec: ModelSpec) -> tuple[float, float]:
     return linear / spec.blocks, 4.0 * spec.attention.width
 
 
-def down(adapter: Adapter, plan: Plan, modules: int, dtype: Dtype) -> Sizes:
-    """Bytes of the request by which this plan travels, for a model of so many adapted modules."""
+def down(adapter: Adapter, plan: Plan, modules: int, dtype: Dtype, base: Iterable[Adapter] = ()) -> Sizes:
+    """Bytes of the request by which this plan travels, for a model of so many adapted modules.
+
+    base: the base updates that go with it (`increments.after`); always in f32.
+    """
     ranks = {n: len(np.union1d(plan.train.get(n, []), plan.frozen.get(n, []))) for n in {**plan.train, **plan.frozen}}
     body, head = factors(adapter, plan.sent, ranks, dtype), dense(adapter, plan.sent, dtype)
     ids = sum(math.ceil(modules * plan.width / 8) for part in (plan.train, plan.frozen) if any(map(len, part.values())))
     arrays = sum(array.nbytes for array in plan.arrays.values())
-    return Sizes(body, head, HEADER + body + head + ids + arrays + CHECKSUM)
+    base = list(base)
+    for update in base:
+        body += 4 * sum(
+            b.rank * (b.B.shape[0] + b.A.shape[1])
+            for b in update.blocks.values()
+            if b.B is not None and b.A is not None
+        )
+        body += 4 * sum(tensor.size for tensor in update.dense.values())
+    rounds = len(base) * (8 + 4 * modules)  # which round each is of, and its rank in every module
+    return Sizes(body, head, HEADER + body + head + ids + arrays + rounds + CHECKSUM)
 
 
 def up(adapter: Adapter, plan: Plan, modules: int, dtype: Dtype) -> Sizes:

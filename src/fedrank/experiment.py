@@ -158,7 +158,7 @@ class Parts:
     run_id: str
     devices: dict[ClientId, Device]
     site: Callable[[ClientId, Wire, Store], Site]
-    evaluate: Callable[[Adapter], Mapping[str, float]] | None
+    evaluate: Callable[[Adapter, tuple[Adapter, ...]], Mapping[str, float]] | None
     numerics: dict[str, Any]
     drawn: dict[str, np.ndarray]  # frozen layers made from the seed, which an export must carry
     facts: dict[str, Any]  # what data and model were: a resumed run must find the same
@@ -209,8 +209,8 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
     index = {name: at for at, name in enumerate(shares.names)}
     devices = {name: Device(name, len(rows)) for name, rows in zip(shares.names, shares.train, strict=True)}
 
-    def personal(rows: np.ndarray, adapter: Adapter) -> dict[str, float]:
-        found = trainer.evaluate(adapter, own_set, rows)
+    def personal(rows: np.ndarray, adapter: Adapter, base: tuple[Adapter, ...]) -> dict[str, float]:
+        found = trainer.evaluate(adapter, own_set, rows, base)
         return found if own_rows.label is None else found | {"majority": local.majority(own_rows.label[rows])}
 
     def site(client: ClientId, wire: Wire, store: Store) -> Site:
@@ -222,9 +222,9 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
             evaluate=partial(personal, mine) if len(mine) >= MIN_TEST_ROWS else None, session=trainer.session,
         )  # fmt: skip
 
-    def evaluate(adapter: Adapter) -> Mapping[str, float]:
+    def evaluate(adapter: Adapter, base: tuple[Adapter, ...]) -> Mapping[str, float]:
         with trainer.session():
-            return trainer.evaluate(adapter, test, np.arange(len(test)))
+            return trainer.evaluate(adapter, test, np.arange(len(test)), base)
 
     spec = model.spec
     try:

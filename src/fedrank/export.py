@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from fedrank.adapter import Adapter, Block, recompress
+from fedrank.adapter import Adapter, Block, recompress, stack
 from fedrank.client import complete
 from fedrank.config import hint
 from fedrank.protocol import ClientId, Plan, State
@@ -36,6 +36,7 @@ def export(run: Path, out: Path, round: int | None = None, client: ClientId | No
         state = replace(state, adapter=_adapted(Store(run), state, facts.get("own", ""), client))
     elif why := obstacle(run):
         raise StoreError(f"{run}: {why}")
+    state = replace(state, adapter=whole(state))
     ranks = {name: block.rank for name, block in state.adapter.blocks.items()}
     if not ranks:
         raise StoreError(f"{run}: the adapter has no components to export")
@@ -89,6 +90,18 @@ def _adapted(store: Store, state: State, own: str, client: ClientId) -> Adapter:
         raise StoreError(f"{store.private.root} holds no version of round {since} of client {client!r}")
     plan = Plan(state.adapter.ids, own=own, since=since)
     return complete(state.adapter.only(plan.sent), plan, kept, store.state(0)[0].adapter)
+
+
+def whole(state: State) -> Adapter:
+    """The adapter that gives a pristine base the function of this state: base updates become components."""
+    if not state.base_updates:
+        return state.adapter
+    parts = [state.adapter, *state.base_updates.values()]
+    for name, tensor in {n: t for update in state.base_updates.values() for n, t in update.dense.items()}.items():
+        u, s, vt = np.linalg.svd(tensor.astype(np.float64), full_matrices=False)
+        block = Block(np.arange(len(s)), (u * s).astype(np.float32), None, vt.astype(np.float32))
+        parts.append(Adapter({name: block}, 1.0, {}))
+    return replace(recompress(stack(parts)), dense=state.adapter.dense)
 
 
 def _readme(model: dict[str, Any], beside: bool, rounds: int) -> str:

@@ -118,7 +118,7 @@ def finite(tensors: Mapping[str, np.ndarray]) -> None:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of one frame: the factors B, e, A; the dense tensors; everything."""
+    """Bytes of one frame: the factors B, e, A and the base updates; the dense tensors; everything."""
 
     adapter: int
     head: int
@@ -129,7 +129,7 @@ def sizes(frame: bytes) -> Sizes:
     """What the bytes of a frame of this module are spent on, read from its header."""
     totals = {"adapter": 0, "head": 0}
     for name, entry in _header(frame).items():
-        part = "head" if name.startswith("h.") else "adapter" if name.split(".")[0] in (*FACTORS,) else None
+        part = "head" if name.startswith("h.") else "adapter" if name.split(".")[0] in (*FACTORS, "W") else None
         if part:
             start, end = entry["data_offsets"]
             totals[part] += end - start

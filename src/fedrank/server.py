@@ -20,12 +20,12 @@ from fedrank.wire import Kind, Reply, Wire
 
 log = logging.getLogger(__name__)
 Event = dict[str, Any]
-Evaluate = Callable[[Adapter], Mapping[str, float]]
+Evaluate = Callable[[Adapter, tuple[Adapter, ...]], Mapping[str, float]]
 
 
 @dataclass(frozen=True, eq=False)
 class Server:
-    """The parts of one run. evaluate: the global model on the server's test set; None where there is neither."""
+    """The parts of one run. evaluate: adapter and base updates, the global model on the server's test set; None where there is neither."""
 
     method: Method
     engine: Engine
@@ -147,7 +147,9 @@ class Server:
             return update
 
         merged = self.method.merge(state, self.store.spooled(arrived, read))
-        if odd := merged.adapter.odd():  # not saved: the state before it stays the one to resume from
+        if odd := [
+            n for part in (merged.adapter, *merged.base_updates.values()) for n in part.odd()
+        ]:  # not saved: the state before it stays the one to resume from
             raise ValueError(f"{type(self.method).__name__}.merge made NaN or infinity in {odd[:3]}")
         return merged
 
@@ -180,7 +182,7 @@ class Server:
         scores: dict[str, Any] = {}
         mine = any(self.head == "own" or set(plan.own) & set("BeA") for plan in self._plans(after, cohort).values())
         if self.evaluate is not None and not mine:  # with private parts there is no one global model
-            found = self.evaluate(after.adapter)
+            found = self.evaluate(after.adapter, tuple(after.base_updates.values()))
             scores = {"accuracy": found["accuracy"], "loss": found["loss"]}
         personal = self._personal(after, cohort, tuple(cohort))
         if self.evaluate is None and not mine:

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,36 @@ def _numbered(folder: Path) -> dict[int, Path]:
     return {int(file.stem): file for file in sorted(files) if file.stem.isdigit()}
 
 
+def _load(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return dict(load_file(path))
+    except SafetensorError as error:
+        raise StoreError(f"{path} is damaged: {error}") from None
+
+
+def _arrays(adapter: Adapter) -> dict[str, np.ndarray]:
+    """An adapter's arrays by name, in its order of modules."""
+    arrays: dict[str, np.ndarray] = {}
+    for name, block in adapter.blocks.items():
+        parts = {"ids": block.ids, "B": block.B, "e": block.e, "A": block.A}
+        arrays |= {f"{part}/{name}": value for part, value in parts.items() if value is not None}
+    return arrays | {f"dense/{name}": tensor for name, tensor in adapter.dense.items()}
+
+
+def _adapter(arrays: Mapping[str, np.ndarray], scale: float) -> Adapter:
+    """The adapter of such arrays, in their order."""
+    named: dict[str, dict[str, np.ndarray]] = {part: {} for part in ("ids", "B", "e", "A", "dense")}
+    for key, array in arrays.items():
+        part, _, name = key.partition("/")
+        named[part][name] = array
+    blocks = {name: Block(ids, *(named[f].get(name) for f in FACTORS)) for name, ids in named["ids"].items()}
+    return Adapter(blocks, scale, named["dense"])
+
+
+def _below(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
 @dataclass(frozen=True)
 class Private:
     """One place for the private state of clients; each version is kept under the round that wrote it."""
@@ -54,13 +84,31 @@ class Private:
             raise ValueError(f"client id {client!r} must be letters, digits, '_', '-' or '.', at most 128")
         return self.root / client
 
+    def base(self, rounds: Iterable[int], scale: float) -> tuple[Adapter, ...]:
+        """The base updates of these rounds; StoreError where one is gone."""
+        found = []
+        for round in rounds:
+            path = self.root / ".base" / f"{round:04d}.safetensors"
+            if not path.exists():
+                raise StoreError(f"{path}, an update of the base model that this client was sent, is gone")
+            found.append(_adapter(_load(path), scale))
+        return tuple(found)
+
+    def save_base(self, updates: Mapping[int, Adapter]) -> None:
+        """Keep base updates as they came; they are the same for every client of this place."""
+        for round, update in updates.items():
+            path = self.root / ".base" / f"{round:04d}.safetensors"
+            if not path.exists():
+                write(path, save({n: np.asarray(a, order="C") for n, a in _arrays(update).items()}))
+            if update.dense:  # it sums up all before it, and no later request names those
+                for number, old in _numbered(path.parent).items():
+                    if number < round:
+                        old.unlink()
+
     def load(self, client: ClientId, since: int) -> dict[str, np.ndarray] | None:
         """The version of round `since`, never a newer one; None where that round left none."""
         path = self._folder(client) / f"{since:04d}.safetensors"
-        try:
-            return dict(load_file(path)) if since >= 0 and path.exists() else None
-        except SafetensorError as error:
-            raise StoreError(f"{path} is damaged: {error}") from None
+        return _load(path) if since >= 0 and path.exists() else None
 
     def save(self, client: ClientId, round: int, since: int, arrays: Mapping[str, np.ndarray] | None) -> None:
         """Write this round's version, none for None; all others but `since`, which a redone round needs, are over."""
@@ -138,17 +186,15 @@ class Store:
 
     def save_state(self, state: State, numerics: Mapping[str, Any]) -> None:
         """Commit a round: after this, resume starts here. Keeps the last 3 states and every 10th."""
-        blocks = state.adapter.blocks
-        tensors: dict[str, np.ndarray] = {}
-        for name, block in blocks.items():
-            parts = {"ids": block.ids, "B": block.B, "e": block.e, "A": block.A}
-            tensors |= {f"adapter/{name}/{part}": value for part, value in parts.items() if value is not None}
-        tensors |= {f"dense/{name}": tensor for name, tensor in state.adapter.dense.items()}
+        tensors = {f"adapter/{name}": array for name, array in _arrays(state.adapter).items()}
+        for round, update in state.base_updates.items():
+            tensors |= {f"base/{round}/{name}": array for name, array in _arrays(update).items()}
         tensors |= {f"arrays/{name}": array for name, array in state.arrays.items()}
         tensors["seen"] = np.frombuffer(json.dumps(dict(state.seen)).encode(), np.uint8)
         meta = {
-            "round": state.round, "rounds": state.rounds, "scale": state.adapter.scale, "modules": list(blocks),
+            "round": state.round, "rounds": state.rounds, "scale": state.adapter.scale, "modules": list(state.adapter.blocks),
             "dense": list(state.adapter.dense), "metrics": dict(state.metrics), "numerics": dict(numerics),
+            "base_updates": list(state.base_updates),
         }  # fmt: skip
         data = save({n: np.asarray(t, order="C") for n, t in tensors.items()}, {"fedrank": json.dumps(meta)})
         write(self.path / "states" / f"{state.round:04d}.safetensors", data)
@@ -167,15 +213,13 @@ class Store:
             with safe_open(path, "np") as file:
                 meta = json.loads(file.metadata()["fedrank"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            blocks = {
-                name: Block(tensors[f"adapter/{name}/ids"], *(tensors.get(f"adapter/{name}/{f}") for f in FACTORS))
-                for name in meta["modules"]
-            }
-            dense = {name: tensors[f"dense/{name}"] for name in meta["dense"]}
-            arrays = {name.split("/", 1)[1]: array for name, array in tensors.items() if name.startswith("arrays/")}
+            found = _adapter(_below("adapter/", tensors), meta["scale"])
+            blocks = {name: found.blocks[name] for name in meta["modules"]}  # a file has an order of its own
+            dense = {name: found.dense[name] for name in meta["dense"]}
+            updates = {n: _adapter(_below(f"base/{n}/", tensors), meta["scale"]) for n in meta["base_updates"]}
             state = State(
-                meta["round"], meta["rounds"], Adapter(blocks, meta["scale"], dense), arrays=arrays,
-                metrics=meta["metrics"], seen=json.loads(tensors["seen"].tobytes()),
+                meta["round"], meta["rounds"], Adapter(blocks, meta["scale"], dense), arrays=_below("arrays/", tensors),
+                metrics=meta["metrics"], seen=json.loads(tensors["seen"].tobytes()), base_updates=updates,
             )  # fmt: skip
             return state, meta["numerics"]
         except (SafetensorError, KeyError, TypeError, ValueError) as error:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fedrank import increments
 from fedrank.adapter import FACTORS, Adapter, Block, split
 from fedrank.frame import DTYPES, EXACT, SCHEMA, Dtype, Refused, Sizes, decode, encode, finite, pack, sizes, unpack
 from fedrank.protocol import ClientId, ModelSpec, Plan, State, Update, rng
@@ -36,6 +37,7 @@ class Request:
     client: ClientId
     plan: Plan
     adapter: Adapter
+    base_updates: Mapping[int, Adapter]
     numerics: Mapping[str, Any]
     digest: str
 
@@ -78,6 +80,7 @@ class Wire:
             if any(map(len, ids.values())):
                 tensors[name] = self._bits(ids, plan.width)
         tensors |= {f"arrays.{name}": array for name, array in plan.arrays.items()}
+        tensors |= increments.write(increments.after(state.base_updates, plan.since), self.spec)
         meta = self._meta(kind, round, client) | {
             "plan": _plan(plan),
             "digest": self.digest(kind, round, client, plan),
@@ -117,8 +120,9 @@ class Wire:
             raise Refused(f"not a plan: {error}") from None
         if self.digest(kind, round, client, plan) != digest:
             raise Refused("the plan does not fit its digest")
+        base = increments.read(tensors, self.spec, scale)
         adapter = self._read(tensors, _union(train, frozen), plan.sent, self.start, scale)
-        return Request(kind, round, rounds, client, plan, adapter, numerics, digest)
+        return Request(kind, round, rounds, client, plan, adapter, base, numerics, digest)
 
     # ---- client to server
 

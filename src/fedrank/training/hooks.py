@@ -1,6 +1,6 @@
 """Adapters as forward hooks on a frozen model: tensors live outside it, unmounting leaves it bit for bit as it was."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from fedrank.adapter import FACTORS, Adapter, Block, split
 
@@ -124,6 +125,41 @@ def _pieces(flat: np.ndarray, like: Adapter, factor: str) -> list[np.ndarray]:
     shapes = [(b.B.T.shape if factor == "B" else getattr(b, factor).shape) for b in like.blocks.values()]  # type: ignore[union-attr]
     parts = split(flat, (int(np.prod(shape)) for shape in shapes))
     return [part.reshape(shape).copy() for part, shape in zip(parts, shapes, strict=True)]
+
+
+def incremented(modules: Mapping[str, nn.Module], updates: Iterable[Adapter]) -> dict[str, Tensor]:
+    """New weights: the modules' own with the increments of base updates (factors or whole) added, in their order."""
+    result: dict[str, Tensor] = {}
+    for update in updates:
+        for name in (*update.blocks, *update.dense):
+            weight = result.get(name, _weight(modules[name]))
+            new = partial(torch.tensor, dtype=weight.dtype, device=weight.device)
+            if name in update.dense:
+                delta = new(update.dense[name])
+            else:
+                block = update.blocks[name]
+                delta = update.scale * (new(block.B if block.e is None else block.B * block.e) @ new(block.A))
+            result[name] = weight + (delta.T if isinstance(modules[name], Conv1D) else delta)  # Conv1D: (in, out)
+    return result
+
+
+@contextmanager
+def swapped(modules: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Other weights in these modules while the block runs; their own are put back, not computed back."""
+    own = {name: _weight(modules[name]).data for name in weights}
+    try:
+        for name, weight in weights.items():
+            _weight(modules[name]).data = weight
+        yield
+    finally:
+        for name, weight in own.items():
+            _weight(modules[name]).data = weight
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
@@ -12,12 +12,14 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
+import xxhash
+from torch import Tensor
 
 from fedrank.adapter import Adapter
 from fedrank.config import Local
 from fedrank.protocol import Job, Lower, Observe, Update
 from fedrank.training import tasks
-from fedrank.training.hooks import live, mounted
+from fedrank.training.hooks import incremented, live, mounted, swapped
 from fedrank.training.models import Model
 from fedrank.training.tasks import Encoded
 
@@ -54,6 +56,7 @@ class Trainer:
     lr: float
     threads: int
     device: str
+    working: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -74,7 +77,11 @@ class Trainer:
         values = list(adapter.values.values())
         optimizer = torch.optim.AdamW(values, lr=rate, weight_decay=0.0)
         started, losses, seen = time.perf_counter(), [], 0
-        with self._training(local.dropout, job), mounted(self.model.modules, self.model.heads, adapter):
+        with (
+            self._training(local.dropout, job),
+            mounted(self.model.modules, self.model.heads, adapter),
+            self._updated(job.base_updates),
+        ):
             for batch in _batches(rows, local, job):
                 inputs, labels = self.train.batch(batch, self.device)
                 loss = tasks.loss(self.model.network(**inputs), labels)
@@ -99,11 +106,13 @@ class Trainer:
         }
         return Update(adapter.export(train), examples=len(rows), metrics=metrics)
 
-    def evaluate(self, adapter: Adapter, encoded: Encoded, rows: np.ndarray) -> dict[str, float]:
+    def evaluate(
+        self, adapter: Adapter, encoded: Encoded, rows: np.ndarray, base_updates: tuple[Adapter, ...] = ()
+    ) -> dict[str, float]:
         """Loss and accuracy of the adapter on these rows (of completion tokens where the task generates)."""
         mount = live(adapter, Adapter({}, adapter.scale, {}), "", self.device)
         loss, right, known = 0.0, 0, 0
-        with torch.inference_mode(), mounted(self.model.modules, self.model.heads, mount):
+        with self._updated(base_updates), torch.inference_mode(), mounted(self.model.modules, self.model.heads, mount):
             for batch in tasks.by_length(encoded, rows, EVALUATION_BATCH):
                 inputs, labels = encoded.batch(batch, self.device)
                 part = tasks.counts(self.model.network(**inputs), labels)
@@ -111,6 +120,16 @@ class Trainer:
         if not known:
             raise TrainingError("no rows to evaluate on")
         return {"loss": loss / known, "accuracy": right / known, "rows": float(len(rows))}
+
+    def _updated(self, updates: tuple[Adapter, ...]) -> AbstractContextManager[None]:
+        """The base with these increments while a block runs, added up from its own weights; the last sum is kept."""
+        if not updates:
+            return nullcontext()
+        key = _digest(updates)
+        if key not in self.working:
+            self.working.clear()  # one copy of the base at a time
+            self.working[key] = incremented(self.model.modules, updates)
+        return swapped(self.model.modules, self.working[key])
 
     @contextmanager
     def _training(self, dropout: float, job: Job) -> Iterator[None]:
@@ -149,6 +168,21 @@ def _schedule(kind: str, round: int, rounds: int) -> float:
     """The learning rate's factor in a round of 1..rounds: it falls over the run, not within a round."""
     left = 1 - (round - 1) / rounds
     return {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[kind]
+
+
+def _digest(updates: tuple[Adapter, ...]) -> str:
+    """Names a sequence of base updates by its numbers."""
+    state = xxhash.xxh3_128()
+    for update in updates:
+        state.update(f"{update.scale}".encode())
+        for name, block in update.blocks.items():
+            parts = [part for part in (block.B, block.e, block.A) if part is not None]
+            state.update(f"{name}{[part.shape for part in parts]}".encode())
+            for part in parts:
+                state.update(part.tobytes(order="A"))
+        for name, tensor in update.dense.items():
+            state.update(name.encode() + tensor.tobytes())
+    return state.hexdigest()
 
 
 def majority(labels: np.ndarray) -> float:

@@ -1,0 +1,222 @@
+"""A comparison of methods from a YAML file: forecast, learning-rate pilot, runs, and one JSON of results.
+
+python benchmarks/study.py benchmarks/fed_plora.yaml --data PATH/clinc150 --out runs/fed_plora
+
+Every arm is played in every setting with the same data, seeds, rounds and tuning effort. Killed, it goes on
+where it was. Each run is a process of its own with one thread; --workers of them at once. --forecast stops
+after the forecast.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import machine
+import yaml
+
+HERE = Path(__file__).parent
+T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # Student's t, two-sided, by degrees of freedom
+Config = dict[str, Any]
+
+
+# ---- one run
+
+
+def merge(*parts: Config) -> Config:
+    """Nested mappings laid over one another."""
+    result: Config = {}
+    for part in parts:
+        for key, value in part.items():
+            both = isinstance(value, dict) and isinstance(result.get(key), dict)
+            result[key] = merge(result[key], value) if both else value
+    return result
+
+
+def play(folder: Path, config: Config) -> Path:
+    """One run in a process of its own; a finished one is kept, a stopped one resumed."""
+    file = folder.with_name(f"{folder.name}.yaml")
+    if file.exists() and yaml.safe_load(file.read_text()) != config:
+        raise SystemExit(f"{folder} was played from another config; move it away or choose another --out")
+    if not (folder / "summary.json").exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(yaml.safe_dump(config))
+        what = (
+            ["resume", str(folder)] if (folder / "config.yaml").exists() else ["run", str(file), "--out", str(folder)]
+        )
+        clock = time.time()
+        subprocess.run([sys.executable, "-m", "fedrank.cli", *what, "--output", "quiet"], check=True)
+        print(f"{time.strftime('%H:%M:%S')}  {folder.name}  {time.time() - clock:.0f} s", flush=True)
+    return folder
+
+
+def rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "summary.json").read_text()))
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"mean": statistics.mean(values), "deviation": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+def paired(ours: list[float], theirs: list[float]) -> dict[str, Any]:
+    """Differences in points over the same seeds, with the 95 % interval of their mean."""
+    points = [100 * (a - b) for a, b in zip(ours, theirs, strict=True)]
+    mean = statistics.mean(points)
+    half = T_95[len(points) - 1] * statistics.stdev(points) / len(points) ** 0.5 if len(points) > 1 else float("inf")
+    verdict = "no loss beyond 1 point" if mean - half > -1 else "not shown"
+    return {"points": points, "mean": mean, "interval_95": [mean - half, mean + half], "verdict": verdict}
+
+
+# ---- what a run says
+
+
+def measured(folder: Path, score: str, columns: list[str]) -> dict[str, Any]:
+    """The curve of a score, its last five evaluations, what it cost, and other columns of the ledger by round."""
+    rounds, end = rows(folder, "rounds"), summary(folder)
+    curve = {row["round"]: row[score] for row in rounds if row[score] is not None}
+    kept = ("accuracy", "personal_accuracy", "personal_majority", "majority", "adapter_bytes_up",
+            "adapter_bytes_down", "bytes_up", "bytes_down", "clock_seconds", "wall_seconds")  # fmt: skip
+    return {
+        "curve": curve, "last_five": statistics.mean(list(curve.values())[-5:]),
+        **{name: end[name] for name in kept if name in end},
+        "by_round": {name: [row.get(name) for row in rounds] for name in columns},
+    }  # fmt: skip
+
+
+def reached(folder: Path, score: str, target: float) -> dict[str, float] | None:
+    """When the mean of three evaluations in a row first was at the target: round, simulated seconds, bytes so far."""
+    traffic, curve = 0.0, list[float]()
+    for row in rows(folder, "rounds"):
+        traffic += row["adapter_bytes_up"] + row["adapter_bytes_down"]
+        if row[score] is not None:
+            curve.append(row[score])
+            if len(curve) >= 3 and statistics.mean(curve[-3:]) >= target:
+                return {"round": row["round"], "clock_seconds": row["clock_seconds"], "adapter_bytes": traffic}
+    return None
+
+
+def targets(folders: dict[str, Path], score: str) -> dict[str, Any]:
+    """The score that every arm reaches, and when each first did."""
+    best = []
+    for folder in folders.values():
+        curve = [row[score] for row in rows(folder, "rounds") if row[score] is not None]
+        best.append(max(statistics.mean(curve[at : at + 3]) for at in range(max(1, len(curve) - 2))))
+    return {"target": min(best), **{arm: reached(folder, score, min(best)) for arm, folder in folders.items()}}
+
+
+# ---- the study
+
+
+def forecast(arms: dict[str, Config], study: Config, workers: int) -> dict[str, Any]:
+    """Hours, from two clients trained and one evaluation timed in each arm; pilots and runs together."""
+    pilot, hours = study["pilot"], dict[str, float]()
+    tries = len(pilot["learning_rates"])
+    for arm, config in arms.items():
+        with tempfile.TemporaryDirectory() as folder:
+            small = merge(config, {"rounds": {"count": 1, "cohort": 2, "evaluate_every": 1}})
+            file = Path(folder) / "one.yaml"
+            file.write_text(yaml.safe_dump(small))
+            run = Path(folder) / "run"
+            command = [sys.executable, "-m", "fedrank.cli", "run", str(file), "--out", str(run), "--output", "quiet"]
+            subprocess.run(command, check=True)
+            row = rows(run, "rounds")[0]
+        client, rest = row["train_seconds"] / 2, row["wall_seconds"] - row["train_seconds"]
+
+        def seconds(rounds: Config, client: float = client, rest: float = rest) -> float:
+            evaluations = rounds["count"] / rounds["evaluate_every"]
+            return float(rounds["count"] * rounds["cohort"] * client + evaluations * rest)
+
+        runs = seconds(config["rounds"]) * len(study["seeds"]) * len(study["settings"])
+        tried = seconds(pilot["rounds"]) * tries * (len(study["settings"]) if pilot["every_setting"] else 1)
+        hours[arm] = (runs + tried) / 3600
+    return {"hours": sum(hours.values()) / workers, "workers": workers, "hours_of_one_core": hours}
+
+
+def configs(study: Config, data: str) -> Iterator[tuple[str, str, Config]]:
+    """(setting, arm, config), the settings one after another."""
+    for (setting, more), (arm, own) in product(study["settings"].items(), study["arms"].items()):
+        yield setting, arm, merge(study["base"], {"data": {"path": data}}, more or {}, own)
+
+
+def rates(study: Config, data: str, out: Path, pool: ThreadPoolExecutor) -> dict[str, Any]:
+    """The pilot on the validation split: setting -> arm -> what each learning rate scored, and the best."""
+    pilot, first = study["pilot"], next(iter(study["settings"]))
+    jobs = {}
+    for setting, arm, config in configs(study, data):
+        if setting == first or pilot["every_setting"]:
+            for lr in pilot["learning_rates"]:
+                part = {"rounds": pilot["rounds"], "seed": pilot["seed"], "local": {"lr": lr}, "data": {"split": "validation"}}  # fmt: skip
+                folder = out / f"pilot-{setting}-{arm}-{lr:g}"
+                jobs[setting, arm, lr] = pool.submit(play, folder, merge(config, part))
+    found: dict[str, Any] = {}
+    for (setting, arm, lr), job in jobs.items():
+        scored = found.setdefault(setting, {}).setdefault(arm, {"scores": {}})
+        scored["scores"][lr] = summary(job.result())[study["score"]]
+        scored["best"] = max(scored["scores"], key=scored["scores"].__getitem__)
+    return {setting: found.get(setting, found[first]) for setting in study["settings"]}
+
+
+def main() -> None:
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("study", type=Path)
+    words.add_argument("--data", required=True, help="the folder of the data set")
+    words.add_argument("--out", type=Path, required=True, help="where the runs go")
+    words.add_argument("--results", type=Path, help="default: results/ beside this file")
+    words.add_argument("--workers", type=int, default=2)
+    words.add_argument("--forecast", action="store_true", help="print the forecast and stop")
+    given = words.parse_args()
+    study = yaml.safe_load(given.study.read_text())
+    results = given.results or HERE / "results" / f"{given.study.stem}.json"
+    first = next(iter(study["settings"]))
+    arms = {arm: config for setting, arm, config in configs(study, given.data) if setting == first}
+    given.out.mkdir(parents=True, exist_ok=True)
+    kept = given.out / "forecast.json"  # of the first start: a study that goes on has less to do
+    if given.forecast or not kept.exists():
+        kept.write_text(json.dumps(forecast(arms, study, given.workers)))
+    expected = json.loads(kept.read_text())
+    print(f"forecast: {expected['hours']:.1f} hours with {expected['workers']} runs at once", flush=True)
+    if given.forecast:
+        return
+    pool = ThreadPoolExecutor(given.workers)
+    result: dict[str, Any] = {
+        "study": study, "command": f"python benchmarks/study.py benchmarks/{given.study.name} --data PATH --out FOLDER",
+        "machine": machine.describe() | {"threads_per_run": 1, "runs_at_once": given.workers}, "forecast": expected,
+        "pilot": rates(study, given.data, given.out, pool), "runs": {}, "to_target": {},
+    }  # fmt: skip
+    jobs = {}
+    for seed in study["seeds"]:
+        for setting, arm, config in configs(study, given.data):
+            part = {"seed": seed, "local": {"lr": result["pilot"][setting][arm]["best"]}}
+            jobs[setting, arm, seed] = pool.submit(play, given.out / f"{setting}-{arm}-{seed}", merge(config, part))
+    for (setting, arm, seed), job in jobs.items():
+        found = measured(job.result(), study["score"], study["columns"])
+        result["runs"].setdefault(setting, {}).setdefault(arm, {})[str(seed)] = found
+        results.write_text(json.dumps(result, indent=1) + "\n")
+    for setting, seed in product(study["settings"], study["seeds"]):
+        folders = {arm: given.out / f"{setting}-{arm}-{seed}" for arm in study["arms"]}
+        result["to_target"].setdefault(setting, {})[str(seed)] = targets(folders, study["score"])
+    results.write_text(json.dumps(result, indent=1) + "\n")
+    for setting, played in result["runs"].items():
+        print(f"\n{setting}")
+        for arm, seeds in played.items():
+            one = list(seeds.values())
+            late = spread([run["last_five"] for run in one])
+            traffic = statistics.mean(run["adapter_bytes_up"] + run["adapter_bytes_down"] for run in one)
+            print(f"  {arm:24} {study['score']} {100 * late['mean']:.1f} ± {100 * late['deviation']:.1f} %, "
+                  f"{traffic / 1e6:.0f} MB of adapter, {one[0].get('clock_seconds', 0):.0f} simulated seconds")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

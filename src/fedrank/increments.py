@@ -1,0 +1,77 @@
+"""Increments of the frozen base, round by round: which a client still lacks, and as tensors of a frame and back."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from fedrank.adapter import Adapter, Block, split
+from fedrank.frame import Refused
+from fedrank.protocol import ModelSpec
+
+# They travel in float32 whatever the wire's type is: every client's base must be the same to the bit.
+WHOLE = -1  # the rank that stands for a whole increment (out, in)
+
+
+def after(updates: Mapping[int, Adapter], since: int) -> dict[int, Adapter]:
+    """What a client lacks that was last merged in round `since`: it had every earlier round's with that request.
+
+    A whole increment sums up all before it, so one that the client lacks is sent however old its parts are.
+    """
+    return {round: update for round, update in updates.items() if round >= since}
+
+
+def whole(update: Adapter) -> bool:
+    """Whether this increment replaces all earlier ones."""
+    return bool(update.dense)
+
+
+def write(updates: Mapping[int, Adapter], spec: ModelSpec) -> dict[str, np.ndarray | list[np.ndarray]]:
+    """A frame's tensors: the rounds, a rank per round and module, and all factors and whole increments, flat."""
+    if not updates:
+        return {}
+    ranks = np.zeros((len(updates), len(spec.modules)), np.int32)
+    flat: dict[str, list[np.ndarray]] = {"B.base": [], "A.base": [], "W.base": []}
+    for at, update in enumerate(updates.values()):
+        for column, module in enumerate(spec.modules):
+            if (block := update.blocks.get(module.name)) is not None:
+                assert block.B is not None
+                assert block.A is not None
+                ranks[at, column] = block.rank
+                flat["B.base"].append(block.B.T.astype(np.float32, copy=False))
+                flat["A.base"].append(block.A.astype(np.float32, copy=False))
+            elif module.name in update.dense:
+                ranks[at, column] = WHOLE
+                flat["W.base"].append(update.dense[module.name].astype(np.float32, copy=False))
+    present = {name: parts for name, parts in flat.items() if parts}
+    return {"base.rounds": np.array(list(updates), np.int64), "base.ranks": ranks, **present}
+
+
+def read(tensors: dict[str, np.ndarray], spec: ModelSpec, scale: float) -> dict[int, Adapter]:
+    """Take them out of a frame's tensors; Refused where they do not fit the model."""
+    rounds, ranks = tensors.pop("base.rounds", None), tensors.pop("base.ranks", None)
+    flat = {name: tensors.pop(name, np.empty(0, np.float32)) for name in ("B.base", "A.base", "W.base")}
+    if rounds is None or ranks is None:
+        if rounds is not None or ranks is not None or any(part.size for part in flat.values()):
+            raise Refused("the base updates lack their rounds or ranks")
+        return {}
+    if rounds.ndim != 1 or np.any(rounds[1:] <= rounds[:-1]) or ranks.shape != (len(rounds), len(spec.modules)):
+        raise Refused(
+            f"base updates of rounds {rounds.tolist()[:5]} and ranks {list(ranks.shape)} do not fit the model"
+        )
+    out, in_ = (np.array([getattr(m, side) for m in spec.modules], np.int64) for side in ("out", "in_"))
+    counts = {"B.base": np.maximum(ranks, 0) * out, "A.base": np.maximum(ranks, 0) * in_, "W.base": (ranks == WHOLE) * out * in_}  # fmt: skip
+    for name, part in flat.items():
+        if part.dtype != np.float32 or part.size != counts[name].sum() or ranks.min(initial=0) < WHOLE:
+            raise Refused(f"{name} has {part.size} numbers of {part.dtype}, its ranks ask for {counts[name].sum()}")
+    pieces = {name: iter(split(part.reshape(-1), counts[name].reshape(-1).tolist())) for name, part in flat.items()}
+    result = {}
+    for round, row in zip(rounds.tolist(), ranks.tolist(), strict=True):
+        blocks, dense = {}, {}
+        for module, rank in zip(spec.modules, row, strict=True):
+            b, a, w = (next(pieces[name]) for name in ("B.base", "A.base", "W.base"))
+            if rank > 0:
+                blocks[module.name] = Block(np.arange(rank), b.reshape(rank, -1).T, None, a.reshape(rank, -1))
+            elif rank == WHOLE:
+                dense[module.name] = w.reshape(module.out, module.in_)
+        result[round] = Adapter(blocks, scale, dense)
+    return result
