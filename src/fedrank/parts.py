@@ -126,15 +126,17 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
     spec = model.spec
     try:
         begin = chosen.begin(spec, config.rounds.count, config.seed)
+        plans = chosen.plan(begin, dict([*devices.items()][:1]), config.seed)
     except ValueError as error:  # hyper-parameters that do not fit the adapter
         raise ConfigError(f"method {config.method['name']}: {error}") from None
+    own = {f for plan in plans.values() if plan for f in plan.own} | set("h" * (config.adapter.head == "own"))
     facts = {
         "data": dataset.name, "rows": {"train": len(dataset.train), "test": len(dataset.test)},
         "hash": {"train": dataset.train.digest(), "test": dataset.test.digest()}, "labels": list(dataset.labels),
         "model": {"name": config.model.name, "fingerprint": spec.fingerprint, "pooling": model.pooling,
                   "source": model.source, "base_class": type(model.base).__name__, "task": config.task,
                   "conv1d": any(type(m).__name__ == "Conv1D" for m in model.modules.values())},
-        "partition": shares.summary(),
+        "partition": shares.summary(), "own": "".join(f for f in begin.adapter.factors if f in own),
         "fleet": {"kinds": dict(Counter(device.kind for device in devices.values())), "hash": _digest(machines)},
     }  # fmt: skip
     about = {
