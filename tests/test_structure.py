@@ -22,7 +22,8 @@ ROOT = Path(fedrank.__file__).parent
 FLOORS = [
     {"adapter"},
     {"protocol"},
-    {"aggregation", "selection", "cost", "fleet", "frame", "increments", "wire", "config", "store", "ledger"},
+    {"aggregation", "exactness", "levels", "optimizer", "selection"}
+    | {"cost", "fleet", "frame", "increments", "wire", "config", "store", "ledger"},
     {"training"},
     {"methods"},
     {"client"},

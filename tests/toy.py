@@ -111,12 +111,15 @@ class Federation:
     store: Store
     sites: Mapping[str, Site]
 
-    def play(self, state: State | None = None) -> dict[str, list[Event]]:
+    def play(
+        self, state: State | None = None, after: Callable[[Event], None] = lambda event: None
+    ) -> dict[str, list[Event]]:
         if state is None:
             self.store.save_state(self.begin, self.server.wire.numerics)
         found: dict[str, list[Event]] = {"cohort": [], "client": [], "round": [], "end": []}
         for event in self.server.play(self.begin if state is None else state):
             found[event["event"]].append(event)
+            after(event)
         return found
 
     @property

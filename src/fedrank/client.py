@@ -129,9 +129,11 @@ def _load(request: Request, site: Site) -> dict[str, np.ndarray]:
     """What the client kept in the last round that was merged; StoreError where it is needed and not there."""
     since = request.plan.since
     kept = site.private.load(site.device.id, since)
-    if kept is None and since >= 0 and (lost := _staying(request.plan, site.wire.start)):
+    factors = _staying(request.plan, site.wire.start)
+    if kept is None and since >= 0 and (factors or request.plan.private):
+        lost = f"factors {factors}" if factors else "private components"
         raise StoreError(
-            f"factors {lost} do not travel, and {site.private.root} holds no version of round {since}: "
+            f"{lost} do not travel, and {site.private.root} holds no version of round {since}: "
             "it was lost, or the plan of that round let them travel"
         )
     return kept or {}

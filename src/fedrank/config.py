@@ -73,13 +73,15 @@ class Clients(BaseModel, extra="forbid", frozen=True):
 class Rounds(BaseModel, extra="forbid", frozen=True):
     """cohort: clients per round. evaluate_every: rounds between evaluations.
 
-    deadline: simulated seconds of a round, after which a client is late.
+    deadline: simulated seconds of a round, after which a client is late. exactness: how far clients start from
+    the global function, and merges end from theirs, in the ledger.
     """
 
     count: Positive = 20
     cohort: Positive = 5
     evaluate_every: Positive = 5
     deadline: Above0 | None = None
+    exactness: bool = False
 
 
 class Local(BaseModel, extra="forbid", frozen=True):

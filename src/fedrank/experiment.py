@@ -24,8 +24,8 @@ from fedrank.store import Store, StoreError
 log = logging.getLogger(__name__)
 
 # What does not touch the bits of a round already played; other data or another model is noticed by its hash.
-CHANGEABLE = ("rounds.count", "rounds.cohort", "rounds.evaluate_every", "rounds.deadline", "engine.failure_rate",
-              "engine.fleet.csv", "data.path", "model.name")  # fmt: skip
+CHANGEABLE = ("rounds.count", "rounds.cohort", "rounds.evaluate_every", "rounds.deadline", "rounds.exactness",
+              "engine.failure_rate", "engine.fleet.csv", "data.path", "model.name")  # fmt: skip
 
 
 @dataclass(frozen=True)

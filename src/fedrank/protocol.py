@@ -243,7 +243,8 @@ class Lower:
 class Fit(Protocol):
     """Local training, injected into a job: returns the trained components, by the job's plan.
 
-    With a lower level, the update's `private` holds its trained components and the upper moments.
+    With a lower level, the update's `private` holds its trained components and the upper moments, as
+    ``levels`` packs them. Where the plan lets nothing learn above, the lower level takes its steps alone.
     """
 
     def __call__(self, job: "Job", observe: Observe | None = None, lower: Lower | None = None) -> Update: ...

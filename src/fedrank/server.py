@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from fedrank import exactness, ledger
 from fedrank import frame as frames
-from fedrank import ledger
 from fedrank.adapter import Adapter
 from fedrank.config import Rounds
 from fedrank.frame import EXACT, Refused, Sizes
@@ -141,6 +141,8 @@ class Server:
             n for part in (merged.adapter, *merged.base_updates.values()) for n in part.odd()
         ]:  # not saved: the state before it stays the one to resume from
             raise ValueError(f"{type(self.method).__name__}.merge made NaN or infinity in {odd[:3]}")
+        if self.rounds.exactness:
+            merged = exactness.noted(self.method, state, merged, plans, self.store.spooled(arrived, read))
         return merged
 
     def _compare(self, client: ClientId, theirs: Mapping[str, Any]) -> None:
@@ -208,7 +210,7 @@ class Server:
         present, rows = everything(state.adapter), list[dict[str, Any]]()
         for at in range(0, len(clients), self.rounds.cohort):  # a method plans for cohorts, never for the whole fleet
             plans = self._plans(state, {client: fleet[client] for client in clients[at : at + self.rounds.cohort]})
-            plans = {c: replace(p, train=ids, frozen=present, learn="", up="", returns={}) for c, p in plans.items()}
+            plans = {c: replace(p, train=ids, frozen=present, up="", returns={}) for c, p in plans.items()}
             rows += self._exchange("evaluate", state, plans)
         frames = sum(row.get("bytes_down", 0) + row.get("bytes_up", 0) for row in rows)
         scored = [row for row in rows if row["ok"] and row.get("rows", 0) > 0 and {"accuracy", "loss"} <= row.keys()]

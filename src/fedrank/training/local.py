@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fedrank.adapter import Adapter
 from fedrank.config import Local
-from fedrank.protocol import Job, Load, Lower, Observe, Update
-from fedrank.training import tasks
+from fedrank.protocol import Address, Job, Load, Lower, Observe, Update
+from fedrank.training import bilevel, tasks
 from fedrank.training.hooks import incremented, live, mounted, swapped
 from fedrank.training.models import Model
 from fedrank.training.tasks import Encoded
@@ -71,30 +71,40 @@ class Trainer:
             torch.set_num_threads(before)
 
     def fit(self, job: Job, rows: np.ndarray, observe: Observe | None = None, lower: Lower | None = None) -> Update:
-        """Train the job's planned components on these rows; a fresh AdamW sees exactly those tensors."""
+        """Train the job's planned components on these rows; a fresh AdamW sees exactly those tensors.
+
+        With a lower level each step is a bilevel one, whose lower batches are drawn apart.
+        """
         local: Local = job.local
         train, frozen = job.adapter.take(job.plan.train), job.adapter.take(job.plan.frozen)
         adapter = live(train, frozen, job.plan.learn, self.device)
         rate = (local.lr or self.lr) * _schedule(local.schedule, job.round, job.rounds)
         values = list(adapter.values.values())
-        optimizer = torch.optim.AdamW(values, lr=rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(values, lr=rate, weight_decay=0.0) if values else None
+        two = None if lower is None else bilevel.begin(adapter, lower, job.plan.learn, self.device, optimizer)
+        others = _batches(rows, local, job, "lower batches")
         started, losses, seen = time.perf_counter(), [], 0
         with (
             self._training(local.dropout, job),
             mounted(self.model.modules, self.model.heads, adapter),
+            mounted(self.model.modules, self.model.heads, two.lower) if two and two.lower else nullcontext(),
             self._updated(job.base_updates),
             self._watched() as forward,
         ):
-            for batch in _batches(rows, local, job):
-                inputs, labels = self.train.batch(batch, self.device)
-                loss = tasks.loss(self.model.network(**inputs), labels)
-                loss.backward()  # type: ignore[no-untyped-call]
+            for at, batch in enumerate(_batches(rows, local, job)):
+                outer = partial(self._loss, batch)
+                if two is None:
+                    loss = outer()
+                    loss.backward()  # type: ignore[no-untyped-call]
+                else:
+                    loss = two.step(partial(self._again, next(others), job, at), outer)
                 losses.append(loss.detach())
                 if observe is not None:
                     observe(adapter.values, adapter.grads)
                 if local.clip is not None:
                     torch.nn.utils.clip_grad_norm_(values, local.clip)
-                optimizer.step()
+                if optimizer is not None:
+                    optimizer.step()
                 for grad in adapter.grads.values():
                     grad.zero_()
                 seen += len(batch)
@@ -109,7 +119,25 @@ class Trainer:
         }
         if self.timed:
             metrics["forward_seconds"] = sum(forward)
-        return Update(adapter.export(train), examples=len(rows), metrics=metrics)
+        private = {} if two is None else two.private
+        return Update(adapter.export(train), examples=len(rows), metrics=metrics, private=private)
+
+    def _loss(self, batch: np.ndarray) -> torch.Tensor:
+        """The loss of whatever is mounted, on these rows."""
+        inputs, labels = self.train.batch(batch, self.device)
+        return tasks.loss(self.model.network(**inputs), labels)
+
+    def _again(self, batch: np.ndarray, job: Job, step: int) -> torch.Tensor:
+        """The same, with dropout that is the same every time and takes nothing from the draws of plain training."""
+        with self._drawn(job, "lower dropout", step):
+            return self._loss(batch)
+
+    @contextmanager
+    def _drawn(self, job: Job, *address: Address) -> Iterator[None]:
+        """torch's generators at this address while the block runs."""
+        with torch.random.fork_rng(devices=[] if self.device == "cpu" else [self.device]):
+            torch.manual_seed(int(job.rng(*address).integers(1 << 62)))
+            yield
 
     def evaluate(
         self, adapter: Adapter, encoded: Encoded, rows: np.ndarray, base_updates: tuple[Adapter, ...] = ()
@@ -164,9 +192,7 @@ class Trainer:
         network = self.model.network
         layers = [m for m in network.modules() if isinstance(m, torch.nn.Dropout)]
         rates = [layer.p for layer in layers]
-        devices = [] if self.device == "cpu" else [self.device]
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(int(job.rng("dropout").integers(1 << 62)))
+        with self._drawn(job, "dropout"):
             try:
                 for layer in layers:
                     layer.p = dropout
@@ -178,8 +204,8 @@ class Trainer:
                     layer.p = rate
 
 
-def _batches(rows: np.ndarray, local: Local, job: Job) -> Iterator[np.ndarray]:
-    return batches(rows, local, partial(job.rng, "batches"))
+def _batches(rows: np.ndarray, local: Local, job: Job, stream: str = "batches") -> Iterator[np.ndarray]:
+    return batches(rows, local, partial(job.rng, stream))
 
 
 def batches(rows: np.ndarray, local: Local, draw: Callable[[int], np.random.Generator]) -> Iterator[np.ndarray]:
