@@ -33,7 +33,7 @@ def forecast(config: Config, method: Method | None = None) -> dict[str, Any]:
 
     The model's, whatever `engine.timing` says. Rounds are taken to be like the first: what a method changes in its
     plans as it goes on is not foreseen, nor are failures, nor evaluation. A client that is late or lacks the memory
-    sends nothing and costs no energy.
+    counts as sending nothing and taking no energy.
     """
     parts = prepare(config, method)
     config, found = parts.config, costs(parts)
