@@ -22,7 +22,7 @@ ROOT = Path(fedrank.__file__).parent
 FLOORS = [
     {"adapter"},
     {"protocol"},
-    {"aggregation", "selection", "cost", "frame", "increments", "wire", "config", "store", "ledger"},
+    {"aggregation", "selection", "cost", "frame", "increments", "wire", "config", "store", "ledger", "optimizer"},
     {"training"},
     {"methods"},
     {"client"},

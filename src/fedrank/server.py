@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from fedrank import frame as frames
-from fedrank import ledger
+from fedrank import ledger, optimizer
 from fedrank.adapter import Adapter
-from fedrank.config import Rounds
+from fedrank.config import Rounds, ServerSettings
 from fedrank.frame import EXACT, Refused, Sizes
 from fedrank.protocol import ClientId, Device, Engine, Method, Plan, State, Update, rng
 from fedrank.selection import everything
@@ -35,6 +35,7 @@ class Server:
     seed: int
     head: str
     evaluate: Evaluate | None
+    optimizer: ServerSettings = ServerSettings()
 
     def play(self, state: State) -> Iterator[Event]:
         """Play the rounds that are left, one event per client and round; each round is committed by its State."""
@@ -146,7 +147,7 @@ class Server:
             assert update is not None  # it was checked on arrival
             return update
 
-        merged = self.method.merge(state, self.store.spooled(arrived, read))
+        merged = optimizer.step(state, self.method.merge(state, self.store.spooled(arrived, read)), self.optimizer)
         if odd := [
             n for part in (merged.adapter, *merged.base_updates.values()) for n in part.odd()
         ]:  # not saved: the state before it stays the one to resume from
