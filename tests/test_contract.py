@@ -88,6 +88,9 @@ class Watched:
         assert frozen_copy(arrived.updates) == before
         return result
 
+    def adapt(self, job: Job) -> Adapter:
+        return self._pure("adapt", job) if hasattr(self.inner, "adapt") else job.adapter
+
 
 @pytest.fixture(scope="module", params=methods.names())
 def method(request: pytest.FixtureRequest) -> Any:
@@ -236,7 +239,7 @@ def test_exports_the_same_function_or_says_why_there_is_none(method, played, tmp
     shutil.copytree(played.federation.store.path, path)
     (path / "config.yaml").write_text("")
     (path / "data.json").write_text(json.dumps({"model": about, "own": own}))
-    functions = {None: played.states[3].adapter}
+    functions = {None: export.whole(played.states[3])}
     if own:
         with pytest.raises(StoreError, match=f"each client keeps {own[0]}.* to itself, so there is no one function"):
             export.export(path, tmp_path / "peft")
@@ -287,6 +290,7 @@ REFUSED: dict[str, tuple[Callable[[dict, dict], None], str]] = {
     "another client's name": (lambda m, t: m.update(client="c2"), "an answer to"),
     "more examples than it registered": (lambda m, t: m.update(examples=1 << 52), "more than the client registered"),
     "a metric whose sums overflow": (lambda m, t: m.update(metrics={"loss": 1.7e308}), "metric"),
+    "time that runs backwards": (lambda m, t: m.update(metrics={"device_seconds": -1.0}), "device_seconds"),
     "no examples": (lambda m, t: m.update(examples=0), "examples"),
     "a metric that is no number": (lambda m, t: m.update(metrics={"loss": "low"}), "metric"),
     "another kind": (lambda m, t: m.update(kind="evaluation"), "kind"),

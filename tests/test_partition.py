@@ -100,6 +100,29 @@ def test_fully_sorted_clients_hold_one_class_each_and_unsorted_ones_all() -> Non
     assert all(len(set(labels[rows])) == 5 for rows in deal("label_sorted", labels, 5, s=0.0).train)
 
 
+@pytest.mark.parametrize(("classes", "count"), [(10, 8), (4, 8), (10, 3), (150, 20), (7, 7)])
+def test_label_sorting_runs_from_even_to_sorted_on_train_and_test_rows(classes: int, count: int) -> None:
+    """PF2LoRA's spec, 10.1.16: s is heterogeneity, 0 is iid, at 1 a client has at most ceil(K / M) + 1 labels."""
+    labels, test_labels = even_labels(classes, 40), even_labels(classes, 20)
+    held: dict[float, list[list[int]]] = {}
+    for s in (0.0, 0.5, 1.0):
+        shares = deal("label_sorted", labels, count, s=s, test_labels=test_labels)
+        for known, rows in ((labels, shares.train), (test_labels, shares.test)):
+            assert sorted(np.concatenate(rows)) == list(range(len(known)))  # disjoint, and nothing dropped
+            held.setdefault(s, []).append([len(np.unique(known[share])) for share in rows])
+    at_most = -(-classes // count) + 1
+    assert max(map(max, held[1.0])) <= at_most
+    if at_most < classes / 2:
+        assert min(map(min, held[0.0])) > at_most
+    even_share = 40 / count
+    iid = deal("label_sorted", labels, count, s=0.0).train
+    counts = np.stack([np.bincount(labels[rows], minlength=classes) for rows in iid])
+    assert np.abs(counts - even_share).max() < 5 * even_share**0.5 + 1  # a draw without replacement scatters less
+    sorted_half = deal("label_sorted", labels, count, s=0.5).train
+    skew = [np.mean([np.bincount(labels[rows]).max() / len(rows) for rows in part]) for part in (iid, sorted_half)]
+    assert skew[0] < skew[1]
+
+
 @pytest.mark.parametrize(("count", "each"), [(10, 2), (5, 3), (4, 5), (30, 1)])
 def test_pathological_clients_hold_exactly_their_classes(count: int, each: int) -> None:
     labels = even_labels(10, 20)

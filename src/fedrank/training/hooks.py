@@ -35,7 +35,8 @@ class Live:
     """An adapter on the device, ready to mount.
 
     values, grads: factor (and "h.<name>") -> one flat tensor of what learns, in module and id order;
-    the parts' tensors are views of them, so an optimizer sees a handful of tensors.
+    the parts' tensors are views of them, so an optimizer sees a handful of tensors. learning: the parts
+    with learning factors, in module order.
     """
 
     scale: float
@@ -43,12 +44,25 @@ class Live:
     values: dict[str, Tensor] = field(default_factory=dict)
     grads: dict[str, Tensor] = field(default_factory=dict)
     dense: dict[str, Tensor] = field(default_factory=dict)
+    learning: list[Part] = field(default_factory=list)
 
     def learn(self, factor: str, flat: np.ndarray, device: str) -> Tensor:
         value = torch.tensor(flat, dtype=torch.float32, device=device)
         value.grad = torch.zeros_like(value)
         self.values[factor], self.grads[factor] = value, value.grad
         return value
+
+    def bind(self, values: Iterable[Tensor]) -> None:
+        """Let the forward pass see these flat tensors, given in the order of `values`; gradients flow into them."""
+        for name, flat in zip(self.values, values, strict=True):
+            if name.startswith("h."):
+                self.dense[name[2:]] = flat.view(self.dense[name[2:]].shape)
+                continue
+            factor = "Bt" if name == "B" else name
+            shapes = [getattr(part, factor).shape for part in self.learning]
+            pieces = torch.split(flat, [shape.numel() for shape in shapes])  # one node of the graph, not one per piece
+            for part, piece, shape in zip(self.learning, pieces, shapes, strict=True):
+                setattr(part, factor, piece.view(shape))
 
     def export(self, like: Adapter) -> Adapter:
         """The learnt values in the shape of `like`, all else as it is there."""
@@ -82,7 +96,8 @@ def live(train: Adapter, frozen: Adapter, learn: str, device: str) -> Live:
             value = torch.tensor(flat, dtype=torch.float32, device=device)
             views[f] = [part.view(shape) for part, shape in _cut(value, shapes)]
     for at, name in enumerate(train.blocks):
-        result.parts[name] = [_part(name, views["B"][at], views["e"][at], views["A"][at])]
+        result.learning.append(_part(name, views["B"][at], views["e"][at], views["A"][at]))
+        result.parts[name] = [result.learning[-1]]
     for name, block in frozen.blocks.items():
         tensors = [None if t is None else torch.tensor(t, dtype=torch.float32, device=device)
                    for t in (None if block.B is None else block.B.T, block.e, block.A)]  # fmt: skip

@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from fedrank.adapter import Adapter
 from fedrank.config import Local
-from fedrank.protocol import Job, Lower, Observe, Update
-from fedrank.training import tasks
+from fedrank.protocol import Address, Job, Load, Lower, Observe, Update
+from fedrank.training import bilevel, tasks
 from fedrank.training.hooks import incremented, live, mounted, swapped
 from fedrank.training.models import Model
 from fedrank.training.tasks import Encoded
@@ -48,7 +49,7 @@ def numerics(threads: int, device: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class Trainer:
-    """One frozen model and its tokenised data, shared by all clients of this process."""
+    """One frozen model and its tokenised data, shared by all clients of this process. timed: forward passes are."""
 
     model: Model
     train: Encoded
@@ -57,6 +58,7 @@ class Trainer:
     threads: int
     device: str
     working: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    timed: bool = False
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -69,29 +71,40 @@ class Trainer:
             torch.set_num_threads(before)
 
     def fit(self, job: Job, rows: np.ndarray, observe: Observe | None = None, lower: Lower | None = None) -> Update:
-        """Train the job's planned components on these rows; a fresh AdamW sees exactly those tensors."""
+        """Train the job's planned components on these rows; a fresh AdamW sees exactly those tensors.
+
+        With a lower level each step is a bilevel one, whose lower batches are drawn apart.
+        """
         local: Local = job.local
         train, frozen = job.adapter.take(job.plan.train), job.adapter.take(job.plan.frozen)
         adapter = live(train, frozen, job.plan.learn, self.device)
         rate = (local.lr or self.lr) * _schedule(local.schedule, job.round, job.rounds)
         values = list(adapter.values.values())
-        optimizer = torch.optim.AdamW(values, lr=rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(values, lr=rate, weight_decay=0.0) if values else None
+        two = None if lower is None else bilevel.begin(adapter, lower, job.plan.learn, self.device, optimizer)
+        others = _batches(rows, local, job, "lower batches")
         started, losses, seen = time.perf_counter(), [], 0
         with (
             self._training(local.dropout, job),
             mounted(self.model.modules, self.model.heads, adapter),
+            mounted(self.model.modules, self.model.heads, two.lower) if two and two.lower else nullcontext(),
             self._updated(job.base_updates),
+            self._watched() as forward,
         ):
-            for batch in _batches(rows, local, job):
-                inputs, labels = self.train.batch(batch, self.device)
-                loss = tasks.loss(self.model.network(**inputs), labels)
-                loss.backward()  # type: ignore[no-untyped-call]
+            for at, batch in enumerate(_batches(rows, local, job)):
+                outer = partial(self._loss, batch)
+                if two is None:
+                    loss = outer()
+                    loss.backward()  # type: ignore[no-untyped-call]
+                else:
+                    loss = two.step(partial(self._again, next(others), job, at), outer)
                 losses.append(loss.detach())
                 if observe is not None:
                     observe(adapter.values, adapter.grads)
                 if local.clip is not None:
                     torch.nn.utils.clip_grad_norm_(values, local.clip)
-                optimizer.step()
+                if optimizer is not None:
+                    optimizer.step()
                 for grad in adapter.grads.values():
                     grad.zero_()
                 seen += len(batch)
@@ -104,7 +117,27 @@ class Trainer:
             "seconds": time.perf_counter() - started,
             "rows_seen": float(seen),
         }
-        return Update(adapter.export(train), examples=len(rows), metrics=metrics)
+        if self.timed:
+            metrics["forward_seconds"] = sum(forward)
+        private = {} if two is None else two.private
+        return Update(adapter.export(train), examples=len(rows), metrics=metrics, private=private)
+
+    def _loss(self, batch: np.ndarray) -> torch.Tensor:
+        """The loss of whatever is mounted, on these rows."""
+        inputs, labels = self.train.batch(batch, self.device)
+        return tasks.loss(self.model.network(**inputs), labels)
+
+    def _again(self, batch: np.ndarray, job: Job, step: int) -> torch.Tensor:
+        """The same, with dropout that is the same every time and takes nothing from the draws of plain training."""
+        with self._drawn(job, "lower dropout", step):
+            return self._loss(batch)
+
+    @contextmanager
+    def _drawn(self, job: Job, *address: Address) -> Iterator[None]:
+        """torch's generators at this address while the block runs."""
+        with torch.random.fork_rng(devices=[] if self.device == "cpu" else [self.device]):
+            torch.manual_seed(int(job.rng(*address).integers(1 << 62)))
+            yield
 
     def evaluate(
         self, adapter: Adapter, encoded: Encoded, rows: np.ndarray, base_updates: tuple[Adapter, ...] = ()
@@ -120,6 +153,28 @@ class Trainer:
         if not known:
             raise TrainingError("no rows to evaluate on")
         return {"loss": loss / known, "accuracy": right / known, "rows": float(len(rows))}
+
+    @contextmanager
+    def _watched(self) -> Iterator[list[float]]:
+        """The seconds of each forward pass of the network while a block runs; none where this is not wanted."""
+        seconds: list[float] = []
+        if not self.timed:
+            yield seconds
+            return
+
+        def now() -> float:
+            if self.device != "cpu":
+                torch.cuda.synchronize(self.device)
+            return time.perf_counter()
+
+        network = self.model.network
+        before = network.register_forward_pre_hook(lambda *_: seconds.append(-now()))
+        after = network.register_forward_hook(lambda *_: seconds.append(now()))
+        try:
+            yield seconds
+        finally:
+            before.remove()
+            after.remove()
 
     def _updated(self, updates: tuple[Adapter, ...]) -> AbstractContextManager[None]:
         """The base with these increments while a block runs, added up from its own weights; the last sum is kept."""
@@ -137,9 +192,7 @@ class Trainer:
         network = self.model.network
         layers = [m for m in network.modules() if isinstance(m, torch.nn.Dropout)]
         rates = [layer.p for layer in layers]
-        devices = [] if self.device == "cpu" else [self.device]
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(int(job.rng("dropout").integers(1 << 62)))
+        with self._drawn(job, "dropout"):
             try:
                 for layer in layers:
                     layer.p = dropout
@@ -151,17 +204,30 @@ class Trainer:
                     layer.p = rate
 
 
-def _batches(rows: np.ndarray, local: Local, job: Job) -> Iterator[np.ndarray]:
-    """`local.epochs` epochs, or exactly `local.steps` batches over as many epochs as that takes."""
+def _batches(rows: np.ndarray, local: Local, job: Job, stream: str = "batches") -> Iterator[np.ndarray]:
+    return batches(rows, local, partial(job.rng, stream))
+
+
+def batches(rows: np.ndarray, local: Local, draw: Callable[[int], np.random.Generator]) -> Iterator[np.ndarray]:
+    """A round's batches, each epoch in an order drawn for it:
+
+    `local.epochs` epochs, or exactly `local.steps` batches over as many epochs as that takes."""
     done = 0
     for epoch in count():
         if local.steps is None and epoch == local.epochs:
             return
-        for batch in tasks.shuffled(rows, local.batch_size, job.rng("batches", epoch)):
+        for batch in tasks.shuffled(rows, local.batch_size, draw(epoch)):
             if done == local.steps:
                 return
             done += 1
             yield batch
+
+
+def workload(rows: np.ndarray, lengths: np.ndarray, local: Local, draw: Callable[[int], np.random.Generator]) -> Load:
+    """What a round's training on these rows goes through; each batch is padded to its longest row."""
+    shapes = [(len(batch), int(lengths[batch].max())) for batch in batches(rows, local, draw)]
+    tokens, pairs = [n * length for n, length in shapes], [n * length**2 for n, length in shapes]
+    return Load(len(shapes), sum(tokens), sum(pairs), max(tokens), max(pairs), sum(n for n, _ in shapes))
 
 
 def _schedule(kind: str, round: int, rounds: int) -> float:

@@ -1,0 +1,87 @@
+"""PF2LoRA (reconstructed): a common and a private adapter per client, trained as two levels (Hao et al., 2025, arXiv:2503.03920).
+
+Only the abstract and public reviews were available; these points were open. Hypergradient: through one SGD
+step, exact for that step. Batches: the levels draw theirs apart. Scale: one for both adapters. The optimizer's
+moments stay on the client between rounds. Clients count the same, as in the objective. The head is part of
+the common level. Rank: nothing is pruned; a client's rank is the numerical one of the sum of both adapters,
+anywhere from r - r~ to r + r~.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from fedrank import levels
+from fedrank.adapter import Adapter, kaiming
+from fedrank.aggregation import average, examples, uniform
+from fedrank.protocol import About, ClientId, Device, Job, Lower, ModelSpec, Plan, State, Update, Updates, rng
+from fedrank.selection import everything
+
+
+@dataclass(frozen=True)
+class PF2LoRA:
+    """W_k = W_0 + s (B A + D_k C_k): B and A are averaged, D_k and C_k never leave their client.
+
+    private_rank: r~ of D_k C_k, below the common one's r. rate: alpha, the lower level's SGD step. derivative:
+    of the second-order term; "finite" where attention has no second derivative, "first" leaves it out.
+    keep_moments: the upper optimizer goes on where the client left it. weights: of a client in the mean.
+    threshold: tau, the share of the largest singular value above which one counts for the effective rank.
+    """
+
+    private_rank: int = 2
+    rate: float = 0.1
+    derivative: Literal["double", "finite", "first"] = "double"
+    keep_moments: bool = True
+    weights: Literal["uniform", "examples"] = "uniform"
+    threshold: float = 0.05
+
+    default_lr: ClassVar[float] = 3e-3
+    about: ClassVar[About] = About(
+        paper="Personalized Federated Fine-tuning for Heterogeneous Data: An Automatic Rank Learning Approach via "
+        "Two-Level LoRA", year=2025, url="https://arxiv.org/abs/2503.03920", differs=("rank", "data"),
+        travels="common A, B and head, both ways; effective ranks up", exact_start=True, exact_aggregation=False,
+        personal=True,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.private_rank < 0:
+            raise ValueError(f"private_rank must be 0 or more, got {self.private_rank}")
+        if not self.rate > 0:
+            raise ValueError(f"rate must be above 0, got {self.rate}")
+        if not 0 <= self.threshold < 1:
+            raise ValueError(f"threshold must be in [0, 1), got {self.threshold}")
+
+    def begin(self, spec: ModelSpec, rounds: int, seed: int) -> State:
+        if self.private_rank >= spec.rank:
+            raise ValueError(f"method.private_rank={self.private_rank} must be below adapter.rank={spec.rank}")
+        adapter = kaiming(spec.shapes, spec.rank, spec.scale, rng(seed, "begin"))
+        return State(0, rounds, spec.with_head(adapter))
+
+    def plan(self, state: State, cohort: Mapping[ClientId, Device], seed: int) -> dict[ClientId, Plan]:
+        plan = Plan(
+            everything(state.adapter), private=self.private_rank,
+            passes=levels.PASSES[self.derivative] if self.private_rank else (1.0, 1.0),
+            returns={"ranks": ("int32", (len(state.adapter.blocks),))},
+        )  # fmt: skip
+        return dict.fromkeys(cohort, plan)
+
+    def train(self, jobs: Iterable[Job]) -> Iterable[Update]:
+        for job in jobs:
+            kept = levels.moments(job.private) if self.keep_moments else {}
+            private = levels.private(job, self.private_rank)
+            update = job.fit(job, lower=Lower(self.rate, private, self.derivative, kept))
+            whole = update.adapter.union(levels.unpack(update.private, private.scale))
+            yield replace(update, arrays={"ranks": levels.effective_ranks(whole, job.spec, self.threshold)})
+
+    def merge(self, state: State, updates: Updates) -> State:
+        adapter = average(state.adapter, updates, weight=uniform if self.weights == "uniform" else examples)
+        # Of the clients' models as they trained them; the ranks are all that the server learns of the private ones.
+        ranks = {f"ranks/{client}": update.arrays["ranks"] for client, update in updates}
+        found = np.stack(list(ranks.values()))
+        metrics = {"effective_rank": float(found.mean()), "rank_spread": float(found.mean(axis=1).std())}
+        return state.next(adapter, arrays={**state.arrays, **ranks}, metrics=metrics)
+
+    def adapt(self, job: Job) -> Adapter:
+        return job.adapter.union(levels.private(job, self.private_rank))
