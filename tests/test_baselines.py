@@ -11,11 +11,12 @@ import torch
 import toy
 from fedrank import cost, methods
 from fedrank.adapter import Adapter, Block
+from fedrank.aggregation import norm
 from fedrank.methods.fedavg import FedAvg
 from fedrank.methods.fedprox import FedProx, Proximal
 from fedrank.methods.fedsa_lora import FedSALoRA
 from fedrank.methods.ffa_lora import FFALoRA
-from fedrank.methods.hetlora import HetLoRA, sparsity
+from fedrank.methods.hetlora import HetLoRA
 from fedrank.methods.local_only import LocalOnly
 from fedrank.methods.rolora import RoLoRA
 from fedrank.protocol import Device, Job, State, Update
@@ -285,7 +286,9 @@ def test_the_sparsity_weight_is_the_norm_of_the_product():
     blocks = {name: replace(block, e=None) for name, block in adapter.blocks.items()}
     plain = replace(adapter, blocks=blocks)
     values = np.concatenate([np.linalg.svd(delta, compute_uv=False) for delta in plain.delta().values()])
-    assert sparsity(Update(plain, 1)) == pytest.approx(np.linalg.norm(values), rel=1e-6)
+    with pytest.raises(ValueError, match="the norm is of B A alone"):
+        norm(Update(adapter, 1))
+    assert norm(Update(plain, 1)) == pytest.approx(np.linalg.norm(values), rel=1e-6)
 
 
 def test_where_all_products_are_zero_clients_count_the_same():

@@ -55,7 +55,10 @@ class Parts:
         engine = LocalEngine(
             self.devices, cache(lambda client: self.site(client, wire, store)), config.engine.failure_rate, config.seed
         )
-        return Server(self.method, engine, wire, store, config.rounds, config.seed, config.adapter.head, self.evaluate)
+        return Server(
+            self.method, engine, wire, store, config.rounds, config.seed, config.adapter.head, self.evaluate,
+            config.server,
+        )  # fmt: skip
 
 
 def prepare(config: Config, method: Method | None = None) -> Parts:
@@ -67,6 +70,11 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
         methods.check(type(chosen))
     except (TypeError, AttributeError) as error:  # what an entry point named is not there, or is no method
         raise ConfigError(f"method.name={config.method['name']}: {error}") from None
+    if config.server.optimizer != "none" and not getattr(getattr(chosen, "about", None), "averages", False):
+        raise ConfigError(
+            f"server.optimizer={config.server.optimizer}: {config.method['name']} makes no mean of its updates "
+            "(or does not say so in about.averages), so there is no change to step by"
+        )
     config = _resolved(config, chosen)
     # torch is slow to import: a typo above should not wait for it
     from fedrank.training import data, local, models, partition, tasks

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from fedrank.adapter import Adapter, kaiming
-from fedrank.aggregation import Absent, average, uniform
+from fedrank.aggregation import WEIGHTS, Absent, average
 from fedrank.protocol import About, ClientId, Device, Job, ModelSpec, Observe, Plan, State, Update, Updates, rng
 from fedrank.selection import leading
 
@@ -51,6 +51,11 @@ class HetLoRA:
         if self.min_rank < 1:
             raise ValueError(f"min_rank must be at least 1, got {self.min_rank}")
 
+    @property
+    def weights(self) -> Literal["norm", "uniform"]:
+        """What a client counts by."""
+        return "norm" if self.form == "full" else "uniform"
+
     def begin(self, spec: ModelSpec, rounds: int, seed: int) -> State:
         adapter = kaiming(spec.shapes, spec.rank, spec.scale, rng(seed, "begin"))
         return State(0, rounds, spec.with_head(adapter))
@@ -77,23 +82,12 @@ class HetLoRA:
 
     def merge(self, state: State, updates: Updates) -> State:
         absent: Absent = "skip" if self.form == "contributor" else "zero"
-        adapter = average(state.adapter, updates, sparsity if self.form == "full" else uniform, absent)
+        adapter = average(state.adapter, updates, WEIGHTS[self.weights], absent)
         if self.form != "full":
             return state.next(adapter)
         ranks = {f"rank/{client}": np.array(max(1, _rank(update.adapter))) for client, update in updates}
         metrics = {"mean_rank": float(np.mean(list(ranks.values())))}
         return state.next(adapter, arrays={**state.arrays, **ranks}, metrics=metrics)
-
-
-def sparsity(update: Update) -> float:
-    """|B A|_F over all modules, as tr((B'B)(A A')) of each: no (out, in) matrix is formed."""
-    square = 0.0
-    for block in update.adapter.blocks.values():
-        assert block.B is not None
-        assert block.A is not None
-        b, a = block.B.astype(np.float64), block.A.astype(np.float64)
-        square += float(np.sum((b.T @ b) * (a @ a.T)))
-    return max(math.sqrt(max(square, 0.0)), 1e-30)  # where all products are zero, all count the same
 
 
 def _rank(adapter: Adapter) -> int:
