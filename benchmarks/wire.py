@@ -110,7 +110,7 @@ def overhead(spec: ModelSpec, start: Adapter) -> dict[str, float]:
         def site(client: str) -> Site:
             return Site(devices[client], method, timed, store.private, None, 0, fit, None, nullcontext)
 
-        engine = Local(devices, site, lambda device: 0.0, 0.0, 0)
+        engine = Local(devices, site, 0.0, 0)
         settings = Rounds(count=ROUNDS + 2, cohort=CLIENTS, evaluate_every=1000)
         server = Server(
             method, engine, timed, store, settings, 0, "train", lambda adapter: {"accuracy": 0.0, "loss": 0.0}

@@ -19,7 +19,7 @@ import toy
 from fedrank import cli, views
 from fedrank.store import Store
 
-COMMANDS = ("run", "resume", "import", "export", "show", "methods")
+COMMANDS = ("run", "resume", "cost", "import", "export", "show", "methods")
 Fed = Callable[..., Any]
 
 

@@ -254,6 +254,7 @@ REFUSED: dict[str, tuple[Callable[[dict, dict], None], str]] = {
     "another client's name": (lambda m, t: m.update(client="c2"), "an answer to"),
     "more examples than it registered": (lambda m, t: m.update(examples=1 << 52), "more than the client registered"),
     "a metric whose sums overflow": (lambda m, t: m.update(metrics={"loss": 1.7e308}), "metric"),
+    "time that runs backwards": (lambda m, t: m.update(metrics={"device_seconds": -1.0}), "device_seconds"),
     "no examples": (lambda m, t: m.update(examples=0), "examples"),
     "a metric that is no number": (lambda m, t: m.update(metrics={"loss": "low"}), "metric"),
     "another kind": (lambda m, t: m.update(kind="evaluation"), "kind"),

@@ -1,15 +1,18 @@
 """Budgets over rounds, and the choice of components under one."""
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedrank.selection import by_module, cubic, everything, top
+from fedrank.adapter import Adapter, Block
+from fedrank.selection import by_module, cubic, everything, largest, leading, sampled, top
 from toy import drawn, small
 
 
@@ -77,3 +80,41 @@ def test_by_module_reads_a_mask_in_module_and_id_order() -> None:
 
 def test_everything_is_all_of_it() -> None:
     assert {name: ids.tolist() for name, ids in everything(drawn(small())).items()} == {"0.m": [0, 1], "1.m": [0, 1]}
+
+
+GAPS = drawn(small(rank=6)).take({"0.m": np.array([0, 2, 3, 5]), "1.m": np.array([1, 4])})
+
+
+def test_leading_is_the_first_of_every_module_whatever_their_ids() -> None:
+    assert {n: ids.tolist() for n, ids in leading(GAPS, 3).items()} == {"0.m": [0, 2, 3], "1.m": [1, 4]}
+
+
+@pytest.mark.parametrize("choose", [sampled, largest])
+@pytest.mark.parametrize("rank", [1, 3, 9])
+def test_selections_take_as_many_as_there_are(choose: Any, rank: int) -> None:
+    for name, ids in choose(GAPS, rank, 0, 1, "c0").items():
+        assert len(ids) == min(rank, GAPS.blocks[name].rank)
+        assert set(ids) <= set(GAPS.blocks[name].ids)
+        assert ids.tolist() == sorted(ids)
+
+
+def test_sampled_is_addressed() -> None:
+    many = drawn(small({f"{at}": (2, 2) for at in range(9)}, rank=6))
+    draws = [
+        sampled(many, 2, *address) for address in ((0, 1, "a"), (0, 1, "a"), (1, 1, "a"), (0, 2, "a"), (0, 1, "b"))
+    ]
+    found = [[tuple(ids) for ids in draw.values()] for draw in draws]
+    assert found[0] == found[1]
+    assert all(found[0] != other for other in found[2:])
+    assert len(set(found[0])) > 1
+
+
+def test_largest_goes_by_the_norm_and_draws_ties() -> None:
+    """e decides here: |e| |b| |a| with b = a = (1,)."""
+    ones = np.ones((1, 4), np.float32)
+    block = Block(np.arange(4), ones, np.array([1, -5, 2, 2], np.float32), ones.T)
+    alike = replace(block, e=np.zeros(4, np.float32))
+    adapter = Adapter({"m": block}, 1.0, {})
+    assert largest(adapter, 1, 0)["m"].tolist() == [1]
+    assert {tuple(largest(adapter, 2, seed)["m"]) for seed in range(20)} == {(1, 2), (1, 3)}
+    assert len({tuple(largest(Adapter({"m": alike}, 1.0, {}), 2, seed)["m"]) for seed in range(50)}) == 6

@@ -22,13 +22,14 @@ ROOT = Path(fedrank.__file__).parent
 FLOORS = [
     {"adapter"},
     {"protocol"},
-    {"aggregation", "levels", "selection", "cost", "frame", "increments", "wire", "config", "store", "ledger"},
+    {"aggregation", "exactness", "levels", "optimizer", "selection"}
+    | {"cost", "fleet", "frame", "increments", "wire", "config", "store", "ledger"},
     {"training"},
     {"methods"},
     {"client"},
     {"server", "export"},
     {"engines"},
-    {"experiment"},
+    {"experiment", "forecast", "parts"},
     {"cli", "views"},
 ]
 HEAVY = {"torch", "transformers", "tokenizers", "peft", "sklearn", "flwr", "datasets"}

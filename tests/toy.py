@@ -171,7 +171,7 @@ def federation(
         for at, (name, rows) in enumerate(shares.items())
     }  # fmt: skip
     devices = {name: site.device for name, site in sites.items()}
-    carrier = carry(engine.Local(devices, sites.__getitem__, lambda device: 0.0, 0.0, seed))
+    carrier = carry(engine.Local(devices, sites.__getitem__, 0.0, seed))
 
     def evaluate(adapter: Adapter, base: tuple[Adapter, ...]) -> dict[str, float]:
         return teacher.evaluate(adapter, test, np.arange(len(test)), base)

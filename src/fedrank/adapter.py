@@ -174,11 +174,15 @@ def gaussian(shapes: Shapes, rank: int, scale: float, rng: np.random.Generator, 
     return Adapter(blocks, scale, {})
 
 
-def kaiming(shapes: Shapes, rank: int, scale: float, rng: np.random.Generator) -> Adapter:
-    """LoRA's start: A ~ U(-1/sqrt(in), 1/sqrt(in)) (Kaiming with a = sqrt 5), B = 0, no e."""
+def kaiming(shapes: Shapes, rank: int | Mapping[str, int], scale: float, rng: np.random.Generator) -> Adapter:
+    """LoRA's start: A ~ U(-1/sqrt(in), 1/sqrt(in)) (Kaiming with a = sqrt 5), B = 0, no e.
+
+    rank: of every module, or of each by its name; the scale is common all the same.
+    """
+    ranks = dict.fromkeys(shapes, rank) if isinstance(rank, int) else rank
     blocks = {}
     for name, (out, in_) in shapes.items():
-        bound = in_**-0.5
+        bound, rank = in_**-0.5, ranks[name]
         a = rng.uniform(-bound, bound, (rank, in_)).astype(np.float32)
         blocks[name] = Block(np.arange(rank), np.zeros((rank, out), np.float32).T, None, a)
     return Adapter(blocks, scale, {})

@@ -99,6 +99,9 @@ def uniform(update: Update) -> float:
     return 1.0
 
 
+WEIGHTS: dict[str, Callable[[Update], float]] = {"examples": examples, "uniform": uniform}
+
+
 def average(
     old: Adapter, updates: Updates, weight: Callable[[Update], float] = examples, absent: Absent = "skip"
 ) -> Adapter:

@@ -1,4 +1,4 @@
-"""The command line: run, resume, import, export, show, methods."""
+"""The command line: run, resume, cost, import, export, show, methods."""
 
 import json
 import logging
@@ -73,6 +73,31 @@ def resume(
     from fedrank import experiment
 
     _follow(lambda: experiment.go_on(path, overrides or []), path, output, False)
+
+
+@app.command()
+def cost(
+    config: Annotated[str, typer.Argument(help="A YAML file, or the preset: quickstart.")],
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:
+    """Say what a run will cost before anything runs: bytes, time, energy and memory, by kind of device."""
+    from fedrank.forecast import forecast
+    from fedrank.training.models import hush
+
+    hush()
+    with _mistakes():
+        found = forecast(settings.load(config, overrides or []))
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    console = Console()
+    console.print("Per client and round:", views.costs(found), "", views.totals(found), "", sep="\n")
+    console.print(
+        f"By the model of the devices, in cohorts of {found['cohort']} of {found['clients']} clients, with every round like "
+        "the first; methods that change their plans as they go on will differ. Evaluation and failures are left out.",
+        highlight=False,
+    )  # fmt: skip
 
 
 @app.command("import")

@@ -1,16 +1,18 @@
 """The client: one function from frame to frame; its memory is in its own store."""
 
 import logging
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedrank.adapter import FACTORS, Adapter, Block
+from fedrank.cost import Cost
 from fedrank.frame import Refused
 from fedrank.increments import whole
 from fedrank.protocol import Device, Fit, Job, Method, Plan, Update
@@ -22,12 +24,21 @@ log = logging.getLogger(__name__)
 MIN_TEST_ROWS = 5  # fewer say nothing about a client
 
 
+class Late(Exception):
+    """This client would not answer within the deadline: nobody waits for it."""
+
+
+class DeviceError(RuntimeError):
+    """What was asked for is too much for this client's device."""
+
+
 @dataclass(frozen=True, eq=False)
 class Site:
     """All that a client brings: what it is, its method, its wire, its private store, and how it computes.
 
     evaluate: adapter, base updates -> metrics on the client's own test rows; None where it has too few of them.
-    session: entered for every frame, sets the worker's threads.
+    session: entered for every frame, sets the worker's threads. cost: round, plan and bytes down -> what that round
+    costs this client's device; None where no device is modelled. measured: its training is timed here instead.
     """
 
     device: Device
@@ -39,12 +50,15 @@ class Site:
     fit: Fit
     evaluate: Callable[[Adapter, tuple[Adapter, ...]], dict[str, float]] | None
     session: Callable[[], AbstractContextManager[None]]
+    cost: Callable[[int, Plan, int], Cost] | None = None
+    measured: bool = False
 
 
-def handle(frame: bytes, site: Site) -> bytes:
+def handle(frame: bytes, site: Site, deadline: float | None = None) -> bytes:
     """Do what the frame asks and return the answer; what cannot be done is answered with an error frame.
 
-    Refused is raised where the frame itself cannot be trusted: there is no one to answer.
+    Refused is raised where the frame itself cannot be trusted: there is no one to answer. Late where the answer
+    to a training request would take more than `deadline` seconds on the clock of this site's device.
     """
     request = site.wire.open_request(frame)
     if request.client != site.device.id:
@@ -53,7 +67,9 @@ def handle(frame: bytes, site: Site) -> bytes:
         try:
             if request.kind == "evaluate":
                 return site.wire.evaluation(request, _evaluate(request, site))
-            return _train(request, site)
+            return _train(request, site, len(frame), deadline)
+        except Late:
+            raise
         except Exception as error:  # whatever it is, the round goes on without this client, and says why
             where = traceback.extract_tb(error.__traceback__)[-1]
             log.warning("client %s failed: %s: %s (%s, line %s)", request.client, type(error).__name__, error,
@@ -64,10 +80,18 @@ def handle(frame: bytes, site: Site) -> bytes:
             return site.wire.error(request.round, request.client, request.digest, text)
 
 
-def _train(request: Request, site: Site) -> bytes:
+def _train(request: Request, site: Site, size: int, deadline: float | None) -> bytes:
     kept = _load(request, site)
     job = _job(request, site, kept)
+    cost = None if site.cost is None else _within(site.cost(request.round, request.plan, size), site, deadline)
+    started = time.perf_counter()
     update = next(iter(site.method.train([job])))
+    if cost is not None:
+        if site.measured:
+            seconds = time.perf_counter() - started
+            forward = update.metrics.get("forward_seconds", 0.0)
+            cost = _in_time(cost.timed(forward, seconds - forward), deadline)
+        update = replace(update, metrics={**update.metrics, **cost.metrics})
     arrays = _keep(job, update, kept, site.wire.start)
     arrays |= {f"private/{name}": array for name, array in update.private.items()}
     if rounds := _promised(request, kept):
@@ -77,6 +101,20 @@ def _train(request: Request, site: Site) -> bytes:
     needed = arrays or _staying(request.plan, site.wire.start)
     site.private.save(site.device.id, request.round, request.plan.since, arrays if needed else None)
     return site.wire.update(request, update)
+
+
+def _within(cost: Cost, site: Site, deadline: float | None) -> Cost:
+    """The cost, where the device can bear it; so nothing is trained that nobody would wait for."""
+    needed, has = cost.peak_memory_bytes, cost.device.memory_bytes
+    if needed > has > 0:
+        raise DeviceError(f"out of memory: needs {needed / 1e9:.3g} GB, {cost.device.kind} has {has / 1e9:.3g} GB")
+    return cost if site.measured else _in_time(cost, deadline)
+
+
+def _in_time(cost: Cost, deadline: float | None) -> Cost:
+    if deadline is not None and cost.seconds > deadline:
+        raise Late(f"{cost.seconds:.3g} s, with a deadline of {deadline:g} s")
+    return cost
 
 
 def _evaluate(request: Request, site: Site) -> dict[str, float]:

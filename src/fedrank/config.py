@@ -71,12 +71,17 @@ class Clients(BaseModel, extra="forbid", frozen=True):
 
 
 class Rounds(BaseModel, extra="forbid", frozen=True):
-    """cohort: clients per round. evaluate_every: rounds between evaluations. deadline: modelled seconds per round."""
+    """cohort: clients per round. evaluate_every: rounds between evaluations.
+
+    deadline: simulated seconds of a round, after which a client is late. exactness: how far clients start from
+    the global function, and merges end from theirs, in the ledger.
+    """
 
     count: Positive = 20
     cohort: Positive = 5
     evaluate_every: Positive = 5
     deadline: Above0 | None = None
+    exactness: bool = False
 
 
 class Local(BaseModel, extra="forbid", frozen=True):
@@ -108,16 +113,41 @@ class AdapterSettings(BaseModel, extra="forbid", frozen=True):
     head: Literal["train", "frozen", "own"] = "train"
 
 
+class FleetSettings(BaseModel, extra="forbid", frozen=True):
+    """The clients' devices. devices: kind -> share or count, of which only the proportions matter; or csv: a file of
+    one's own devices (its columns: `fedrank.fleet.read`).
+
+    jitter: sigma of the lognormal factors on each client's compute time and link rates, new in every round.
+    redraw: rounds between new draws of the devices' power modes; 0: drawn once. links: one factor on all link rates.
+    ranks: kind -> the largest LoRA rank, in the place of the preset's.
+    """
+
+    devices: dict[str, Above0] = {}
+    csv: str | None = None
+    jitter: Annotated[float, Field(ge=0, le=3)] = 0.0
+    redraw: Annotated[int, Field(ge=0)] = 0
+    links: Above0 = 1.0
+    ranks: dict[str, Positive] = {}
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "FleetSettings":
+        if bool(self.devices) == (self.csv is not None):
+            raise ValueError("give one of devices (kind: share) and csv")
+        return self
+
+
 class EngineSettings(BaseModel, extra="forbid", frozen=True):
     """threads: of each worker. failure_rate: share of requests that get no answer, drawn by address.
 
-    seconds_per_example: the modelled speed of a client, against `rounds.deadline`.
+    fleet: the clients' devices, on whose simulated clock rounds are played; by default one nominal kind.
+    timing: that clock runs by the model of `fedrank.cost`, or by the wall time that training takes here.
     """
 
     kind: Literal["local"] = "local"
     threads: Positive = 1
     failure_rate: Share = 0.0
-    seconds_per_example: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    fleet: FleetSettings | None = None
+    timing: Literal["modelled", "measured"] = "modelled"
 
 
 class WireSettings(BaseModel, extra="forbid", frozen=True):

@@ -57,7 +57,7 @@ def pack(meta: Mapping[str, Any], tensors: Mapping[str, np.ndarray | list[np.nda
         at += size
         parts += [chunk.reshape(-1).view(np.uint8).data for chunk in chunks if chunk.size]
     header["checksum"] = {"dtype": "U64", "shape": [1], "data_offsets": [at, at + CHECKSUM]}
-    facts = {"__metadata__": {"fedrank": json.dumps(meta, sort_keys=True)}}
+    facts = {"__metadata__": {"fedrank": json.dumps(meta, sort_keys=True, separators=(",", ":"))}}
     text = json.dumps(facts | header, separators=(",", ":")).encode()
     size = HEADER * math.ceil((8 + len(text)) / HEADER) - 8
     pieces = [struct.pack("<Q", size), text.ljust(size), *parts]

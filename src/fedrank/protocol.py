@@ -35,9 +35,10 @@ class Module:
 class Linear:
     """One product with a weight matrix in the forward pass, adapted or not, for the costs.
 
-    block: its transformer block, or the number of blocks for what comes after them. stage: its place within the
-    block; maps that read the same input share it, and the first stage feeds attention. role: "query", "key",
-    "value", "" for the others and for fused maps. rows: it runs once per row, not once per token.
+    block: its transformer block, the number of blocks for what comes after them, -1 for what comes before. stage: its
+    place within the block; maps that read the same input share it. role: what it is to attention: "query", "key",
+    "value", "fused" for all three in one, "" for the others. rows: it runs once per row, not once per token.
+    kept: numbers per token that backward needs of what comes between it and the next map (norms, activation functions).
     """
 
     name: str
@@ -45,8 +46,9 @@ class Linear:
     in_: int
     block: int
     stage: int
-    role: str = ""
+    role: Literal["query", "key", "value", "fused", ""] = ""
     rows: bool = False
+    kept: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Load:
     """What one round of a client's local training goes through, in padded batches.
 
     steps: optimizer steps. tokens: sum of rows * length over the batches. pairs: sum of rows * length^2
-    (attention). peak_tokens, peak_pairs: of the largest batch.
+    (attention). peak_tokens, peak_pairs: of the largest batch. rows: of all batches.
     """
 
     steps: int
@@ -98,6 +100,7 @@ class Load:
     pairs: int
     peak_tokens: int
     peak_pairs: int
+    rows: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The server: one loop over rounds — choose a cohort, plan, exchange, check, merge, evaluate, save."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -8,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from fedrank import exactness, ledger
 from fedrank import frame as frames
-from fedrank import ledger
 from fedrank.adapter import Adapter
 from fedrank.config import Rounds
 from fedrank.frame import EXACT, Refused, Sizes
@@ -41,13 +42,16 @@ class Server:
         fleet = self.engine.fleet()
         clients = tuple(fleet)
         self.store.clear_spool()  # of a round that a kill left unfinished
+        played = reversed(ledger.read(self.store.path / "rounds.jsonl"))
+        clock = next((row["clock_seconds"] for row in played if row["round"] <= state.round), 0.0)
         while state.round < state.rounds:
-            state, event = yield from self._round(state, fleet, clients)
+            state, event = yield from self._round(state, fleet, clients, clock)
+            clock = event["clock_seconds"]
             yield event
         yield {"event": "end", "round": state.round, **self._personal(state, fleet, clients)}
 
     def _round(
-        self, state: State, fleet: Mapping[ClientId, Device], clients: tuple[ClientId, ...]
+        self, state: State, fleet: Mapping[ClientId, Device], clients: tuple[ClientId, ...], clock: float
     ) -> Generator[Event, None, tuple[State, Event]]:
         started, t = time.perf_counter(), state.round + 1
         size = min(self.rounds.cohort, len(clients))
@@ -62,7 +66,7 @@ class Server:
         arrived = tuple(sorted(row["client"] for row in rows if row["ok"]))
         merged = self._merge(state, plans, arrived) if arrived else replace(state, metrics={})
         after = replace(merged, round=t, seen={**merged.seen, **dict.fromkeys(arrived, t)})
-        row = self._row(t, rows, after) | self._scores(after, cohort)
+        row = self._row(t, rows, after) | self._clock(rows, clock) | self._scores(after, cohort)
         row["wall_seconds"] = round(time.perf_counter() - started, 4)
         ledger.append(self.store.path / "clients.jsonl", rows)
         ledger.append(self.store.path / "rounds.jsonl", [row])
@@ -71,22 +75,7 @@ class Server:
         return after, {"event": "round", "rounds": state.rounds, **row}
 
     def _plans(self, state: State, cohort: Mapping[ClientId, Device], training: bool = False) -> dict[ClientId, Plan]:
-        """The method's plans, with what the server knows: the last round merged, and whose the head is."""
-        plans = self.method.plan(state, cohort, self.seed)
-        if missing := sorted(cohort.keys() - plans.keys()):
-            raise ValueError(f"{type(self.method).__name__}.plan left out clients {missing[:5]}")
-        result = {}
-        for client in cohort:
-            given = plans[client]
-            if given is None and training:  # it sits this round out
-                continue
-            plan = replace(given or Plan({}), since=state.seen.get(client, -1))
-            if self.head != "train":  # it stays where it is: trained there, or as begin() made it
-                learn = plan.learn if self.head == "own" else plan.learn.replace("h", "")
-                up, down = plan.up.replace("h", ""), plan.down.replace("h", "")
-                plan = replace(plan, learn=learn, up=up, down=down, own=plan.own + "h")
-            result[client] = plan
-        return result
+        return planned(self.method, state, cohort, self.seed, self.head, training)
 
     def _exchange(self, kind: Kind, state: State, plans: Mapping[ClientId, Plan]) -> Iterator[dict[str, Any]]:
         """Send every plan and check what comes back; one row per client, those that stayed silent last."""
@@ -128,7 +117,8 @@ class Server:
         for client in plans:
             if client not in answered:
                 down = self._down(sizes[client]) if client in sizes else {}
-                yield {"round": t, "client": client, "ok": False, **down, "error": "no answer"}
+                what = "no answer" if deadline is None else f"late: no answer within the deadline of {deadline:g} s"
+                yield {"round": t, "client": client, "ok": False, **down, "error": what}
 
     def _down(self, size: Sizes) -> dict[str, int]:
         return {"bytes_down": size.frame, "adapter_bytes_down": size.adapter, "head_bytes_down": size.head}
@@ -151,6 +141,8 @@ class Server:
             n for part in (merged.adapter, *merged.base_updates.values()) for n in part.odd()
         ]:  # not saved: the state before it stays the one to resume from
             raise ValueError(f"{type(self.method).__name__}.merge made NaN or infinity in {odd[:3]}")
+        if self.rounds.exactness:
+            merged = exactness.noted(self.method, state, merged, plans, self.store.spooled(arrived, read))
         return merged
 
     def _compare(self, client: ClientId, theirs: Mapping[str, Any]) -> None:
@@ -173,6 +165,27 @@ class Server:
             **sums, "clients_ok": len(ok), "clients_failed": len(rows) - len(ok), "components": adapter.components,
             "modules_alive": len(adapter.blocks), "lowest_active_block": min(alive, default=None),
             "train_seconds": round(sum(row.get("seconds", 0.0) for row in ok), 4),
+        }  # fmt: skip
+
+    def _clock(self, rows: list[dict[str, Any]], clock: float) -> dict[str, Any]:
+        """The round on the simulated clock, in which the server's own work takes no time; clients' waits go into rows.
+
+        It lasts as long as the slowest that answered, or until the deadline where one is set and someone did not.
+        """
+        timed = [row for row in rows if row["ok"] and "device_seconds" in row]
+        lengths = [row["device_seconds"] for row in timed]
+        if self.rounds.deadline is not None and any("bytes_up" not in row for row in rows):
+            lengths.append(self.rounds.deadline)
+        seconds = max(lengths, default=0.0)
+        for row in timed:
+            row["waiting_seconds"] = seconds - row["device_seconds"]
+        # fsum: the same in whatever order the answers came.
+        waits = [row["waiting_seconds"] for row in timed]
+        return {
+            "round_seconds": seconds, "clock_seconds": clock + seconds,
+            "waiting_seconds": math.fsum(waits) / len(waits) if waits else None,
+            "device_joules": math.fsum(row.get("device_joules", 0.0) for row in timed),
+            "peak_memory_bytes": max((row.get("peak_memory_bytes", 0.0) for row in timed), default=0.0),
         }  # fmt: skip
 
     def _scores(self, after: State, cohort: Mapping[ClientId, Device]) -> dict[str, Any]:
@@ -213,6 +226,27 @@ class Server:
                 "mean_loss": sum(row["loss"] * row["rows"] for row in scored) / total,
             }
         return result
+
+
+def planned(
+    method: Method, state: State, cohort: Mapping[ClientId, Device], seed: int, head: str, training: bool = False
+) -> dict[ClientId, Plan]:
+    """The method's plans, with what the server knows: the last round merged, and whose the head is."""
+    plans = method.plan(state, cohort, seed)
+    if missing := sorted(cohort.keys() - plans.keys()):
+        raise ValueError(f"{type(method).__name__}.plan left out clients {missing[:5]}")
+    result = {}
+    for client in cohort:
+        given = plans[client]
+        if given is None and training:  # it sits this round out
+            continue
+        plan = replace(given or Plan({}), since=state.seen.get(client, -1))
+        if head != "train":  # it stays where it is: trained there, or as begin() made it
+            learn = plan.learn if head == "own" else plan.learn.replace("h", "")
+            up, down = plan.up.replace("h", ""), plan.down.replace("h", "")
+            plan = replace(plan, learn=learn, up=up, down=down, own=plan.own + "h")
+        result[client] = plan
+    return result
 
 
 BYTES = tuple(f"{part}bytes_{way}" for way in ("up", "down") for part in ("", "adapter_", "head_"))

@@ -132,6 +132,35 @@ def size(count: int | float) -> str:
     raise AssertionError
 
 
+def duration(seconds: float | None) -> str:
+    """Seconds for people: 2.5 min."""
+    if seconds is None:
+        return "–"
+    for unit, length in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return scaled(1e6 * seconds, "µs", "ms", "s")
+
+
+def scaled(value: float | int, *units: str) -> str:
+    """Two or three digits in the largest unit that is not above the value, each a thousand times the one before."""
+    for unit in units:
+        if value < 999.5 or unit == units[-1]:
+            return f"{value:.1f} {unit}" if 0 < value < 9.95 else f"{value:.0f} {unit}"
+        value /= 1000
+    raise AssertionError
+
+
+def energy(joules: float) -> str:
+    """Joules for people: 1.5 kJ."""
+    return scaled(1000 * joules, "mJ", "J", "kJ", "MJ", "GJ")
+
+
+def memory(count: float | int) -> str:
+    """Bytes for people, shorter: 226 MB."""
+    return scaled(count, "B", "kB", "MB", "GB", "TB")
+
+
 def _about(event: dict[str, Any]) -> str:
     on = f", on from round {event['round']}" if event["event"] == "resume" else ""
     return (
@@ -156,8 +185,51 @@ def summary(summary: dict[str, Any]) -> Table:
         ("modules alive", f"{summary['modules_alive']} of {summary['modules']}"),
         ("client updates merged / failed", f"{summary['clients_ok']} / {summary['clients_failed']}"),
         ("seconds, of which training", f"{summary['wall_seconds']:.0f}, {summary['train_seconds']:.0f}"),
+        (
+            "simulated time, energy",
+            f"{duration(summary['clock_seconds'])}, {energy(summary['device_joules'])}",
+        ),
+        ("simulated wait of a client per round, mean", duration(summary["waiting_seconds"])),
+        ("largest memory of a client", memory(summary["peak_memory_bytes"])),
         ("run directory", escape(summary["path"])),
     ]
     for name, value in rows:
         table.add_row(name, value)
+    return table
+
+
+def costs(found: dict[str, Any]) -> Table:
+    """What a round costs on each kind of device: means over its clients, the largest memory of any.
+
+    lost: clients that would sit it out, be late, or lack the memory; shown where there are any.
+    """
+    lost = [kind["sitting_out"] + kind["late"] + kind["too_small"] for kind in found["kinds"]]
+    result = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    result.add_column("device", no_wrap=True)
+    for name in ("#", "down", "up", "FLOP", "train", "link", "energy", "memory", "of", *["lost"] * any(lost)):
+        result.add_column(name, justify="right", no_wrap=True)  # fits 80 columns
+    for kind, missing in zip(found["kinds"], lost, strict=True):
+        result.add_row(
+            kind["kind"], str(kind["clients"]), memory(kind["bytes_down"]), memory(kind["bytes_up"]),
+            f"{kind['flops']:.0e}".replace("e+", "e"), duration(kind["compute_seconds"]), duration(kind["link_seconds"]),
+            energy(kind["joules"]), memory(kind["peak_memory_bytes"]),
+            f"{kind['memory_bytes'] / 1e9:.3g} GB" if kind["memory_bytes"] else "–", *[str(missing)] * any(lost),
+        )  # fmt: skip
+    return result
+
+
+def totals(found: dict[str, Any]) -> Table:
+    """What a round and the whole run cost, all clients of a cohort together."""
+    table = Table("", "a round", f"{found['rounds']} rounds", box=None, pad_edge=False)
+    one, run = found["round"], found["run"]
+    rows = [
+        ("simulated time, expected", duration(one["seconds"]), duration(run["seconds"])),
+        ("  of the slowest client", duration(one["slowest_seconds"]), ""),
+        ("bytes down", size(one["bytes_down"]), size(run["bytes_down"])),
+        ("bytes up", size(one["bytes_up"]), size(run["bytes_up"])),
+        ("energy", energy(one["joules"]), energy(run["joules"])),
+        ("largest memory of a client", memory(one["peak_memory_bytes"]), ""),
+    ]
+    for row in rows:
+        table.add_row(*row)
     return table

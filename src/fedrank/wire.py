@@ -22,6 +22,13 @@ RANGES = {
     "rows": (0.0, 1e15),
     "steps": (0.0, 1e15),
     "seconds": (0.0, 1e9),
+    "forward_seconds": (0.0, 1e9),
+    "backward_seconds": (0.0, 1e9),
+    "download_seconds": (0.0, 1e9),
+    "upload_seconds": (0.0, 1e9),
+    "device_seconds": (0.0, 1e10),
+    "device_joules": (0.0, 1e15),
+    "peak_memory_bytes": (0.0, 1e18),
 }
 
 Kind = Literal["train", "evaluate", "update", "evaluation", "error"]

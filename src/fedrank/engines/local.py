@@ -13,14 +13,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Local:
-    """devices: every client. site: its client side, made when first needed. work: modelled seconds of a request.
+    """devices: every client. site: its client side, made when first needed.
 
     failure_rate: the share of requests that get no answer, drawn by what is asked, so that it repeats.
     """
 
     devices: Mapping[ClientId, Device]
     site: Callable[[ClientId], client.Site]
-    work: Callable[[Device], float]
     failure_rate: float
     seed: int
 
@@ -32,12 +31,12 @@ class Local:
     ) -> Iterator[tuple[ClientId, bytes]]:
         for name, build in requests:
             frame = build()
-            if seconds is not None and self.work(self.devices[name]) > seconds:
-                continue  # too late on the modelled clock: its answer would not be waited for
             if self.failure_rate and rng(self.seed, "failure", digest(frame)).random() < self.failure_rate:
                 continue
             try:
-                reply = client.handle(frame, self.site(name))
+                reply = client.handle(frame, self.site(name), seconds)
+            except client.Late:  # on the simulated clock: its answer would not be waited for
+                continue
             except Refused as error:
                 log.warning("client %s refused its request: %s", name, error)
                 continue

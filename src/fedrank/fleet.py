@@ -1,0 +1,263 @@
+"""The fleet: device presets with published figures, their power modes, and who has which device in which round.
+
+Rates. A preset's compute rate is its peak in float32 times one utilisation, 0.3: no device trains at its peak. Of
+published figures, large-model training used 21 % (GPT-3), 30 % (MT-NLG), 33 % (Gopher) and 46 % (PaLM) of its
+accelerators' peak (Chowdhery et al., 2022, arXiv:2204.02311, table 3). That 0.3 holds on small devices and small
+batches too is our assumption, and one's own devices are better measured (`engine.fleet.csv`).
+
+Peaks, from cores and clocks at 2 FLOP per core and cycle where no peak in float32 is published:
+
+- jetson-tx2: 256 Pascal cores at 1.30 GHz, 8 GB (NVIDIA: 1.33 TFLOPS in half precision, twice the rate of single).
+  Power modes Max-N, Max-P and Max-Q with the GPU at 1300, 1120 and 850 MHz; Max-P is 15 W, Max-Q 7.5 W (NVIDIA's
+  developer guides). Max-N has no budget: its watts are our assumption.
+- jetson-xavier-nx: 384 Volta cores at 1100 MHz, 8 GB (data sheet DA-09366). Modes of 20, 15 and 10 W with the GPU at
+  1100, 1100 and 800 MHz (Jetson Linux developer guide).
+- jetson-agx-xavier: 512 Volta cores at 1377 MHz, 32 GB. Modes MAXN, 30, 15 and 10 W with the GPU at 1377, 900, 670
+  and 520 MHz, the last on half of its cores (the same guide). MAXN's watts are our assumption.
+- jetson-orin-nano: 1024 Ampere cores at 625 MHz, 8 GB, 15 and 7 W (NVIDIA's product page). The share of speed in the
+  7 W mode is our assumption.
+- jetson-agx-orin: 5.3 TFLOPS in float32 (NVIDIA's technical brief), 64 GB, up to 60 W; modes of 50, 30 and 15 W.
+  Their shares of speed are our assumption.
+- raspberry-pi-5: four Cortex-A76 cores at 2.4 GHz (product brief) with two 128-bit pipes each, 16 FLOP per core and
+  cycle; 8 GB. Its GPU is not counted.
+- phone: 1.2 TFLOPS and 8 GB, our assumption for the GPU of a high-end phone of about 2020.
+- laptop: 2.6 TFLOPS (Apple's announcement of the M1, 2020), 16 GB.
+- workstation: 38.7 TFLOPS, 48 GB, 300 W of the card alone (data sheet of the NVIDIA RTX A6000).
+- gpu-server: 19.5 TFLOPS in float32, 80 GB, 400 W of the card alone (data sheet of the NVIDIA A100 SXM).
+
+Our assumptions throughout: the links (Wi-Fi at some distance for boards, mobile and home connections for phone and
+laptop, wires for the rest), idle watts, all watts of the Raspberry Pi, the phone and the laptop, the hosts' share in
+those of workstation and server, and the LoRA ranks. Memory is the whole of the device; the system's share is not taken off.
+"""
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fedrank.config import ConfigError, FleetSettings, hint
+from fedrank.protocol import ClientId, Device, rng
+
+UTILISATION = 0.3  # of the peak
+MEGABIT = 125_000.0  # bytes
+NOMINAL = "laptop"  # every client's device where no fleet is given
+
+
+def _preset(
+    kind: str, rank: int, peak: float, gigabytes: float, up: float, down: float, idle: float, busy: float
+) -> Device:
+    """peak: FLOP/s. up, down: megabits per second. idle, busy: watts."""
+    return Device(
+        "", 0, kind, rank, None, UTILISATION * peak, gigabytes * 1e9, up * MEGABIT, down * MEGABIT, idle, busy
+    )
+
+
+PRESETS: Mapping[str, Device] = {
+    device.kind: device
+    for device in (
+        _preset("jetson-tx2", 4, 256 * 2 * 1.30e9, 8.0, 20.0, 20.0, 3.0, 20.0),
+        _preset("jetson-xavier-nx", 4, 384 * 2 * 1.10e9, 8.0, 20.0, 20.0, 4.0, 20.0),
+        _preset("jetson-agx-xavier", 8, 512 * 2 * 1.377e9, 32.0, 20.0, 20.0, 8.0, 45.0),
+        _preset("jetson-orin-nano", 8, 1024 * 2 * 0.625e9, 8.0, 20.0, 20.0, 4.0, 15.0),
+        _preset("jetson-agx-orin", 16, 5.3e12, 64.0, 20.0, 20.0, 10.0, 60.0),
+        _preset("raspberry-pi-5", 2, 4 * 16 * 2.4e9, 8.0, 20.0, 20.0, 3.0, 9.0),
+        _preset("phone", 4, 1.2e12, 8.0, 10.0, 50.0, 1.0, 5.0),
+        _preset("laptop", 8, 2.6e12, 16.0, 20.0, 100.0, 5.0, 25.0),
+        _preset("workstation", 32, 38.7e12, 48.0, 1000.0, 1000.0, 60.0, 400.0),
+        _preset("gpu-server", 64, 19.5e12, 80.0, 10_000.0, 10_000.0, 150.0, 600.0),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A power mode. speed: its share of the preset's compute rate."""
+
+    name: str
+    speed: float
+    busy_watts: float
+
+
+MODES: Mapping[str, tuple[Mode, ...]] = {
+    "jetson-tx2": (Mode("Max-N", 1.0, 20.0), Mode("Max-P", 1120 / 1300, 15.0), Mode("Max-Q", 850 / 1300, 7.5)),
+    "jetson-xavier-nx": (Mode("20 W", 1.0, 20.0), Mode("15 W", 1.0, 15.0), Mode("10 W", 800 / 1100, 10.0)),
+    "jetson-agx-xavier": (
+        Mode("MAXN", 1.0, 45.0), Mode("30 W", 900 / 1377, 30.0), Mode("15 W", 670 / 1377, 15.0),
+        Mode("10 W", 520 / 1377 / 2, 10.0),
+    ),
+    "jetson-orin-nano": (Mode("15 W", 1.0, 15.0), Mode("7 W", 0.65, 7.0)),
+    "jetson-agx-orin": (Mode("MAXN", 1.0, 60.0), Mode("50 W", 0.64, 50.0), Mode("30 W", 0.48, 30.0), Mode("15 W", 0.32, 15.0)),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Fleet:
+    """Every client's device, and how it changes from round to round.
+
+    devices: at its full rate, as the server knows it. modes: by kind; a client of another kind has only the one.
+    jitter: sigma of the lognormal factors, of median 1, on a client's compute time and on its link rates in each
+    round. redraw: rounds between new draws of the power mode; 0: drawn once.
+    """
+
+    devices: Mapping[ClientId, Device]
+    modes: Mapping[str, tuple[Mode, ...]]
+    jitter: float
+    redraw: int
+    seed: int
+
+    def at(self, client: ClientId, round: int) -> Device:
+        """The device as it is in that round (1, 2, ...)."""
+        device = self.devices[client]
+        if modes := self.modes.get(device.kind):
+            draw = (round - 1) // self.redraw if self.redraw else 0
+            mode = modes[rng(self.seed, "fleet", "mode", client, draw).integers(len(modes))]
+            rate = device.flops_per_second * mode.speed
+            device = replace(device, flops_per_second=rate, busy_watts=mode.busy_watts)
+        normal = rng(self.seed, "fleet", "jitter", client, round).standard_normal(2)
+        slower, faster = (_lognormal(self.jitter, float(z)) for z in normal)
+        return _linked(replace(device, flops_per_second=device.flops_per_second / slower), faster)
+
+
+def _lognormal(sigma: float, z: float) -> float:
+    """Rounded: exp differs in its last bit between machines, and simulated time must not."""
+    return round(math.exp(sigma * z), 6)
+
+
+def _linked(device: Device, factor: float) -> Device:
+    up, down = device.up_bytes_per_second * factor, device.down_bytes_per_second * factor
+    return replace(device, up_bytes_per_second=up, down_bytes_per_second=down)
+
+
+def build(settings: FleetSettings | None, clients: Mapping[ClientId, int], seed: int) -> Fleet:
+    """The fleet that a config names, for these clients and their numbers of training rows.
+
+    Kinds are dealt out by addressed chance, whatever data a client has, in the shares given. Without settings every
+    client has one nominal device of no rank of its own and of unlimited memory. ConfigError says what is wrong.
+    """
+    if settings is None:
+        nominal = replace(PRESETS[NOMINAL], rank=None, memory_bytes=0.0)
+        devices = {client: replace(nominal, id=client, examples=rows) for client, rows in clients.items()}
+        return Fleet(devices, {}, 0.0, 0, seed)
+    if settings.csv is not None:
+        rows = read(Path(settings.csv), list(clients))
+    else:
+        rows = [Row(_known(kind, PRESETS, "devices"), share) for kind, share in settings.devices.items()]
+    kinds = {row.device.kind: row.device for row in rows}
+    for kind, rank in settings.ranks.items():
+        _known(kind, kinds, "ranks")
+        rows = [replace(row, device=replace(row.device, rank=rank)) if row.device.kind == kind else row for row in rows]
+    named = {row.client: row.device for row in rows if row.client is not None}
+    rest = [client for client in clients if client not in named]
+    given = {**named, **_deal([row for row in rows if row.client is None], rest, seed)}
+    devices = {
+        client: replace(_linked(given[client], settings.links), id=client, examples=examples)
+        for client, examples in clients.items()
+    }
+    return Fleet(devices, {} if settings.csv is not None else MODES, settings.jitter, settings.redraw, seed)
+
+
+def _known(kind: str, kinds: Mapping[str, Device], key: str) -> Device:
+    if kind not in kinds:
+        raise ConfigError(f"engine.fleet.{key}: no device kind {kind!r}{hint(kind, kinds)} (known: {', '.join(kinds)})")
+    return kinds[kind]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A device and its share of the clients, or the one client that it belongs to."""
+
+    device: Device
+    share: float
+    client: ClientId | None = None
+
+
+def _deal(rows: Sequence[Row], clients: Sequence[ClientId], seed: int) -> dict[ClientId, Device]:
+    if not rows and clients:
+        raise ConfigError(f"engine.fleet.csv: no row is left for client {clients[0]!r}; add one without a client")
+    counts = shares([row.share for row in rows], len(clients), [row.device.rank for row in rows])
+    order = rng(seed, "fleet", "kinds").permutation(len(clients))
+    dealt = [row.device for row, count in zip(rows, counts, strict=True) for _ in range(count)]
+    return {clients[at]: device for at, device in zip(order, dealt, strict=True)}
+
+
+def shares(weights: Sequence[float], count: int, ranks: Sequence[int | None]) -> list[int]:
+    """Whole numbers in these proportions that sum to `count`: largest remainders, ties to the lowest rank, then order."""
+    whole = sum(weights)
+    exact = [count * weight / whole for weight in weights]
+    result = [math.floor(part + 1e-9) for part in exact]
+    order = sorted(range(len(weights)), key=lambda at: (round(result[at] - exact[at], 9), ranks[at] or math.inf, at))
+    for at in order[: count - sum(result)]:
+        result[at] += 1
+    return result
+
+
+# ---- one's own devices
+
+NUMBERS = {
+    "gigaflops_per_second": ("flops_per_second", 1e9), "memory_gigabytes": ("memory_bytes", 1e9),
+    "up_megabits_per_second": ("up_bytes_per_second", MEGABIT),
+    "down_megabits_per_second": ("down_bytes_per_second", MEGABIT),
+    "idle_watts": ("idle_watts", 1.0), "busy_watts": ("busy_watts", 1.0),
+}  # fmt: skip
+COLUMNS = ("kind", "count", "client", "rank", *NUMBERS)
+
+
+def read(path: Path, clients: Sequence[ClientId]) -> list[Row]:
+    """The rows of a CSV file of devices; ConfigError names the file, line and column of a mistake.
+
+    Columns: ``kind``, a word of one's own; ``gigaflops_per_second``, what it reaches in training;
+    ``memory_gigabytes``; ``up_megabits_per_second``, ``down_megabits_per_second``; ``idle_watts``, ``busy_watts``. And,
+    where wanted: ``rank``, the largest LoRA rank (empty: the adapter's); ``count``, its share of the clients
+    (empty: 1); ``client``, the one client that has it.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            header = reader.fieldnames or []
+            for name in header:
+                if name not in COLUMNS:
+                    raise ConfigError(f"{path}:1: unknown column {name!r}{hint(name, COLUMNS)}")
+            if missing := [name for name in ("kind", *NUMBERS) if name not in header]:
+                raise ConfigError(f"{path}:1: column {missing[0]!r} is missing")
+            rows = list[Row]()
+            left = set(clients)
+            for record in reader:
+                rows.append(_row(f"{path}:{reader.line_num}", record, clients, left))
+                left.discard(rows[-1].client or "")
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"engine.fleet.csv: {path}: {getattr(error, 'strerror', None) or error}") from None
+    if not rows:
+        raise ConfigError(f"{path}:2: no devices")
+    return rows
+
+
+def _row(
+    where: str, row: Mapping[str | None, str | None], clients: Sequence[ClientId], left: AbstractSet[ClientId]
+) -> Row:
+    if None in row or None in row.values():
+        raise ConfigError(f"{where}: this line has not as many cells as there are columns")
+    cells = {str(name): str(cell).strip() for name, cell in row.items()}
+    if not cells["kind"]:
+        raise ConfigError(f"{where}: kind: it is empty; any word will do")
+    client = cells.get("client") or None
+    if client is not None and client not in left:
+        what = "has a device already" if client in clients else f"is none of this run's{hint(client, clients)}"
+        raise ConfigError(f"{where}: client: {client!r} {what}")
+    rank = _number(where, "rank", cells["rank"]) if cells.get("rank") else None
+    if rank is not None and rank != int(rank):
+        raise ConfigError(f"{where}: rank: it must be a whole number, got {cells['rank']!r}")
+    share = _number(where, "count", cells["count"]) if cells.get("count") else 1.0
+    numbers = {field: _number(where, name, cells[name]) * unit for name, (field, unit) in NUMBERS.items()}
+    return Row(Device("", 0, cells["kind"], None if rank is None else int(rank), None, **numbers), share, client)
+
+
+def _number(where: str, column: str, cell: str) -> float:
+    try:
+        value = float(cell)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{where}: {column}: it must be a number above 0, got {cell!r}")
+    return value

@@ -1,0 +1,83 @@
+"""Fed-PLoRA: parallel one-rank modules, of which each client trains a few (Zhang, Hu, Xu, 2026, arXiv:2602.16936).
+
+Most of the paper was read, but not its algorithm listing, ablations and code. These points were open. A module
+that nobody trained in a round keeps its value. The means are over the clients that came back, and uniform. The
+scale is one for all, clients and server (the paper's alpha = rank is s = 1: set adapter.alpha to adapter.rank);
+with alpha / rank of each client, none would start from the global function. There is no dropout on the adapter,
+under which folded and frozen modules would differ. Which modules a client trains is drawn by the server and
+travels as bits. The head is averaged as the rest is; the authors' habit, a frozen random one, is adapter.head: frozen.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from fedrank.adapter import kaiming
+from fedrank.aggregation import WEIGHTS, average
+from fedrank.exactness import covariance, errors
+from fedrank.protocol import About, ClientId, Device, Job, ModelSpec, Plan, State, Update, Updates, rng
+from fedrank.selection import everything, largest, leading, sampled
+
+
+@dataclass(frozen=True)
+class FedPLoRA:
+    """The server holds R one-rank modules per matrix; a client of rank r_i trains r_i of them (Select-N-Fold).
+
+    selection: afresh for every round, client and matrix ("random"), the first r_i ("fixed"), or those of the
+    largest norm, ties drawn ("weight_norm"). rest: what a client does not train stays in its forward pass
+    ("freeze"), goes into its copy of the base ("fold": the same function and gradients), or does not travel and
+    is missing ("drop", an ablation). weights: of the clients, in the mean over those who trained a module.
+    """
+
+    selection: Literal["random", "fixed", "weight_norm"] = "random"
+    rest: Literal["freeze", "fold", "drop"] = "freeze"
+    weights: Literal["uniform", "examples"] = "uniform"
+
+    default_lr: ClassVar[float] = 3e-3
+    about: ClassVar[About] = About(
+        paper="Heterogeneous Federated Fine-Tuning with Parallel One-Rank Adaptation", year=2026,
+        url="https://arxiv.org/abs/2602.16936", differs=("rank", "data"),
+        travels="all of A and B down, the trained modules up; head both ways",
+        exact_start=True, exact_aggregation=False,
+    )  # fmt: skip
+
+    def begin(self, spec: ModelSpec, rounds: int, seed: int) -> State:
+        adapter = kaiming(spec.shapes, spec.rank, spec.scale, rng(seed, "begin"))
+        return State(0, rounds, spec.with_head(adapter))
+
+    def plan(self, state: State, cohort: Mapping[ClientId, Device], seed: int) -> dict[ClientId, Plan]:
+        plans = {}
+        for client, device in cohort.items():
+            train = self.select(state, device, seed)
+            frozen = {} if self.rest == "drop" else state.adapter.without(train).ids
+            plans[client] = Plan(train, frozen)
+        return plans
+
+    def select(self, state: State, device: Device, seed: int) -> dict[str, np.ndarray]:
+        """K_i per matrix, for the round to come."""
+        if device.rank is None:
+            return everything(state.adapter)
+        if self.selection == "fixed":
+            return leading(state.adapter, device.rank)
+        choose = sampled if self.selection == "random" else largest
+        return choose(state.adapter, device.rank, seed, state.round + 1, device.id)
+
+    def train(self, jobs: Iterable[Job]) -> Iterable[Update]:
+        for job in jobs:
+            if self.rest == "fold" and job.plan.frozen:
+                folded = job.adapter.take(job.plan.frozen).only("BeA")  # less the head, which is no part of the base
+                updates = (*job.base_updates, folded)
+                job = replace(job, plan=replace(job.plan, frozen={}), base_updates=updates)
+            yield job.fit(job)
+
+    def merge(self, state: State, updates: Updates) -> State:
+        weight = WEIGHTS[self.weights]
+        after = state.next(average(state.adapter, updates, weight))
+
+        def present(_: ClientId, update: Update) -> dict[str, np.ndarray]:
+            return update.adapter.ids if self.rest == "drop" else state.adapter.ids
+
+        noise = {"agg_cov": covariance(updates, weight), **errors(state, after, updates, present, weight)}
+        return replace(after, metrics=noise)

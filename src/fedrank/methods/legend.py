@@ -1,0 +1,187 @@
+"""LEGEND (reconstructed): LoRA depth by device capacity, ranks rise to the output (Liu et al., 2025, arXiv:2412.20004).
+
+Only the paper's abstract was available: the equations are a reconstruction that agrees with it, and these points
+were open. Ranks: one arithmetic sequence over the blocks, common to all clients, with alpha / rank the same in
+every block. Depth: a suffix of the blocks, as deep as the deadline lets each client go, anew in every round.
+Estimates: seconds of a whole round, so local steps are in them; those of a rank are part of the link's. A client's
+first measured round replaces what its machine promised; one of which nothing is known gets the least depth. The
+seconds of a transfer are shared out by bytes between the components, which grow with depth, and the rest of the
+frame. Where no client is able to train all blocks, the deadline lets the deepest reach what it can; the blocks
+below keep their start. Bytes are counted as float32.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from fedrank import cost
+from fedrank.adapter import Adapter, kaiming
+from fedrank.aggregation import average, examples, uniform
+from fedrank.protocol import About, ClientId, Device, Job, ModelSpec, Plan, State, Update, Updates, rng
+from fedrank.selection import arithmetic, depths, everything, suffix
+
+TIMINGS = ("forward_seconds", "backward_seconds", "upload_seconds", "download_seconds")  # of a client's round
+
+
+@dataclass(frozen=True)
+class LEGEND:
+    """Each client trains the last k blocks, k by the seconds its rounds took; a block is averaged over its holders.
+
+    budget: ranks of all blocks together (psi); None: the adapter's rank per block. least: the first block's rank.
+    min_depth: k of the slowest. slack: added to the deadline, as a share. quantile: of the fleet's full rounds, the
+    deadline's other anchor; 0 is the fastest client's. smoothing: rho of the moving averages. max_seconds,
+    max_bytes: a client's local training and its two frames per round may not take more. Controls: depth "full",
+    other rank orders, and download "full", in which the lower blocks' components are in the forward pass, frozen.
+    """
+
+    budget: int | None = None
+    least: int = 2
+    min_depth: int = 1
+    slack: float = 0.05
+    quantile: float = 0.0
+    smoothing: float = 0.8
+    depth: Literal["adaptive", "full"] = "adaptive"
+    ranks: Literal["increasing", "uniform", "decreasing"] = "increasing"
+    download: Literal["suffix", "full"] = "suffix"
+    weights: Literal["examples", "uniform"] = "examples"
+    max_seconds: float | None = None
+    max_bytes: float | None = None
+
+    default_lr: ClassVar[float] = 3e-3
+    about: ClassVar[About] = About(
+        paper="Adaptive Parameter-Efficient Federated Fine-Tuning on Heterogeneous Devices", year=2025,
+        url="https://arxiv.org/abs/2412.20004", differs=("depth", "data"),
+        travels="B, A of a client's last blocks, and head, both ways",
+        exact_start=False, exact_aggregation=False,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        for name in ("least", "min_depth"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.slack >= 0:
+            raise ValueError(f"slack must not be negative, got {self.slack}")
+        if not 0 <= self.quantile <= 1:
+            raise ValueError(f"quantile must be in [0, 1], got {self.quantile}")
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"smoothing must be in [0, 1), got {self.smoothing}")
+        for name in ("max_seconds", "max_bytes"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+
+    def begin(self, spec: ModelSpec, rounds: int, seed: int) -> State:
+        layer = np.unique([m.block for m in spec.modules], return_inverse=True)[1]
+        layers = 1 + int(layer.max())
+        if self.min_depth > layers:
+            raise ValueError(f"method.min_depth={self.min_depth} is above the {layers} adapted blocks")
+        budget = layers * spec.rank if self.budget is None else self.budget
+        if budget < layers:
+            raise ValueError(f"method.budget={budget} is below one rank for each of the {layers} adapted blocks")
+        ranks = arithmetic(layers, budget, budget if self.ranks == "uniform" else self.least)
+        ranks = ranks[::-1] if self.ranks == "decreasing" else ranks
+        by_name = {m.name: int(ranks[at]) for m, at in zip(spec.modules, layer, strict=True)}
+        adapter = spec.with_head(kaiming(spec.shapes, by_name, spec.scale, rng(seed, "begin")))
+        numbers = np.bincount(layer, [by_name[m.name] * (m.out + m.in_) for m in spec.modules])
+        sigma = numbers.sum() / budget  # numbers per unit of rank of a block
+        # Autograd keeps about what goes in and out of every map, and the attention's scores before and after softmax.
+        kept = sum(map.out + map.in_ for map in spec.flow if map.block < spec.blocks)
+        head = sum(tensor.size for tensor in spec.dense.values())
+        memory = [4.0 * spec.parameters + 16.0 * head, 4.0 * kept / layers, 8.0 * spec.attention.heads]
+        arrays = {
+            "layer": layer,  # of each module, in the adapter's order
+            "units": np.cumsum(numbers[::-1]) / sigma,  # R(k), ranks in the last k = 1, 2, ... blocks
+            "sigma": np.array(sigma),
+            "flops": np.array(cost.block_flops(spec)) * (spec.blocks / layers),  # per block: of a token, of a pair
+            "memory": np.array(memory),  # bytes: fixed; and per trained block, of a token, of a pair
+        }
+        return State(0, rounds, adapter, arrays=arrays)
+
+    def plan(self, state: State, cohort: Mapping[ClientId, Device], seed: int) -> dict[ClientId, Plan | None]:
+        capacities = np.array([self._capacity(state, device) for device in cohort.values()])
+        found = caps = self._caps(state, list(cohort.values()), capacities)
+        if self.depth == "adaptive":
+            found, _ = depths(_seconds(state, capacities), caps, self.min_depth, self.slack, self.quantile)
+        plans: dict[int, Plan | None] = {k: self._suffix(state, k) for k in set(found.tolist())}
+        return dict(zip(cohort, (plans[k] for k in found.tolist()), strict=True))
+
+    def _suffix(self, state: State, depth: int) -> Plan | None:
+        if depth < self.min_depth:
+            return None  # not even that much is within its caps
+        train = suffix(state.adapter, state.arrays["layer"], depth)
+        rest = {name: ids for name, ids in everything(state.adapter).items() if name not in train}
+        return Plan(train=train, frozen=rest if self.download == "full" else {})
+
+    def _capacity(self, state: State, device: Device) -> Float[np.ndarray, "4"]:
+        """[f, b, link, fixed] in seconds: as estimated, else as the machine promises, else NaN."""
+        if (kept := state.arrays.get(f"capacity/{device.id}")) is not None:
+            return kept
+        load, flops = device.load, state.arrays["flops"]
+        rates = (device.flops_per_second, device.up_bytes_per_second, device.down_bytes_per_second)
+        if load is None or min(rates) <= 0 or not flops.any():
+            return np.full(4, np.nan)
+        layers, (up, down) = len(state.arrays["units"]), self._bytes(state)
+        forward = layers * float(flops @ [load.tokens, load.pairs]) / rates[0]  # and backward costs as much: no
+        timings = (forward, forward, up[-1] / rates[1], down[-1] / rates[2])  # gradients of the frozen weights
+        return self._observed(state, layers, state.adapter, timings)
+
+    def _observed(self, state: State, depth: int, adapter: Adapter, timings: Sequence[float]) -> Float[np.ndarray, "4"]:
+        """A round's `TIMINGS` at this depth, per block forward, per block backward, per unit of rank, and the rest."""
+        forward, backward, up, down = timings
+        units, sigma = state.arrays["units"], float(state.arrays["sigma"])
+        rest = cost.up(adapter, Plan({}), 0, "f32").frame / (4 * sigma)  # a frame without components
+        link = (up + down if self.download == "suffix" else up) / (units[depth - 1] + rest)
+        fixed = link * rest + (0 if self.download == "suffix" else down)
+        return np.array([forward / len(units), backward / depth, link, fixed])
+
+    def _bytes(self, state: State) -> tuple[Float[np.ndarray, "layers"], Float[np.ndarray, "layers"]]:
+        """Bytes of the frames up and down, by depth."""
+        up = 4 * state.arrays["sigma"] * state.arrays["units"] + cost.up(state.adapter, Plan({}), 0, "f32").frame
+        return up, up if self.download == "suffix" else np.full_like(up, up[-1])
+
+    def _caps(self, state: State, devices: list[Device], capacities: Float[np.ndarray, "n 4"]) -> Int[np.ndarray, "n"]:
+        """The largest depth within a device's memory and the caps on seconds and bytes; what is unknown is no cap."""
+        units, (fixed, *kept) = state.arrays["units"], state.arrays["memory"]
+        k = np.arange(1, len(units) + 1)
+        peaks = np.array([[d.load.peak_tokens, d.load.peak_pairs] if d.load else [0, 0] for d in devices])
+        # A trained number is there four times: value, gradient and AdamW's two moments.
+        needed = fixed + np.outer(peaks @ np.array(kept), k) + 16 * state.arrays["sigma"] * units
+        fits = needed <= np.array([[device.memory_bytes or np.inf] for device in devices])
+        if self.max_seconds is not None:
+            fits &= ~(capacities[:, :1] * len(units) + capacities[:, 1:2] * k > self.max_seconds)
+        if self.max_bytes is not None:
+            fits &= np.add(*self._bytes(state)) <= self.max_bytes
+        return np.asarray(fits.sum(axis=1))
+
+    def train(self, jobs: Iterable[Job]) -> Iterable[Update]:
+        return (job.fit(job) for job in jobs)
+
+    def merge(self, state: State, updates: Updates) -> State:
+        adapter = average(state.adapter, updates, examples if self.weights == "examples" else uniform)
+        layer = dict(zip(state.adapter.blocks, state.arrays["layer"].tolist(), strict=True))
+        layers = len(state.arrays["units"])
+        held, capacities = [], {}
+        for client, update in updates:
+            held.append(layers - min(layer[name] for name in update.adapter.blocks))
+            timings = [update.metrics.get(name, -1.0) for name in TIMINGS]
+            if min(timings) < 0:  # nothing was measured: what is known of this client stays
+                continue
+            now, name = self._observed(state, held[-1], update.adapter, timings), f"capacity/{client}"
+            before = state.arrays.get(name, now)
+            capacities[name] = before + (1 - self.smoothing) * (now - before)
+        found = {"mean": np.mean(held), "lowest": min(held), "highest": max(held)}
+        metrics = {f"{name}_depth": float(value) for name, value in found.items()}
+        if capacities and self.depth == "adaptive":  # which these clients would have, were they drawn again
+            seconds = _seconds(state, np.array(list(capacities.values())))
+            caps = np.full(len(seconds), layers)
+            metrics["deadline_seconds"] = depths(seconds, caps, self.min_depth, self.slack, self.quantile)[1]
+        return state.next(adapter, arrays={**state.arrays, **capacities}, metrics=metrics)
+
+
+def _seconds(state: State, capacities: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "n layers"]:
+    """t(k) = L f + k b + link R(k) + fixed, by client and depth."""
+    units = state.arrays["units"]
+    forward, backward, link, fixed = capacities.T[:, :, None]
+    return np.asarray(len(units) * forward + np.arange(1, len(units) + 1) * backward + link * units + fixed)

@@ -1,0 +1,183 @@
+"""The parts of a run, built from its config: data, model, method, fleet, and each client's side."""
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import fedrank
+from fedrank import config as settings
+from fedrank import cost as costs
+from fedrank import fleet, methods
+from fedrank.adapter import Adapter
+from fedrank.client import MIN_TEST_ROWS, Site
+from fedrank.config import Config, ConfigError
+from fedrank.engines.local import Local as LocalEngine
+from fedrank.protocol import ClientId, Device, Load, Method, ModelSpec, Plan, State, rng
+from fedrank.server import Server
+from fedrank.store import Store
+from fedrank.wire import Wire
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """Everything a config stands for, built.
+
+    cost: client, an adapter of the method, round, plan and bytes down -> what that round costs that client.
+    """
+
+    config: Config
+    method: Method
+    spec: ModelSpec
+    begin: State
+    run_id: str
+    devices: dict[ClientId, Device]
+    site: Callable[[ClientId, Wire, Store], Site]
+    cost: Callable[[ClientId, Adapter, int, Plan, int], costs.Cost]
+    evaluate: Callable[[Adapter, tuple[Adapter, ...]], Mapping[str, float]] | None
+    numerics: dict[str, Any]
+    drawn: dict[str, np.ndarray]  # frozen layers made from the seed, which an export must carry
+    facts: dict[str, Any]  # what data and model were: a resumed run must find the same
+    about: dict[str, Any]  # what is worth telling at the start
+
+    def server(self, store: Store) -> Server:
+        config = self.config
+        wire = Wire(self.spec, self.begin.adapter, config.wire.dtype, self.run_id, config.seed, self.numerics)
+        engine = LocalEngine(
+            self.devices, cache(lambda client: self.site(client, wire, store)), config.engine.failure_rate, config.seed
+        )
+        return Server(self.method, engine, wire, store, config.rounds, config.seed, config.adapter.head, self.evaluate)
+
+
+def prepare(config: Config, method: Method | None = None) -> Parts:
+    """Load the data and the model, share the rows out, and build what the config names."""
+    if method is not None:  # recorded, so that it is not resumed as another one
+        config = config.model_copy(update={"method": {"name": type(method).__name__, "object": repr(method)}})
+    try:
+        chosen = methods.build(config.method) if method is None else method
+        methods.check(type(chosen))
+    except (TypeError, AttributeError) as error:  # what an entry point named is not there, or is no method
+        raise ConfigError(f"method.name={config.method['name']}: {error}") from None
+    config = _resolved(config, chosen)
+    # torch is slow to import: a typo above should not wait for it
+    from fedrank.training import data, local, models, partition, tasks
+
+    dataset = data.configured(config)
+    for notice in dataset.notices:
+        log.warning("%s", notice)
+    p = config.data.partition
+    shares = partition.partition(
+        p.kind, dataset.train.label, config.clients.count, config.seed, alpha=p.alpha,
+        classes_per_client=p.classes_per_client, s=p.s, min_rows=p.min_rows, column=dataset.train.client,
+        test_labels=dataset.test.label, test_rows=len(dataset.test), train_rows=len(dataset.train),
+    )  # fmt: skip
+    model = models.load(config, dataset.labels)
+    encode = partial(tasks.encode, tokenizer=model.tokenizer, task=config.task, max_length=config.local.max_length)
+    train, test = encode(dataset.train), encode(dataset.test)
+    measured = config.engine.timing == "measured"
+    trainer = local.Trainer(
+        model, train, test, config.local.lr or chosen.default_lr, config.engine.threads, config.device, timed=measured
+    )
+    own_rows, own_set = (dataset.test, test) if shares.test_from == "test" else (dataset.train, train)
+    index = {name: at for at, name in enumerate(shares.names)}
+    lengths = train.lengths
+
+    def load(client: ClientId, round: int) -> Load:
+        draw = partial(rng, config.seed, "job", round, client, "batches")  # the address of a job's
+        return local.workload(shares.train[index[client]], lengths, config.local, draw)
+
+    sizes = {name: len(rows) for name, rows in zip(shares.names, shares.train, strict=True)}
+    machines = fleet.build(config.engine.fleet, sizes, config.seed)
+    # A round that is never played stands for those to come.
+    devices = {client: replace(device, load=load(client, 0)) for client, device in machines.devices.items()}
+
+    def personal(rows: np.ndarray, adapter: Adapter, base: tuple[Adapter, ...]) -> dict[str, float]:
+        found = trainer.evaluate(adapter, own_set, rows, base)
+        return found if own_rows.label is None else found | {"majority": local.majority(own_rows.label[rows])}
+
+    def site(client: ClientId, wire: Wire, store: Store) -> Site:
+        at = index[client]
+        mine = shares.test[at]
+        return Site(
+            devices[client], chosen, wire, store.private, config.local, config.seed,
+            fit=partial(trainer.fit, rows=shares.train[at]),
+            evaluate=partial(personal, mine) if len(mine) >= MIN_TEST_ROWS else None, session=trainer.session,
+            cost=partial(cost, client, wire.start), measured=measured,
+        )  # fmt: skip
+
+    def cost(client: ClientId, start: Adapter, round: int, plan: Plan, bytes_down: int) -> costs.Cost:
+        bytes_up = costs.most_up(spec, start, plan, config.wire.dtype).frame
+        device = machines.at(client, round)
+        return costs.predict(spec, start, plan, load(client, round), device, bytes_down, bytes_up)
+
+    def evaluate(adapter: Adapter, base: tuple[Adapter, ...]) -> Mapping[str, float]:
+        with trainer.session():
+            return trainer.evaluate(adapter, test, np.arange(len(test)), base)
+
+    spec = model.spec
+    try:
+        begin = chosen.begin(spec, config.rounds.count, config.seed)
+    except ValueError as error:  # hyper-parameters that do not fit the adapter
+        raise ConfigError(f"method {config.method['name']}: {error}") from None
+    facts = {
+        "data": dataset.name, "rows": {"train": len(dataset.train), "test": len(dataset.test)},
+        "hash": {"train": dataset.train.digest(), "test": dataset.test.digest()}, "labels": list(dataset.labels),
+        "model": {"name": config.model.name, "fingerprint": spec.fingerprint, "pooling": model.pooling,
+                  "source": model.source, "base_class": type(model.base).__name__, "task": config.task,
+                  "conv1d": any(type(m).__name__ == "Conv1D" for m in model.modules.values())},
+        "partition": shares.summary(),
+        "fleet": {"kinds": dict(Counter(device.kind for device in devices.values())), "hash": _digest(machines)},
+    }  # fmt: skip
+    about = {
+        "data": dataset.name, "train_rows": len(dataset.train), "test_rows": len(dataset.test),
+        "classes": len(dataset.labels), "hash": dataset.train.digest()[:16], "model": config.model.name,
+        "modules": len(spec.modules), "clients": len(devices), "method": config.method["name"],
+        "redraws": shares.redraws, "dropped": shares.dropped,
+        "majority": None if dataset.test.label is None else local.majority(dataset.test.label),
+    }  # fmt: skip
+    run_id = f"{rng(config.seed, 'run', settings.dump(_identity(config))).integers(1 << 62):016x}"
+    drawn = {f"{n}.{p}": t.numpy(force=True) for n, m in model.drawn.items() for p, t in m.named_parameters()}
+    numerics = {"fedrank": fedrank.__version__} | local.numerics(config.engine.threads, config.device)
+    return Parts(
+        config, chosen, spec, begin, run_id, devices, site, cost, evaluate, numerics, drawn, facts, about,
+    )  # fmt: skip
+
+
+def _digest(machines: fleet.Fleet) -> str:
+    """Names the devices by their numbers."""
+    rows = [astuple(replace(device, examples=0)) for device in machines.devices.values()]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def _resolved(config: Config, method: Method) -> Config:
+    """The config with what it leaves open written out: the method's defaults, alpha, the whole paths."""
+    lr, alpha = config.local.lr or method.default_lr, config.adapter.alpha or 2.0 * config.adapter.rank
+    local, adapter = config.local.model_copy(update={"lr": lr}), config.adapter.model_copy(update={"alpha": alpha})
+    data, model, engine, chosen = config.data, config.model, config.engine, dict(config.method)
+    if data.path is not None:  # a run can be resumed from another folder
+        data = data.model_copy(update={"path": str(Path(data.path).expanduser().absolute())})
+    if model.name not in settings.OWN_MODELS and (folder := Path(model.name).expanduser()).is_dir():
+        model = model.model_copy(update={"name": str(folder.absolute())})
+    if engine.fleet is not None and engine.fleet.csv is not None:
+        csv = str(Path(engine.fleet.csv).expanduser().absolute())
+        engine = engine.model_copy(update={"fleet": engine.fleet.model_copy(update={"csv": csv})})
+    if "object" not in chosen:
+        chosen |= methods.values(method)
+    parts = {"local": local, "adapter": adapter, "data": data, "model": model, "engine": engine, "method": chosen}
+    return config.model_copy(update=parts)
+
+
+def _identity(config: Config) -> Config:
+    """The config less what a resumed run may change, so that its frames still belong to it."""
+    data, model = config.data.model_copy(update={"path": None}), config.model.model_copy(update={"name": ""})
+    fixed = {"rounds": settings.Rounds(), "engine": settings.EngineSettings(), "data": data, "model": model}
+    return config.model_copy(update=fixed)

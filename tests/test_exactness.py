@@ -1,0 +1,391 @@
+"""Exactness: the measures on small numbers, and the table of every method, measured in float64."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+import toy
+from fedrank import aggregation, exactness, ledger, methods
+from fedrank.adapter import Adapter, Block, recompress
+from fedrank.exactness import Increment, covariance, errors, factor_distance
+from fedrank.methods.fed_plora import FedPLoRA
+from fedrank.methods.fedavg import FedAvg
+from fedrank.protocol import Device, Job, Plan, State, Update, rng
+from fedrank.training.local import Local
+from test_contract import Shared, build
+
+
+def lora(b: Any, a: Any, ids: Any = None, scale: float = 1.0, e: Any = None) -> Adapter:
+    """One module "m" with these columns of B and rows of A, in float64."""
+    b, a = np.array(b, float), np.array(a, float)
+    block = Block(np.arange(len(a)) if ids is None else np.array(ids), b, None if e is None else np.array(e, float), a)
+    return Adapter({"m": block}, scale, {})
+
+
+def double(adapter: Adapter) -> Adapter:
+    blocks = {
+        n: Block(b.ids, *(None if f is None else f.astype(float) for f in (b.B, b.e, b.A)))
+        for n, b in adapter.blocks.items()
+    }
+    return Adapter(blocks, adapter.scale, {n: t.astype(float) for n, t in adapter.dense.items()})
+
+
+# ---- the sum of increments
+
+
+def test_the_norm_of_one_component_is_the_product_of_its_norms():
+    """scale 2, b = (1, 0), a = (3, 4): 2 * 1 * 5; e = -3 makes it three times that."""
+    assert Increment().add(lora([[1], [0]], [[3, 4]], scale=2.0)).norm() == pytest.approx(10)
+    assert Increment().add(lora([[1], [0]], [[3, 4]], scale=2.0, e=[-3])).norm() == pytest.approx(30)
+
+
+def test_weights_are_one_for_all_or_one_per_component():
+    """b a' = e1 e1' and e2 e2': with 3 and 4 the matrix is diag(3, 4)."""
+    two = lora([[1, 0], [0, 1]], [[1, 0], [0, 1]])
+    assert Increment().add(two, {"m": np.array([3.0, 4.0])}).norm() == pytest.approx(5)
+    assert Increment().add(two, -2.0).norm() == pytest.approx(np.sqrt(8))
+    assert Increment().add(two, {"m": np.array([0.0, -1.0])}).norm() == pytest.approx(1)
+    assert Increment().norm() == Increment().add(two, 0.0).norm() == 0
+
+
+def test_modules_count_together():
+    """3 in one module and 4 in another: 5."""
+    parts = {"a": lora([[3]], [[1]]).blocks["m"], "b": lora([[1]], [[4]]).blocks["m"]}
+    assert Increment().add(Adapter(parts, 1.0, {})).norm() == pytest.approx(5)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 99))
+@examples(max_examples=60, deadline=None)
+def test_narrow_and_wide_stacks_have_the_norm_of_the_dense_sum(out, in_, ranks, seed):
+    draw, found, dense = rng(seed, "sums"), Increment(), np.zeros((out, in_))
+    for rank in ranks:
+        part = lora(draw.normal(size=(out, rank)), draw.normal(size=(rank, in_)), scale=0.5)
+        weight = float(draw.normal())
+        found.add(part, weight)
+        dense += weight * part.delta()["m"]
+        assert found.norm() == pytest.approx(np.linalg.norm(dense), rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (8, 9)])  # by its triangles, and as a matrix
+def test_equal_functions_of_other_factors_are_no_further_apart_than_round_off(shape):
+    draw = rng(0, "gauge")
+    one = lora(draw.normal(size=(shape[0], 4)), draw.normal(size=(4, shape[1])))
+    other = recompress(one)
+    assert Increment().add(one).add(other, -1.0).norm() < 1e-14 * Increment().add(one).norm()
+    assert factor_distance(one, other) > 1
+
+
+def test_a_matrix_is_formed_only_where_it_is_smaller_than_the_stack():
+    """40 x 20 has 800 numbers, thirteen components 780, fourteen 840."""
+    found = Increment().add(lora(np.ones((40, 13)), np.ones((13, 20))))
+    assert found.modules["m"].whole is None
+    found.add(lora(np.ones((40, 1)), np.ones((1, 20))))
+    assert found.modules["m"].whole.shape == (40, 20)
+    assert not found.modules["m"].lefts
+    assert found.norm() == pytest.approx(14 * np.sqrt(800))
+
+
+def test_a_whole_increment_of_the_base_sums_up_all_before_it():
+    """Rounds of 5, then a whole 7, then 1: the base is 8, of which twice is 16."""
+    factors = [lora([[value]], [[1]]) for value in (5, 1)]
+    whole = Adapter({}, 1.0, {"m": np.array([[7.0]])})
+    assert Increment().add_base([factors[0], whole, factors[1]], 2.0).norm() == pytest.approx(16)
+    assert Increment().add_base([factors[0], factors[1]]).norm() == pytest.approx(6)
+    again = Adapter({}, 1.0, {"m": np.array([[9.0]])})
+    assert Increment().add_base([whole, factors[0], again]).norm() == pytest.approx(9)
+
+
+def test_an_increment_needs_both_factors():
+    with pytest.raises(ValueError, match="module 'm'"):
+        Increment().add(lora([[1]], [[1]]).only("B"))
+
+
+# ---- the figures
+
+
+def test_factors_are_compared_by_id_and_a_missing_one_is_zero():
+    """ids {0, 1} and {1, 2}: B (3, 4) against (4, 12) is sqrt(9 + 144); A of ones sqrt 2."""
+    one, two = lora([[3, 4]], [[1], [1]], [0, 1]), lora([[4, 12]], [[1], [1]], [1, 2])
+    assert factor_distance(one, two) == pytest.approx(np.sqrt(153) + np.sqrt(2))
+    assert factor_distance(one, one) == 0
+    assert factor_distance(one, replace(one, blocks={})) == pytest.approx(5 + np.sqrt(2))
+
+
+def test_the_covariance_of_three_and_minus_three():
+    """B = A = 3 and -3: the means are 0, the mean product is 9."""
+    updates = {"a": Update(lora([[3]], [[3]]), 1), "b": Update(lora([[-3]], [[-3]]), 1)}
+    assert covariance(toy.Arrived(updates)) == pytest.approx(9)
+    assert covariance(toy.Arrived({"a": updates["a"]})) == 0
+    halves = {name: replace(u, adapter=replace(u.adapter, scale=0.5)) for name, u in updates.items()}
+    assert covariance(toy.Arrived(halves)) == pytest.approx(4.5)
+
+
+def test_the_covariance_may_be_weighted():
+    """3 with weight 3 and -1 with weight 1: mean 2, covariance (3 * 1 + 1 * 9) / 4."""
+    updates = {"a": Update(lora([[3]], [[3]]), 3), "b": Update(lora([[-1]], [[-1]]), 1)}
+    assert covariance(toy.Arrived(updates), aggregation.examples) == pytest.approx(3)
+
+
+def test_the_covariance_is_of_two_factors():
+    with pytest.raises(ValueError, match="B and A alone"):
+        covariance(toy.Arrived({"a": Update(lora([[1]], [[1]], e=[1]), 1)}))
+
+
+BEFORE = State(0, 3, lora([[1, 2]], [[1], [1]]))
+X, Y = lora([[3]], [[2]], [0]), lora([[1, 4]], [[4], [1]])
+AFTER = State(0, 3, lora([[2, 4]], [[3], [1]]))
+CAME = toy.Arrived({"x": Update(X, 3), "y": Update(Y, 1)})
+
+
+def everyone(client: str, update: Update) -> Mapping[str, np.ndarray]:
+    return BEFORE.adapter.ids
+
+
+def trained(client: str, update: Update) -> Mapping[str, np.ndarray]:
+    return update.adapter.ids
+
+
+def test_the_three_figures_differ_where_ranks_do():
+    """Global 1*1 + 2*1. x trains the first into 3*2 = 6, y both into 1*4 + 4*1 = 8; the means are 2*3 + 4*1 = 10.
+
+    Covariance of the first: (1*-1 + -1*1)/2 = -1. Trained parts: (6 + 8)/2 - 10 = -3.
+    Whole models: x has 6 + 2, y has 8: (8 + 8)/2 - 10 = -2.
+    """
+    found = errors(BEFORE, AFTER, CAME, everyone)
+    assert covariance(CAME) == pytest.approx(1)
+    assert found == {
+        "start_error": 0, "n_init": 0, "agg_eq3": pytest.approx(3), "agg_fullmodel": pytest.approx(2)
+    }  # fmt: skip
+
+
+def test_what_is_missing_at_the_start_is_an_error_of_the_start():
+    """x lacks 2*1, y nothing: 2/2 as a function, 2 + 1 as factors; then there is nothing but trained parts."""
+    found = errors(BEFORE, AFTER, CAME, trained)
+    assert found == {
+        "start_error": pytest.approx(1), "n_init": pytest.approx(3), "agg_eq3": pytest.approx(3),
+        "agg_fullmodel": pytest.approx(3),
+    }  # fmt: skip
+
+
+def test_the_figures_may_be_weighted():
+    """By 3 and 1 examples: (3 * 6 + 8)/4 - 10 = -3.5, (3 * (6 + 2) + 8)/4 - 10 = -2."""
+    found = errors(BEFORE, AFTER, CAME, everyone, aggregation.examples)
+    assert found["agg_eq3"] == pytest.approx(3.5)
+    assert found["agg_fullmodel"] == pytest.approx(2)
+
+
+def test_a_residual_in_the_base_closes_the_gap():
+    """The clients' mean is 8 and the new factors make 10: -2 in the base is exact; an older update changes nothing."""
+    old = lora([[100]], [[1]])
+    before = replace(BEFORE, base_updates={1: old})
+    after = replace(AFTER, base_updates={1: old, 2: lora([[-2]], [[1]])})
+    assert errors(before, after, CAME, everyone)["agg_fullmodel"] < 1e-12
+    whole = replace(AFTER, base_updates={2: Adapter({}, 1.0, {"m": np.array([[98.0]])})})
+    assert errors(before, whole, CAME, everyone)["agg_fullmodel"] < 1e-12
+
+
+def test_a_factor_that_did_not_travel_is_the_old_one():
+    """Only B came: 3*1 + 2 and 1*1 + 4*1; mean 5, new 2*1 + 3*1 = 5."""
+    came = toy.Arrived({"x": Update(X.only("B"), 1), "y": Update(Y.only("B"), 1)})
+    after = State(0, 3, lora([[2, 3]], [[1], [1]]))
+    assert errors(BEFORE, after, came, everyone)["agg_fullmodel"] < 1e-12
+
+
+# ---- in the ledger of a run
+
+FIGURES = {"start_error", "n_init", "agg_eq3", "agg_fullmodel"}
+
+
+def measured_run(method: Any, path: Any) -> tuple[toy.Federation, list[dict[str, Any]]]:
+    f = toy.federation(method, path, rounds=2)
+    rounds = f.server.rounds.model_copy(update={"exactness": True})
+    f = replace(f, server=replace(f.server, rounds=rounds))
+    f.play()
+    return f, ledger.read(path / "rounds.jsonl")
+
+
+def test_a_run_measures_only_when_asked_and_is_the_same_run(tmp_path):
+    f, _ = measured_run(FedAvg(), tmp_path / "run")
+    plain = toy.federation(FedAvg(), tmp_path / "plain", rounds=2)
+    plain.play()
+    assert toy.same(f.last.adapter, plain.last.adapter)
+    assert not FIGURES & set(ledger.read(tmp_path / "plain" / "rounds.jsonl")[0])
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_run_of_any_method_has_its_figures_in_the_ledger(name, tmp_path):
+    """In float32 and over frames, so as far as these go."""
+    method = build(name)
+    f, rows = measured_run(method, tmp_path / "run")
+    if name in PERSONAL:
+        pytest.skip(f"{name}: {PERSONAL[name]}")
+    size = whole(f.last).norm()
+    assert (max(row["start_error"] for row in rows) < 1e-5 * size) == method.about.exact_start
+    assert (max(row["agg_fullmodel"] for row in rows) < 1e-5 * size) == method.about.exact_aggregation
+
+
+@pytest.mark.parametrize("weights", ["uniform", "examples"])
+@pytest.mark.parametrize("rest", ["freeze", "drop"])
+def test_what_the_server_finds_by_the_plans_is_what_a_method_finds_by_itself(rest, weights):
+    method = FedPLoRA(rest=rest, weights=weights)
+    state = replace(method.begin(SPEC, 3, 0), adapter=toy.drawn(SPEC).only("BAh"))
+    devices = {c: Device(c, 4, rank=r) for c, r in zip(toy.CLIENTS, toy.RANKS, strict=True)}
+    plans = method.plan(state, devices, 0)
+    jobs = [toy.job(SPEC, state.adapter, plan, Start(), client) for client, plan in plans.items()]
+    updates = [replace(update, examples=n) for n, update in enumerate(method.train(jobs), 1)]
+    came = toy.Arrived(dict(zip(plans, updates, strict=True)))
+    own = method.merge(state, came)
+    noted = exactness.noted(method, state, replace(own, metrics={}), plans, came)
+    assert noted.metrics == {name: own.metrics[name] for name in FIGURES}
+    assert toy.same(noted.adapter, own.adapter)
+    assert exactness.noted(method, state, own, plans, came).metrics == own.metrics
+
+
+def test_factors_that_never_leave_their_client_are_not_guessed(tmp_path):
+    _, rows = measured_run(Shared(), tmp_path / "run")
+    assert not FIGURES & set(rows[0])
+    for change, known in (
+        ({}, True),
+        ({"own": "B"}, False),
+        ({"up": "Ah"}, False),
+        ({"up": "Ah", "learn": "Ah"}, True),
+    ):
+        plans = dict.fromkeys(("x", "y"), Plan(BEFORE.adapter.ids, **change))
+        assert bool(exactness.noted(FedAvg(), BEFORE, AFTER, plans, CAME).metrics) == known
+
+
+# ---- the table
+
+EXACT, INEXACT = 1e-10, 1e-3
+
+# Section 11 of the specification of the baselines: every client starts from the global function; the new global
+# function is the mean of the clients' own. Exact up to a rank, or per partition of ranks, is not exact.
+TABLE: dict[str, tuple[bool, bool]] = {
+    "fedavg": (True, False), "ffa_lora": (True, True), "fedex_lora": (True, True), "flora": (True, True),
+    "flexlora": (False, False), "hetlora": (False, False), "raflora": (False, False), "lora_a2": (True, True),
+    "fed_plora": (True, False),
+}  # fmt: skip
+
+# Methods without one global function that a client could start from, and why.
+PERSONAL: dict[str, str] = {
+    "local_only": "nothing is aggregated",
+    "fedsa_lora": "every client has a B of its own",
+    "pf2lora": "every client has a second level of its own",
+    "feddpa": "every client has an adapter of its own beside the global one",
+}
+
+SPEC = toy.small({"0.m": (14, 12), "1.m": (11, 13)}, rank=4)
+
+
+@dataclass(eq=False)
+class Start:
+    """A client's model as its local training finds it, and what it makes of it: a random change of all that learns."""
+
+    job: Job | None = None
+
+    def __call__(self, job: Job, observe: Any = None, lower: Any = None) -> Update:
+        self.job = job
+        draw, blocks = rng(0, "change", job.round, job.device.id), {}
+        for name, block in job.adapter.take(job.plan.train).blocks.items():
+            moved = {
+                f: v if v is None or f not in job.plan.learn else v + 0.3 * draw.normal(size=v.shape)
+                for f, v in (("B", block.B), ("e", block.e), ("A", block.A))
+            }
+            blocks[name] = Block(block.ids, **moved)
+        update = Update(Adapter(blocks, job.adapter.scale, job.adapter.dense), 4)
+        if observe is not None:
+            values = toy.flat(update.adapter)
+            observe(values, {f: value.clone() for f, value in values.items()})
+        return update
+
+    def function(self, update: Update | None = None) -> Increment:
+        """The model as found, or with the update's components in the place of those they came from."""
+        assert self.job is not None
+        plan, found = self.job.plan, Increment().add_base(self.job.base_updates)
+        start = self.job.adapter.take(plan.train).union(self.job.adapter.take(plan.frozen))
+        if update is None:
+            return found.add(start)
+        return found.add(start.without(update.adapter.ids)).add(update.adapter.fill(start))
+
+
+def add(one: Increment, two: Increment, weight: float) -> Increment:
+    """one + weight * two, as it stands."""
+    for name, module in two.modules.items():
+        sums = one.modules.setdefault(name, exactness._Sum())
+        for left, right in zip(module.lefts, module.rights, strict=True):
+            sums.add(weight * left, right)
+        if module.whole is not None:
+            sums.add_whole(weight * module.whole)
+    return one
+
+
+def whole(state: State) -> Increment:
+    return Increment().add_base(state.base_updates.values()).add(state.adapter)
+
+
+def measured(method: Any, rounds: int = 4) -> tuple[float, float]:
+    """The largest error of a start and of a merge over some rounds, against the size of the global function.
+
+    The hooks are driven by hand, without a wire, in float64. A client's model is what its `fit` is given.
+    """
+    differ = "rank" in method.about.differs
+    devices = {c: Device(c, 4, rank=r if differ else None) for c, r in zip(toy.CLIENTS, toy.RANKS, strict=True)}
+    state = method.begin(SPEC, 10, 0)
+    state = replace(state, adapter=double(state.adapter))
+    starts, merges = [0.0], [0.0]
+    for round in range(1, rounds + 1):
+        updates, mean = {}, Increment()
+        plans = {c: p for c, p in method.plan(state, devices, 0).items() if p is not None}
+        size = whole(state).norm()
+        for client, plan in plans.items():
+            fit = Start()
+            plan = replace(plan, since=state.seen.get(client, -1))
+            job = Job(plan, round, 10, SPEC, received(state, plan), tuple(state.base_updates.values()), {},
+                      Local(), devices[client], 0, fit)  # fmt: skip
+            updates[client] = next(iter(method.train([job])))
+            if size:
+                starts.append(add(fit.function(), whole(state), -1.0).norm() / size)
+            add(mean, fit.function(updates[client]), 1 / len(plans))
+        after = method.merge(state, toy.Arrived(updates))
+        size = mean.norm()
+        merges.append(add(mean, whole(after), -1.0).norm() / size)
+        state = replace(after, round=round, seen={**after.seen, **dict.fromkeys(updates, round)})
+    return max(starts), max(merges)
+
+
+def received(state: State, plan: Plan) -> Adapter:
+    return state.adapter.take(plan.train).union(state.adapter.take(plan.frozen))
+
+
+def exact(error: float) -> bool:
+    assert error <= EXACT or error > INEXACT, f"an error of {error:g} is neither"
+    return error <= EXACT
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_the_table_of_exactness_as_measured(name):
+    method = build(name)
+    if name in PERSONAL:
+        assert method.about.personal
+        pytest.skip(f"{name}: {PERSONAL[name]}")
+    found = tuple(map(exact, measured(method)))
+    assert found == (method.about.exact_start, method.about.exact_aggregation)
+    assert found == TABLE.get(name, found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "start"),
+    [
+        ({"rest": "fold"}, True), ({"rest": "drop"}, False), ({"selection": "fixed"}, True),
+        ({"selection": "weight_norm"}, True),
+    ],
+)  # fmt: skip
+def test_the_table_of_fed_ploras_variants(settings, start):
+    found = measured(FedPLoRA(**settings))
+    assert tuple(map(exact, found)) == (start, False)

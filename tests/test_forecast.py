@@ -1,0 +1,165 @@
+"""What `fedrank cost` says before a run is what the run's ledger says after its first round."""
+
+import json
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import fedrank
+import toy
+from fedrank import cli, forecast, methods, views
+from fedrank.config import load
+from fedrank.parts import prepare
+
+FLEET = "engine.fleet={devices: {jetson-tx2: 1, phone: 1, gpu-server: 2}, jitter: 0.3, redraw: 2}"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("config")
+    (folder / "texts").mkdir()
+    toy.write(folder / "texts", train=toy.texts(96, 0), test=toy.texts(16, 1))
+    settings = {
+        "data": {"path": str(folder / "texts"), "partition": {"kind": "quantity", "alpha": 1.0, "min_rows": 4}},
+        "clients": {"count": 6}, "rounds": {"count": 3, "cohort": 6, "evaluate_every": 3},
+        "local": {"batch_size": 8, "max_length": 16},
+    }  # fmt: skip
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def told(*args: Any) -> dict[str, Any]:
+    found = CliRunner().invoke(cli.app, ["cost", *map(str, args), "--json"])
+    assert found.exit_code == 0, found.output
+    return dict(json.loads(found.stdout))
+
+
+def first(run: fedrank.Run) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run.path / "clients.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["round"] == 1]
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_every_client_s_numbers_are_the_ledger_s(name: str, config: Path, tmp_path: Path) -> None:
+    options = (f"method.name={name}", FLEET, "rounds.count=1", "wire.dtype=int8")
+    found = forecast.costs(prepare(load(config, options)))
+    rows = first(fedrank.run(config, *options, out=tmp_path / "run"))
+    assert len(rows) == len(found)
+    for row in rows:
+        cost = found[row["client"]]
+        assert {key: row[key] for key in cost.metrics} == cost.metrics
+        assert row["bytes_down"] == cost.bytes_down
+        assert row["bytes_up"] <= cost.bytes_up  # less where a client returned fewer components than it might
+
+
+@pytest.mark.parametrize("head", ["train", "own"])
+def test_a_round_s_numbers_are_the_ledger_s(head: str, config: Path, tmp_path: Path) -> None:
+    options = (FLEET, f"adapter.head={head}")
+    found = told(config, *options)
+    run = fedrank.run(config, *options, out=tmp_path / "run")
+    row, one = run.rounds[0], found["round"]
+    for name in ("bytes_down", "bytes_up", "peak_memory_bytes"):
+        assert one[name] == row[name]
+    assert one["seconds"] == one["slowest_seconds"] == row["round_seconds"]
+    assert one["joules"] == row["device_joules"]
+    assert one["clients"] == row["clients_ok"]
+    assert found["run"] == {name: 3 * one[name] for name in ("bytes_down", "bytes_up", "seconds", "joules")}
+    assert found["run"]["bytes_up"] == run.summary["bytes_up"]  # fedavg's plans are the same in every round
+    kinds = {kind["kind"]: kind for kind in found["kinds"]}
+    devices = prepare(load(config, options)).devices
+    for kind, said in kinds.items():
+        mine = [r for r in first(run) if devices[r["client"]].kind == kind]
+        assert said["clients"] == len(mine)
+        assert said["seconds"] == pytest.approx(np.mean([r["device_seconds"] for r in mine]), rel=1e-12)
+        assert said["joules"] == pytest.approx(np.mean([r["device_joules"] for r in mine]), rel=1e-12)
+        assert said["bytes_up"] == mine[0]["bytes_up"]
+        assert said["peak_memory_bytes"] == max(r["peak_memory_bytes"] for r in mine)
+    assert sum(kind["clients"] for kind in kinds.values()) == 6
+
+
+def test_a_part_of_the_fleet_is_expected_to_cost_its_share(config: Path) -> None:
+    whole, part = told(config, FLEET), told(config, FLEET, "rounds.cohort=2")
+    for name in ("bytes_down", "bytes_up", "joules", "clients"):
+        assert part["round"][name] == pytest.approx(whole["round"][name] / 3)
+    assert part["round"]["slowest_seconds"] == whole["round"]["slowest_seconds"]
+    assert part["round"]["seconds"] < whole["round"]["seconds"]
+    seconds = [cost.seconds for cost in forecast.costs(prepare(load(config, (FLEET,)))).values()]
+    assert part["round"]["seconds"] == pytest.approx(np.mean([max(pair) for pair in combinations(seconds, 2)]))
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 7])
+def test_the_expected_maximum_is_the_mean_over_all_subsets(size: int) -> None:
+    values = [3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0]
+    mean = np.mean([max(subset) for subset in combinations(values, size)])
+    assert forecast.expected_maximum(values, size) == pytest.approx(mean, rel=1e-12)
+
+
+def test_deadlines_and_memory(config: Path, tmp_path: Path) -> None:
+    seconds = sorted(cost.seconds for cost in forecast.costs(prepare(load(config, (FLEET,)))).values())
+    options = (FLEET, "rounds.count=1", f"rounds.deadline={seconds[3]!r}")
+    found = told(config, *options)
+    run = fedrank.run(config, *options, out=tmp_path / "run")
+    row, one = run.rounds[0], found["round"]
+    assert sum(kind["late"] for kind in found["kinds"]) == row["clients_failed"] == 2
+    assert one["seconds"] == row["round_seconds"] == seconds[3]
+    for ours, theirs in (("bytes_down", "bytes_down"), ("bytes_up", "bytes_up"), ("joules", "device_joules")):
+        assert one[ours] == row[theirs]
+
+    columns = "kind,gigaflops_per_second,memory_gigabytes,up_megabits_per_second,down_megabits_per_second,idle_watts,busy_watts,count"
+    path = tmp_path / "devices.csv"
+    path.write_text(columns + "\nsmall,10,0.0001,8,8,1,2,2\nlarge,10,1,8,8,1,2,4\n")
+    found = told(config, "rounds.count=1", f"engine.fleet={{csv: {path}}}")
+    assert {kind["kind"]: kind["too_small"] for kind in found["kinds"]} == {"small": 2, "large": 0}
+    run = fedrank.run(config, "rounds.count=1", f"engine.fleet={{csv: {path}}}", out=tmp_path / "small")
+    assert (run.rounds[0]["clients_ok"], run.rounds[0]["clients_failed"]) == (4, 2)
+    assert found["round"]["joules"] == run.rounds[0]["device_joules"]
+    assert found["round"]["seconds"] == run.rounds[0]["round_seconds"]
+
+
+def test_a_person_reads_it_in_80_columns(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    kinds = "{jetson-agx-xavier: 1, jetson-xavier-nx: 1, raspberry-pi-5: 1}"
+    found = CliRunner().invoke(cli.app, ["cost", str(config), f"engine.fleet.devices={kinds}", "rounds.deadline=1e-3"])
+    assert found.exit_code == 0, found.output
+    assert "…" not in found.output
+    for word in ("jetson-agx-xavier", "jetson-xavier-nx", "raspberry-pi-5", "lost", "energy", "3 rounds", "8 GB"):
+        assert word in found.output
+    plain = CliRunner().invoke(cli.app, ["cost", str(config)])
+    assert "laptop" in plain.output
+    assert "lost" not in plain.output
+
+
+def test_nothing_is_written_or_trained(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedrank.training.local import Trainer
+
+    monkeypatch.setattr(Trainer, "fit", None)
+    monkeypatch.chdir(tmp_path)
+    told(config)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mistakes_are_one_line(config: Path) -> None:
+    found = CliRunner().invoke(cli.app, ["cost", str(config), "engine.fleet.devices={lap: 1}"])
+    assert found.exit_code == 2
+    assert "no device kind 'lap'" in found.stderr
+    assert "Traceback" not in found.output
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 µs"), (3e-5, "30 µs"), (0.0042, "4.2 ms"), (1.5, "1.5 s"), (119, "119 s"), (150, "2.5 min"), (9000, "2.5 h"),
+     (216000, "2.5 days"), (None, "–")],
+)  # fmt: skip
+def test_durations_for_people(seconds: float | None, text: str) -> None:
+    assert views.duration(None if seconds is None else float(seconds)) == text
+
+
+@pytest.mark.parametrize(("joules", "text"), [(0.0, "0 mJ"), (0.0123, "12 mJ"), (1.0, "1.0 J"), (44.2, "44 J"), (2470.0, "2.5 kJ"), (9e12, "9000 GJ")])  # fmt: skip
+def test_energy_for_people(joules: float, text: str) -> None:
+    assert views.energy(joules) == text
