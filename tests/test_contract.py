@@ -210,7 +210,7 @@ def test_exports_the_same_function(played, tmp_path):
     (path / "config.yaml").write_text("")
     (path / "data.json").write_text(json.dumps({"model": about}))
     found = export.read_peft(export.export(path, tmp_path / "peft"))
-    ours = played.states[3].adapter
+    ours = export.whole(played.states[3])
     assert found.delta().keys() == ours.delta().keys() <= model.modules.keys()
     for name, delta in ours.delta().items():
         np.testing.assert_allclose(found.delta()[name], delta, rtol=1e-5, atol=1e-7)

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Float, Int
+from numpy.typing import DTypeLike
 
 Ids = Int[np.ndarray, "r"]
 Shapes = Mapping[str, tuple[int, int]]  # module -> (out, in)
@@ -81,6 +82,12 @@ class Adapter:
     @property
     def ids(self) -> dict[str, np.ndarray]:
         return {name: block.ids for name, block in self.blocks.items()}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Module -> (out, in), where both B and A are there."""
+        sides = ((name, *halves(name, block)) for name, block in self.blocks.items())
+        return {name: (left.shape[0], right.shape[1]) for name, left, right in sides}
 
     @property
     def components(self) -> int:
@@ -159,6 +166,15 @@ class Adapter:
             blocks[name] = Block(ids[order], parts["B"], parts["e"], parts["A"])
         return Adapter(blocks, self.scale, {**other.dense, **self.dense})
 
+    def astype(self, kind: DTypeLike) -> "Adapter":
+        """The same numbers in another dtype."""
+
+        def cast(array: np.ndarray | None) -> np.ndarray | None:
+            return None if array is None else array.astype(kind)
+
+        blocks = {n: Block(b.ids, *(cast(getattr(b, f)) for f in FACTORS)) for n, b in self.blocks.items()}
+        return Adapter(blocks, self.scale, {name: tensor.astype(kind) for name, tensor in self.dense.items()})
+
     def delta(self) -> dict[str, np.ndarray]:
         """Module -> dense increment (out, in)."""
         return {name: block.delta(self.scale) for name, block in self.blocks.items()}
@@ -201,11 +217,9 @@ def stack(adapters: Iterable[Adapter]) -> Adapter:
     rights: dict[str, list[np.ndarray]] = {}
     for adapter in adapters:
         for name, block in adapter.blocks.items():
-            if block.B is None or block.A is None:
-                raise ValueError(f"module {name!r}: stacking needs both B and A")
-            left = block.B if block.e is None else block.B * block.e
+            left, right = halves(name, block)
             lefts.setdefault(name, []).append(left * (adapter.scale / scale))
-            rights.setdefault(name, []).append(block.A)
+            rights.setdefault(name, []).append(right)
     blocks = {}
     for name in lefts:
         a = np.concatenate(rights[name])
@@ -221,19 +235,55 @@ def recompress(adapter: Adapter, rank: int | None = None) -> Adapter:
     """
     blocks = {}
     for name, block in adapter.blocks.items():
-        if block.B is None or block.A is None:
-            raise ValueError(f"module {name!r}: recompression needs both B and A")
-        left = block.B if block.e is None else block.B * block.e
-        q_left, r_left = np.linalg.qr(left.astype(np.float64))
-        q_right, r_right = np.linalg.qr(block.A.T.astype(np.float64))
-        u, s, vt = np.linalg.svd(r_left @ r_right.T)
-        floor = s[0] * np.finfo(block.A.dtype).eps if len(s) else 0.0
-        keep = min(int((s > floor).sum()), len(s) if rank is None else rank)
-        if keep:
-            b, a = q_left @ u[:, :keep], vt[:keep] @ q_right.T
-            kind = block.A.dtype
-            blocks[name] = Block(np.arange(keep), b.astype(kind), s[:keep].astype(kind), a.astype(kind))
+        left, right = halves(name, block)
+        kind = right.dtype
+        u, s, vt = _truncated(*_svd(left, right), rank, kind)
+        if len(s):
+            blocks[name] = Block(np.arange(len(s)), u.astype(kind), s.astype(kind), vt.astype(kind))
     return Adapter(blocks, adapter.scale, adapter.dense)
+
+
+def truncate(increment: Adapter, old: Adapter, power: float) -> Adapter:
+    """The best approximation of an increment at the ranks of `old`, as B = U S^power, A = S^(1 - power) V^T.
+
+    Ids, scale, dtype and dense tensors are those of `old`; singular values fall with the ids. Beyond the increment's
+    own rank a component keeps its old A and has B = 0: it adds nothing and can still learn, as at LoRA's start.
+    Were both zero, as U S^1/2 and S^1/2 V^T would have it, neither would ever get a gradient.
+    """
+    blocks = {}
+    for name, block in old.blocks.items():
+        _, kept = halves(name, block)
+        left, right = halves(name, increment.blocks[name])
+        u, s, vt = _truncated(*_svd(left * (increment.scale / old.scale), right), block.rank, kept.dtype)
+        b, a = np.zeros((len(u), block.rank), kept.dtype), kept.copy()
+        b[:, : len(s)], a[: len(s)] = u * s**power, s[:, None] ** (1 - power) * vt
+        blocks[name] = Block(block.ids, b, None, a)
+    return Adapter(blocks, old.scale, old.dense)
+
+
+def halves(name: str, block: Block) -> tuple[Float[np.ndarray, "out r"], Float[np.ndarray, "r in"]]:
+    """B diag(e) and A of a module, the increment but for its scale; ValueError where one of them did not travel."""
+    if block.B is None or block.A is None:
+        raise ValueError(f"module {name!r}: the increment needs both B and A")
+    return (block.B if block.e is None else block.B * block.e), block.A
+
+
+Svd = tuple[Float[np.ndarray, "out n"], Float[np.ndarray, "n"], Float[np.ndarray, "n in"]]
+
+
+def _svd(left: Float[np.ndarray, "out r"], right: Float[np.ndarray, "r in"]) -> Svd:
+    """U, S, V^T of left @ right by QR of each and the SVD of the small core, in float64."""
+    q_left, r_left = np.linalg.qr(left.astype(np.float64))
+    q_right, r_right = np.linalg.qr(right.T.astype(np.float64))
+    u, s, vt = np.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    return q_left @ u, s, vt @ q_right.T
+
+
+def _truncated(u: np.ndarray, s: np.ndarray, vt: np.ndarray, rank: int | None, kind: np.dtype) -> Svd:
+    """The first `rank` of them, without those below the round-off of the largest in this dtype."""
+    keep = int((s > s[0] * np.finfo(kind).eps).sum()) if len(s) else 0
+    keep = keep if rank is None else min(keep, rank)
+    return u[:, :keep], s[:keep], vt[:keep]
 
 
 def norms(adapter: Adapter) -> dict[str, Float[np.ndarray, "r"]]:

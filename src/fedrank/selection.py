@@ -14,6 +14,11 @@ def everything(adapter: Adapter) -> dict[str, np.ndarray]:
     return adapter.ids
 
 
+def leading(adapter: Adapter, rank: int | None) -> dict[str, np.ndarray]:
+    """The first `rank` components of every module, all of them where it is None or larger."""
+    return {name: ids[:rank] for name, ids in adapter.ids.items()}
+
+
 def cubic(round: int, rounds: int, start: int, end: int, warmup: int, settle: int) -> int:
     """AdaLoRA's cubic budget in rounds 1..`rounds`: `start` through the warm-up, `end` while it settles.
 
@@ -40,11 +45,6 @@ def by_module(adapter: Adapter, mask: Bool[np.ndarray, "n"]) -> dict[str, np.nda
     """A mask over all components, in module and id order, as ids by module."""
     parts = split(mask, (block.rank for block in adapter.blocks.values()))
     return {name: block.ids[part] for (name, block), part in zip(adapter.blocks.items(), parts, strict=True)}
-
-
-def leading(adapter: Adapter, rank: int) -> dict[str, np.ndarray]:
-    """The first `rank` components of every module, all of them where it has fewer."""
-    return {name: block.ids[:rank] for name, block in adapter.blocks.items()}
 
 
 def sampled(adapter: Adapter, rank: int, seed: int, *address: Address) -> dict[str, np.ndarray]:
