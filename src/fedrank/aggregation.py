@@ -1,5 +1,6 @@
 """Aggregation rules: weighted sums and means of adapters in float64, and votes."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -110,7 +111,7 @@ def norm(update: Update) -> float:
             raise ValueError(f"module {name!r}: the norm is of B A alone")
         b, a = block.B.astype(np.float64), block.A.astype(np.float64)
         square += float(np.sum((b.T @ b) * (a @ a.T)))
-    return max(max(square, 0.0) ** 0.5, 1e-30)
+    return max(math.sqrt(max(square, 0.0)), 1e-30)
 
 
 WEIGHTS: dict[str, Callable[[Update], float]] = {"examples": examples, "uniform": uniform, "norm": norm}
