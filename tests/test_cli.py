@@ -126,7 +126,13 @@ def test_help(fed: Fed) -> None:
     [
         (
             "run",
-            ("A YAML file, or the preset: quickstart", "local.lr=0.01", "--out", "an event per line", "--baselines"),
+            (
+                "A YAML file, or a preset: quickstart, centralized",
+                "local.lr=0.01",
+                "--out",
+                "an event per line",
+                "--baselines",
+            ),
         ),
         ("resume", ("rounds.count=+20", "A run directory", "--output")),
         ("import", ("PEFT LoRA adapter's folder", "--out")),
@@ -349,10 +355,21 @@ def test_methods(fed: Fed) -> None:
     found = fed("methods")
     assert found.exit_code == 0
     assert "target_rank=3" in found.stdout
+    rows = {cells[1]: cells[3:6] for cells in ([c.strip() for c in line.split("│")] for line in found.stdout.splitlines()) if len(cells) > 6}  # fmt: skip
+    assert rows["ffa_lora"] == ["data", "start, aggregation", "global"]
+    assert rows["local_only"] == ["data", "–", "personal"]
     listed = {m["name"]: m for m in json.loads(fed("methods", "--json").stdout)}
     assert listed["fedara"]["hyper_parameters"]["settle"] == 0.3
+    assert listed["hetlora"] | {"summary": "", "travels": ""} == {
+        "name": "hetlora", "summary": "", "paper": "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models",
+        "year": 2024, "url": "https://arxiv.org/abs/2401.06432", "differs": ["rank", "data"], "travels": "",
+        "exact_start": False, "exact_aggregation": False, "personal": False, "averages": True, "default_lr": 3e-3,
+        "hyper_parameters": {"form": "full", "gamma": 0.99, "penalty": 1e-3, "min_rank": 1},
+    }  # fmt: skip
     for m in listed.values():
+        assert m["summary"]
         assert m["paper"]
+        assert m["travels"]
         assert m["default_lr"] > 0
 
 
@@ -365,6 +382,32 @@ def test_export(fed: Fed, run: Path, tmp_path: Path) -> None:
     assert fed("export", run).output.strip() == str(run / "adapter")
     mistake(fed("export", run, "--round", 7), "holds no state of round 7; it has: 0, 1, 2")
     mistake(fed("export", tmp_path), "is no run directory")
+    mistake(fed("export", run, "--client", "0"), "no part of the adapter is a client's own; export it without a client")
+
+
+@pytest.mark.parametrize("settings", [("method={name: fedsa_lora}",), ("adapter.head=own",)])
+def test_where_clients_keep_parts_one_clients_adapter_is_exported(
+    settings: tuple[str, ...], fed: Fed, config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "run"
+    done = fed("run", config, "rounds.count=1", *settings, "--out", path, "-o", "quiet")
+    assert done.exit_code == 0, done.output
+    assert "no adapter is exported: each client keeps" in caplog.text
+    assert not (path / "adapter").exists()
+    mistake(fed("export", path), "to itself, so there is no one function to export; name a client (--client)")
+    one, two = Store(path).state()[0].seen
+    (away,) = {"0", "1", "2"} - {one, two}
+    assert fed("export", path, "--client", one).output.strip() == str(path / f"adapter-{one}")
+    assert fed("export", path, "--client", two, "--to", tmp_path / "two").exit_code == 0
+    files = [
+        {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+        for folder in (path / f"adapter-{one}", tmp_path / "two")
+    ]
+    assert files[0].keys() == files[1].keys()
+    assert files[0] != files[1]
+    mistake(fed("export", path, "--client", away), f"client '{away}' has trained in no round")
+    (path / "clients" / one / "0001.safetensors").unlink()  # as on a server whose clients are elsewhere
+    mistake(fed("export", path, "--client", one), "holds no version of round 1 of client")
 
 
 def test_import(fed: Fed, run: Path, config: Path, tmp_path: Path) -> None:

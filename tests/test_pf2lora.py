@@ -85,7 +85,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             states[number] = f.last
             stores[number] = {c: f.store.private.load(c, number) for c in toy.CLIENTS}
 
-    events = f.play(after=keep)
+    events = f.play(watch=keep)
     return {"federation": f, "began": began, "frames": frames, "stores": stores, "states": states, "events": events}
 
 

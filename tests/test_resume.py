@@ -216,7 +216,7 @@ def undisturbed(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 @pytest.mark.parametrize("point", POINTS)
 def test_killed_at(point: str, texts: Path, tmp_path: Path, undisturbed: Callable[[str, int], Path]) -> None:
-    kind = "fedara" if "state is" in point and "private" not in point else "recalling"
+    kind = "fedara" if "export" in point or ("state is" in point and "private" not in point) else "recalling"
     path, config = tmp_path / "run", settings(texts, kind)
 
     def work() -> None:

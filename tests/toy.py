@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import transformers
 import xxhash
+from safetensors.numpy import load_file
 
 from fedrank import aggregation, config
 from fedrank.adapter import Adapter, Block
@@ -112,14 +113,14 @@ class Federation:
     sites: Mapping[str, Site]
 
     def play(
-        self, state: State | None = None, after: Callable[[Event], None] = lambda event: None
+        self, state: State | None = None, watch: Callable[[Event], object] = lambda event: None
     ) -> dict[str, list[Event]]:
         if state is None:
             self.store.save_state(self.begin, self.server.wire.numerics)
         found: dict[str, list[Event]] = {"cohort": [], "client": [], "round": [], "end": []}
         for event in self.server.play(self.begin if state is None else state):
             found[event["event"]].append(event)
-            after(event)
+            watch(event)
         return found
 
     @property
@@ -130,6 +131,15 @@ class Federation:
     @property
     def last(self) -> State:
         return self.store.state()[0]
+
+    @property
+    def private(self) -> dict[str, dict[str, bytes]]:
+        """What the clients keep for themselves, to the bit: file -> name -> bytes."""
+        root = self.store.private.root
+        return {
+            str(path.relative_to(root)): {name: array.tobytes() for name, array in load_file(path).items()}
+            for path in sorted(root.rglob("*.safetensors"))
+        }
 
 
 def federation(
@@ -248,6 +258,7 @@ def flat(adapter: Adapter) -> dict[str, torch.Tensor]:
     return {
         f: torch.tensor(np.concatenate([row(b).reshape(-1) for b in adapter.blocks.values()]))
         for f, row in rows.items()
+        if all(getattr(block, f) is not None for block in adapter.blocks.values())
     }
 
 

@@ -93,6 +93,12 @@ class Adapter:
     def components(self) -> int:
         return sum(block.rank for block in self.blocks.values())
 
+    @property
+    def factors(self) -> str:
+        """Which of "BeAh" it has, h for the dense tensors."""
+        there = [f for f in FACTORS if any(getattr(block, f) is not None for block in self.blocks.values())]
+        return "".join(there) + "h" * bool(self.dense)
+
     def odd(self) -> list[str]:
         """The modules and dense tensors that hold NaN or infinity."""
         parts = {name: [getattr(b, f) for f in FACTORS] for name, b in self.blocks.items()}

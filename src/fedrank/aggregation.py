@@ -1,5 +1,6 @@
 """Aggregation rules: weighted sums and means of adapters in float64, and votes."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -99,7 +100,21 @@ def uniform(update: Update) -> float:
     return 1.0
 
 
-WEIGHTS: dict[str, Callable[[Update], float]] = {"examples": examples, "uniform": uniform}
+def norm(update: Update) -> float:
+    """|B A|_F of an update without e, over all its modules: HetLoRA's sparsity weight.
+
+    As tr((B'B)(A A')) of each module: no (out, in) matrix is formed. Where all products are zero, clients count alike.
+    """
+    square = 0.0
+    for name, block in update.adapter.blocks.items():
+        if block.B is None or block.A is None or block.e is not None:
+            raise ValueError(f"module {name!r}: the norm is of B A alone")
+        b, a = block.B.astype(np.float64), block.A.astype(np.float64)
+        square += float(np.sum((b.T @ b) * (a @ a.T)))
+    return max(math.sqrt(max(square, 0.0)), 1e-30)
+
+
+WEIGHTS: dict[str, Callable[[Update], float]] = {"examples": examples, "uniform": uniform, "norm": norm}
 
 
 def average(

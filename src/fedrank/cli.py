@@ -20,6 +20,7 @@ import fedrank
 from fedrank import config as settings
 from fedrank import methods as registry
 from fedrank import views
+from fedrank.protocol import About
 from fedrank.store import Store, StoreError
 
 app = typer.Typer(
@@ -46,7 +47,7 @@ Out = Annotated[Path | None, typer.Option("--out", help="The run directory; by d
 
 @app.command()
 def run(
-    config: Annotated[str, typer.Argument(help="A YAML file, or the preset: quickstart.")],
+    config: Annotated[str, typer.Argument(help="A YAML file, or a preset: quickstart, centralized.")],
     overrides: Overrides = None, out: Out = None, output: Show = views.Output.live,
     baselines: Annotated[bool, typer.Option("--baselines", help="Also score a linear probe and TF-IDF on the same rows (needs scikit-learn).")] = False,
 ) -> None:  # fmt: skip
@@ -120,14 +121,15 @@ def import_(
 @app.command()
 def export(
     path: Annotated[Path, typer.Argument(help="A run directory.")],
-    to: Annotated[Path | None, typer.Option("--to", help="Where to write; by default RUN/adapter.")] = None,
+    to: Annotated[Path | None, typer.Option("--to", help="Where to write; by default RUN/adapter, or RUN/adapter-CLIENT.")] = None,
     round: Annotated[int | None, typer.Option(help="The state to export; by default the last.")] = None,
-) -> None:
+    client: Annotated[str | None, typer.Option(help="Of a method whose clients keep parts of their own: whose adapter.")] = None,
+) -> None:  # fmt: skip
     """Write a run's adapter in PEFT's format."""
     from fedrank.export import export as write
 
     with _mistakes():
-        print(write(path, to or path / "adapter", round))
+        print(write(path, to or path / ("adapter" if client is None else f"adapter-{client}"), round, client))
 
 
 @app.command()
@@ -149,7 +151,7 @@ def show(path: Annotated[Path, typer.Argument(help="A run directory.")]) -> None
 
 @app.command()
 def methods(as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False) -> None:
-    """List the methods, their papers and their hyper-parameters."""
+    """List the methods: their papers, what may differ between clients, what is exact, and their hyper-parameters."""
     listed = []
     for name in registry.names():
         try:
@@ -157,15 +159,22 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="For scripts.")
         except (TypeError, AttributeError, ImportError) as error:  # another package's: the rest are listed all the same
             errors.print(f"[bold red]error:[/] {escape(f'{name}: {error}')}", highlight=False, soft_wrap=True)
             continue
-        paper = (sys.modules[cls.__module__].__doc__ or cls.__doc__ or "").strip().splitlines()[0]
+        summary = (sys.modules[cls.__module__].__doc__ or cls.__doc__ or "").strip().splitlines()[0]
+        about = {f.name: getattr(getattr(cls, "about", None), f.name, None) for f in fields(About)}
         knobs = {f.name: None if f.default is MISSING else f.default for f in fields(cls) if f.init}
-        listed.append({"name": name, "paper": paper, "default_lr": cls.default_lr, "hyper_parameters": knobs})
+        listed.append(
+            {"name": name, "summary": summary, **about, "default_lr": cls.default_lr, "hyper_parameters": knobs}
+        )
     if as_json:
         print(json.dumps(listed, indent=1))
         return
-    table = Table("method", "paper", "hyper-parameters")
+    table = Table("method", "paper", "clients differ in", "exact", "model", "hyper-parameters")
     for m in listed:
-        table.add_row(m["name"], m["paper"], ", ".join(f"{k}={v}" for k, v in m["hyper_parameters"].items()) or "–")
+        exact = [what for what in ("start", "aggregation") if m[f"exact_{what}"]]
+        model = {None: "", False: "global", True: "personal"}[m["personal"]]
+        values = [f"{key}={value}" for key, value in m["hyper_parameters"].items()]
+        cells = (m["differs"] or (), exact, [model], values)
+        table.add_row(m["name"], escape(m["summary"]), *(escape(", ".join(cell)) or "–" for cell in cells))
     Console().print(table)
 
 
@@ -240,7 +249,8 @@ def _baselines(path: Path, output: views.Output) -> None:
         for name, value in found.items():
             table.add_row(name, views.share(value))
         Console().print(table)
-        above = [name for name, value in found.items() if (summary["accuracy"] or 0.0) < value]
+        ours = summary["accuracy"]  # null where every client has a model of its own
+        above = [name for name, value in found.items() if ours is not None and ours < value]
         if above:
             Console().print(f"The federated run is below: {', '.join(above)}.", highlight=False, soft_wrap=True)
 

@@ -14,7 +14,6 @@ import numpy as np
 from fedrank.adapter import FACTORS, Adapter, Block
 from fedrank.cost import Cost
 from fedrank.frame import Refused
-from fedrank.increments import whole
 from fedrank.protocol import Device, Fit, Job, Method, Plan, Update
 from fedrank.store import Private, StoreError
 from fedrank.wire import Request, Wire
@@ -94,9 +93,7 @@ def _train(request: Request, site: Site, size: int, deadline: float | None) -> b
         update = replace(update, metrics={**update.metrics, **cost.metrics})
     arrays = _keep(job, update, kept, site.wire.start)
     arrays |= {f"private/{name}": array for name, array in update.private.items()}
-    if rounds := _promised(request, kept):
-        site.private.save_base(request.base_updates)
-        arrays["base"] = np.array(rounds)
+    site.private.save_base({round: update for round, update in request.base_updates.items() if update is not None})
     # Even an empty version is written where later rounds will ask for one, so that a lost one is missed.
     needed = arrays or _staying(request.plan, site.wire.start)
     site.private.save(site.device.id, request.round, request.plan.since, arrays if needed else None)
@@ -140,25 +137,19 @@ def _load(request: Request, site: Site) -> dict[str, np.ndarray]:
 
 
 def _job(request: Request, site: Site, kept: Mapping[str, np.ndarray]) -> Job:
-    adapter = _complete(request.adapter, request.plan, kept, site.wire.start)
+    adapter = complete(request.adapter, request.plan, kept, site.wire.start)
     private = {name.split("/", 1)[1]: array for name, array in kept.items() if name.startswith("private/")}
-    earlier = [round for round in _promised(request, kept) if round not in request.base_updates]
-    base = (*site.private.base(earlier, adapter.scale), *request.base_updates.values())
+    base = tuple(
+        site.private.base(round, adapter.scale) if update is None else update
+        for round, update in request.base_updates.items()
+    )
     return Job(
         request.plan, request.round, request.rounds, site.wire.spec, adapter, base, private, site.local, site.device,
         site.seed, site.fit,
     )  # fmt: skip
 
 
-def _promised(request: Request, kept: Mapping[str, np.ndarray]) -> list[int]:
-    """The rounds of the base updates that hold on this client: those it kept, and those that came."""
-    new = request.base_updates
-    if any(whole(update) for update in new.values()):  # only the first can be: it sums up all before it
-        return list(new)
-    return [*kept["base"].tolist(), *new] if "base" in kept else list(new)
-
-
-def _complete(adapter: Adapter, plan: Plan, kept: Mapping[str, np.ndarray], start: Adapter) -> Adapter:
+def complete(adapter: Adapter, plan: Plan, kept: Mapping[str, np.ndarray], start: Adapter) -> Adapter:
     """The received adapter with the factors that did not travel, from the client's store, else as begun."""
     if all(f in plan.sent for f in "BeAh"):
         return adapter
@@ -167,14 +158,17 @@ def _complete(adapter: Adapter, plan: Plan, kept: Mapping[str, np.ndarray], star
 
 
 def _keep(job: Job, update: Update, kept: Mapping[str, np.ndarray], start: Adapter) -> dict[str, np.ndarray]:
-    """What later requests will not carry: the client's own factors as trained, others as received.
+    """What later requests need not carry: the client's own factors as trained, others as received.
 
     Components that had no part in this round stay as they were kept.
     """
     plan = job.plan
     # A factor of its own that never learnt is as begin() made it: there is nothing to keep.
     learnt = {*plan.learn, *(name.partition("/")[0] for name in kept)}
-    factors = [f for f in _staying(plan, start) if f in learnt or f not in plan.own]
+    # What was frozen in a round is kept as received: no one has changed it, so it need not be sent again.
+    factors = [
+        f for f in start.factors if (f in learnt if f in plan.own else f not in plan.down or f not in plan.learn)
+    ]
     if not factors:
         return {}
     trained = update.adapter.only("".join(f for f in plan.own if f in plan.learn))
@@ -190,10 +184,8 @@ def _keep(job: Job, update: Update, kept: Mapping[str, np.ndarray], start: Adapt
 
 
 def _staying(plan: Plan, start: Adapter) -> str:
-    """The adapter's factors that no later request of such a plan carries: the client has to keep them."""
-    blocks = start.blocks.values()
-    there = [f for f in FACTORS if any(getattr(b, f) is not None for b in blocks)] + ["h"] * bool(start.dense)
-    return "".join(f for f in there if f in plan.own or f not in plan.down)
+    """The factors that no later request of such a plan carries: the client has to keep them."""
+    return "".join(f for f in start.factors if f in plan.own or f not in plan.down)
 
 
 def _held(kept: Mapping[str, np.ndarray], start: Adapter) -> Adapter:

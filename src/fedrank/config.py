@@ -154,6 +154,26 @@ class WireSettings(BaseModel, extra="forbid", frozen=True):
     dtype: Literal["f64", "f32", "f16", "bf16", "int8"] = "f32"
 
 
+class ServerSettings(BaseModel, extra="forbid", frozen=True):
+    """The optimizer that takes a round's mean change as its gradient, for methods that average.
+
+    lr: where it is not given, 1 for fedavgm (Hsu et al.) and 0.01 for the adaptive ones, whose other defaults
+    are Reddi et al.'s.
+    """
+
+    optimizer: Literal["none", "fedavgm", "fedadam", "fedyogi"] = "none"
+    lr: Above0 = 1.0
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    tau: Above0 = 1e-3
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate(cls, raw: Any) -> Any:
+        adaptive = isinstance(raw, dict) and raw.get("optimizer") in ("fedadam", "fedyogi")
+        return {"lr": 0.01, **raw} if adaptive else raw
+
+
 class Config(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants"):
     """Everything a run is made of; the same config and seed give the same run."""
 
@@ -167,6 +187,7 @@ class Config(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants
     method: dict[str, Any] = {"name": "fedavg"}
     engine: EngineSettings = EngineSettings()
     wire: WireSettings = WireSettings()
+    server: ServerSettings = ServerSettings()
     seed: Annotated[int, Field(ge=0)] = 0
     device: str = "cpu"
 

@@ -15,7 +15,7 @@ import fedrank
 from fedrank import config as settings
 from fedrank import ledger
 from fedrank.config import Config, ConfigError
-from fedrank.export import export
+from fedrank.export import export, obstacle
 from fedrank.parts import Parts, prepare
 from fedrank.protocol import Method, State
 from fedrank.server import Event, Server
@@ -136,7 +136,10 @@ def _play(server: Server, state: State, parts: Parts) -> Iterator[Event]:
         last = event
     summary = summarise(server.store.path, parts, last)
     server.store.write("summary.json", json.dumps(summary, indent=1))
-    export(server.store.path, server.store.path / "adapter")
+    if why := obstacle(server.store.path):
+        log.warning("no adapter is exported: %s", why)
+    else:
+        export(server.store.path, server.store.path / "adapter")
     yield {"event": "end", **summary}
 
 

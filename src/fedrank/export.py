@@ -12,7 +12,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from fedrank.adapter import Adapter, Block, recompress, stack
-from fedrank.protocol import State
+from fedrank.client import complete
+from fedrank.config import hint
+from fedrank.protocol import ClientId, Plan, State
 from fedrank.store import Store, StoreError, write
 
 log = logging.getLogger(__name__)
@@ -20,15 +22,21 @@ log = logging.getLogger(__name__)
 PREFIX = "base_model.model."
 
 
-def export(run: Path, out: Path, round: int | None = None) -> Path:
+def export(run: Path, out: Path, round: int | None = None, client: ClientId | None = None) -> Path:
     """Write the adapter of a run (after `round` rounds; default: its last) as PEFT loads it, with the head.
 
     e is folded into B, modules without components are left out, ranks and alphas go module by module.
     A head on mean pooling is no part of the base model: it is written beside, as head.safetensors.
+    client: with this client's own parts. StoreError where parts are the clients' own and none is named.
     """
     state, _ = Store.open(run).state(round)
+    facts = json.loads((run / "data.json").read_text())
+    model = facts["model"]
+    if client is not None:
+        state = replace(state, adapter=_adapted(Store(run), state, facts.get("own", ""), client))
+    elif why := obstacle(run):
+        raise StoreError(f"{run}: {why}")
     state = replace(state, adapter=whole(state))
-    model = json.loads((run / "data.json").read_text())["model"]
     ranks = {name: block.rank for name, block in state.adapter.blocks.items()}
     if not ranks:
         raise StoreError(f"{run}: the adapter has no components to export")
@@ -61,6 +69,27 @@ def export(run: Path, out: Path, round: int | None = None) -> Path:
     write(out / "adapter_config.json", json.dumps(settings, indent=1).encode())
     write(out / "README.md", _readme(model, bool(head) and not inside, state.round).encode())
     return out
+
+
+def obstacle(run: Path) -> str | None:
+    """Why the run's adapter is no function that one could export; None where it is."""
+    if own := json.loads((run / "data.json").read_text()).get("own", ""):
+        parts = ", ".join("the head" if f == "h" else f for f in own)
+        return f"each client keeps {parts} to itself, so there is no one function to export; name a client (--client)"
+    return None
+
+
+def _adapted(store: Store, state: State, own: str, client: ClientId) -> Adapter:
+    """What this client predicts with: the shared parts, and its own from its private store, where that is here."""
+    if not own:
+        raise StoreError(f"{store.path}: no part of the adapter is a client's own; export it without a client")
+    if client not in state.seen:
+        raise StoreError(f"{store.path}: client {client!r} has trained in no round{hint(client, state.seen)}")
+    kept = store.private.load(client, since := state.seen[client])
+    if kept is None:
+        raise StoreError(f"{store.private.root} holds no version of round {since} of client {client!r}")
+    plan = Plan(state.adapter.ids, own=own, since=since)
+    return complete(state.adapter.only(plan.sent), plan, kept, store.state(0)[0].adapter)
 
 
 def whole(state: State) -> Adapter:

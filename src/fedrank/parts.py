@@ -55,7 +55,10 @@ class Parts:
         engine = LocalEngine(
             self.devices, cache(lambda client: self.site(client, wire, store)), config.engine.failure_rate, config.seed
         )
-        return Server(self.method, engine, wire, store, config.rounds, config.seed, config.adapter.head, self.evaluate)
+        return Server(
+            self.method, engine, wire, store, config.rounds, config.seed, config.adapter.head, self.evaluate,
+            config.server,
+        )  # fmt: skip
 
 
 def prepare(config: Config, method: Method | None = None) -> Parts:
@@ -67,6 +70,11 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
         methods.check(type(chosen))
     except (TypeError, AttributeError) as error:  # what an entry point named is not there, or is no method
         raise ConfigError(f"method.name={config.method['name']}: {error}") from None
+    if config.server.optimizer != "none" and not getattr(getattr(chosen, "about", None), "averages", False):
+        raise ConfigError(
+            f"server.optimizer={config.server.optimizer}: {config.method['name']} makes no mean of its updates "
+            "(or does not say so in about.averages), so there is no change to step by"
+        )
     config = _resolved(config, chosen)
     # torch is slow to import: a typo above should not wait for it
     from fedrank.training import data, local, models, partition, tasks
@@ -126,15 +134,17 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
     spec = model.spec
     try:
         begin = chosen.begin(spec, config.rounds.count, config.seed)
+        plans = chosen.plan(begin, dict([*devices.items()][:1]), config.seed)
     except ValueError as error:  # hyper-parameters that do not fit the adapter
         raise ConfigError(f"method {config.method['name']}: {error}") from None
+    own = {f for plan in plans.values() if plan for f in plan.own} | set("h" * (config.adapter.head == "own"))
     facts = {
         "data": dataset.name, "rows": {"train": len(dataset.train), "test": len(dataset.test)},
         "hash": {"train": dataset.train.digest(), "test": dataset.test.digest()}, "labels": list(dataset.labels),
         "model": {"name": config.model.name, "fingerprint": spec.fingerprint, "pooling": model.pooling,
                   "source": model.source, "base_class": type(model.base).__name__, "task": config.task,
                   "conv1d": any(type(m).__name__ == "Conv1D" for m in model.modules.values())},
-        "partition": shares.summary(),
+        "partition": shares.summary(), "own": "".join(f for f in begin.adapter.factors if f in own),
         "fleet": {"kinds": dict(Counter(device.kind for device in devices.values())), "hash": _digest(machines)},
     }  # fmt: skip
     about = {

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from fedrank import exactness, ledger
+from fedrank import exactness, ledger, optimizer
 from fedrank import frame as frames
 from fedrank.adapter import Adapter
-from fedrank.config import Rounds
+from fedrank.config import Rounds, ServerSettings
 from fedrank.frame import EXACT, Refused, Sizes
 from fedrank.protocol import ClientId, Device, Engine, Method, Plan, State, Update, rng
 from fedrank.selection import everything
@@ -36,6 +36,7 @@ class Server:
     seed: int
     head: str
     evaluate: Evaluate | None
+    optimizer: ServerSettings = ServerSettings()
 
     def play(self, state: State) -> Iterator[Event]:
         """Play the rounds that are left, one event per client and round; each round is committed by its State."""
@@ -136,13 +137,15 @@ class Server:
             assert update is not None  # it was checked on arrival
             return update
 
-        merged = self.method.merge(state, self.store.spooled(arrived, read))
+        updates = self.store.spooled(arrived, read)
+        merged = self.method.merge(state, updates)
+        if self.rounds.exactness:  # of the method's own mean
+            merged = exactness.noted(self.method, state, merged, plans, updates)
+        merged = optimizer.step(state, merged, self.optimizer)
         if odd := [
             n for part in (merged.adapter, *merged.base_updates.values()) for n in part.odd()
         ]:  # not saved: the state before it stays the one to resume from
             raise ValueError(f"{type(self.method).__name__}.merge made NaN or infinity in {odd[:3]}")
-        if self.rounds.exactness:
-            merged = exactness.noted(self.method, state, merged, plans, self.store.spooled(arrived, read))
         return merged
 
     def _compare(self, client: ClientId, theirs: Mapping[str, Any]) -> None:

@@ -36,7 +36,7 @@ Kind = Literal["train", "evaluate", "update", "evaluation", "error"]
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What a client reads from the server's frame."""
+    """What a client reads from the server's frame. base_updates: all that hold by round, None for one sent before."""
 
     kind: Kind
     round: int
@@ -44,7 +44,7 @@ class Request:
     client: ClientId
     plan: Plan
     adapter: Adapter
-    base_updates: Mapping[int, Adapter]
+    base_updates: Mapping[int, Adapter | None]
     numerics: Mapping[str, Any]
     digest: str
 
@@ -65,7 +65,8 @@ class Wire:
     """Both ends' knowledge of one run, by which frames are written and checked.
 
     start: the adapter as ``begin`` made it; it says which factors and dense tensors exist, and low
-    precision travels down as the difference to it (and up as the difference to what came down).
+    precision travels down as the difference to it (and up as the difference to what came down, or
+    again to the start where nothing did).
     """
 
     spec: ModelSpec
@@ -86,7 +87,7 @@ class Wire:
             if any(map(len, ids.values())):
                 tensors[name] = self._bits(ids, plan.width)
         tensors |= {f"arrays.{name}": array for name, array in plan.arrays.items()}
-        tensors |= increments.write(increments.after(state.base_updates, plan.since), self.spec)
+        tensors |= increments.write(state.base_updates, plan.since, self.spec)
         meta = self._meta(kind, round, client) | {
             "plan": _plan(plan),
             "digest": self.digest(kind, round, client, plan),
@@ -325,15 +326,17 @@ class Wire:
     def _reference(self, name: str, ids: Mapping[str, np.ndarray], reference: Adapter, size: int) -> np.ndarray:
         """What the other end holds of this tensor, flat; zeros for components that it does not hold."""
         if name.startswith("h."):
-            held = reference.dense.get(name[2:])
+            held = reference.dense.get(name[2:], self.start.dense.get(name[2:]))
             return np.zeros(size, np.float32) if held is None else held.reshape(-1)
         parts = []
         for module in self.spec.modules:
             wanted = ids.get(module.name, np.empty(0, int))
             part = np.zeros((len(wanted), self._vector(name, module.name)), np.float32)
-            block = reference.blocks.get(module.name)
-            factor = None if block is None else getattr(block, name)
-            if block is not None and factor is not None:
+            for adapter in (self.start, reference):
+                block = adapter.blocks.get(module.name)
+                factor = None if block is None else getattr(block, name)
+                if block is None or factor is None:
+                    continue
                 rows = (factor.T if name == "B" else factor).reshape(block.rank, -1)
                 _, mine, theirs = np.intersect1d(wanted, block.ids, assume_unique=True, return_indices=True)
                 part[mine] = rows[theirs]
