@@ -16,6 +16,7 @@ from fedrank.adapter import Adapter, Block, recompress
 from fedrank.exactness import Increment, covariance, errors, factor_distance
 from fedrank.methods.fed_plora import FedPLoRA
 from fedrank.methods.fedavg import FedAvg
+from fedrank.methods.legend import TIMINGS
 from fedrank.protocol import Device, Job, Plan, State, Update, rng
 from fedrank.training.local import Local
 from test_contract import Shared, build
@@ -220,14 +221,15 @@ def test_a_run_measures_only_when_asked_and_is_the_same_run(tmp_path):
 
 @pytest.mark.parametrize("name", methods.names())
 def test_a_run_of_any_method_has_its_figures_in_the_ledger(name, tmp_path):
-    """In float32 and over frames, so as far as these go."""
-    method = build(name)
-    f, rows = measured_run(method, tmp_path / "run")
+    """In float32 and over frames, so as far as these go; its devices differ in rank only."""
     if name in PERSONAL:
         pytest.skip(f"{name}: {PERSONAL[name]}")
+    about = build(name).about
+    f, rows = measured_run(build(name), tmp_path / "run")
     size = whole(f.last).norm()
-    assert (max(row["start_error"] for row in rows) < 1e-5 * size) == method.about.exact_start
-    assert (max(row["agg_fullmodel"] for row in rows) < 1e-5 * size) == method.about.exact_aggregation
+    if about.exact_start or "rank" in about.differs:
+        assert (max(row["start_error"] for row in rows) < 1e-5 * size) == about.exact_start
+    assert (max(row["agg_fullmodel"] for row in rows) < 1e-5 * size) == about.exact_aggregation
 
 
 @pytest.mark.parametrize("weights", ["uniform", "examples"])
@@ -283,6 +285,10 @@ PERSONAL: dict[str, str] = {
 SPEC = toy.small({"0.m": (14, 12), "1.m": (11, 13)}, rank=4)
 
 
+# Of each part of a client's round: clients of low rank are slow too, as methods of other depths measure it.
+SECONDS = {client: 8.0 / rank**2 for client, rank in zip(toy.CLIENTS, toy.RANKS, strict=True)}
+
+
 @dataclass(eq=False)
 class Start:
     """A client's model as its local training finds it, and what it makes of it: a random change of all that learns."""
@@ -298,11 +304,11 @@ class Start:
                 for f, v in (("B", block.B), ("e", block.e), ("A", block.A))
             }
             blocks[name] = Block(block.ids, **moved)
-        update = Update(Adapter(blocks, job.adapter.scale, job.adapter.dense), 4)
+        adapter = Adapter(blocks, job.adapter.scale, job.adapter.dense)
         if observe is not None:
-            values = toy.flat(update.adapter)
+            values = toy.flat(adapter)
             observe(values, {f: value.clone() for f, value in values.items()})
-        return update
+        return Update(adapter, 4, metrics=dict.fromkeys(TIMINGS, SECONDS[job.device.id]))
 
     def function(self, update: Update | None = None) -> Increment:
         """The model as found, or with the update's components in the place of those they came from."""
@@ -332,14 +338,15 @@ def whole(state: State) -> Increment:
 def measured(method: Any, rounds: int = 4) -> tuple[float, float]:
     """The largest error of a start and of a merge over some rounds, against the size of the global function.
 
-    The hooks are driven by hand, without a wire, in float64. A client's model is what its `fit` is given.
+    The hooks are driven by hand, without a wire, in float64. A client's model is what its `fit` is given. What a
+    merge makes anew in float32, such as a fresh A, is the same number in float64.
     """
     differ = "rank" in method.about.differs
     devices = {c: Device(c, 4, rank=r if differ else None) for c, r in zip(toy.CLIENTS, toy.RANKS, strict=True)}
     state = method.begin(SPEC, 10, 0)
-    state = replace(state, adapter=double(state.adapter))
     starts, merges = [0.0], [0.0]
     for round in range(1, rounds + 1):
+        state = replace(state, adapter=double(state.adapter))
         updates, mean = {}, Increment()
         plans = {c: p for c, p in method.plan(state, devices, 0).items() if p is not None}
         size = whole(state).norm()

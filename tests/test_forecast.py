@@ -1,6 +1,7 @@
 """What `fedrank cost` says before a run is what the run's ledger says after its first round."""
 
 import json
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 import fedrank
 import toy
-from fedrank import cli, forecast, methods, views
-from fedrank.config import load
+from fedrank import cli, cost, forecast, methods, views
+from fedrank.config import Local, load
 from fedrank.parts import prepare
+from fedrank.protocol import Device, Job
+from fedrank.training import local, models
 
 FLEET = "engine.fleet={devices: {jetson-tx2: 1, phone: 1, gpu-server: 2}, jitter: 0.3, redraw: 2}"
 
@@ -52,10 +56,36 @@ def test_every_client_s_numbers_are_the_ledger_s(name: str, config: Path, tmp_pa
     rows = first(fedrank.run(config, *options, out=tmp_path / "run"))
     assert len(rows) == len(found)
     for row in rows:
-        cost = found[row["client"]]
-        assert {key: row[key] for key in cost.metrics} == cost.metrics
-        assert row["bytes_down"] == cost.bytes_down
-        assert row["bytes_up"] <= cost.bytes_up  # less where a client returned fewer components than it might
+        said = found[row["client"]]
+        assert {key: row[key] for key in said.metrics} == said.metrics
+        assert row["bytes_down"] == said.bytes_down
+        assert row["bytes_up"] <= said.bytes_up  # less where a client returned fewer components than it might
+
+
+@pytest.fixture(scope="module")
+def trainer() -> local.Trainer:
+    """Of a model of its own, with eager attention: torch does not count the other."""
+    model = models.load(toy.settings(), toy.LABELS)
+    model.base.set_attn_implementation("eager")
+    return local.Trainer(model, toy.encoded("train"), toy.encoded("test"), 1e-3, 1, "cpu")
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_method_s_training_takes_the_flops_that_are_said(name: str, trainer: local.Trainer) -> None:
+    """Within 2 %. Two levels are counted as if each pass made both levels' gradients: more, by as much as they take."""
+    spec, settings, rows = trainer.model.spec, Local(batch_size=8), np.arange(48)
+    method = methods.build({"name": name, **({"target_rank": 1} if name == "fedara" else {})})
+    state, device = method.begin(spec, 5, 0), Device("c0", len(rows), rank=4)
+    plan = method.plan(state, {"c0": device}, 0)["c0"]
+    assert plan is not None
+    fit = partial(trainer.fit, rows=rows)
+    job = Job(plan, 1, 5, spec, state.adapter, (), {}, settings, device, 0, fit)
+    with FlopCounterMode(display=False) as counter:
+        assert len(list(method.train([job]))) == 1
+    load = local.workload(rows, trainer.train.lengths, settings, partial(job.rng, "batches"))
+    said = sum(cost.flops(spec, state.adapter, plan, load))
+    two = plan.passes != (1.0, 1.0)
+    assert said == pytest.approx(counter.get_total_flops(), rel=0.12 if two else 0.02)
 
 
 @pytest.mark.parametrize("head", ["train", "own"])
@@ -89,7 +119,7 @@ def test_a_part_of_the_fleet_is_expected_to_cost_its_share(config: Path) -> None
         assert part["round"][name] == pytest.approx(whole["round"][name] / 3)
     assert part["round"]["slowest_seconds"] == whole["round"]["slowest_seconds"]
     assert part["round"]["seconds"] < whole["round"]["seconds"]
-    seconds = [cost.seconds for cost in forecast.costs(prepare(load(config, (FLEET,)))).values()]
+    seconds = [c.seconds for c in forecast.costs(prepare(load(config, (FLEET,)))).values()]
     assert part["round"]["seconds"] == pytest.approx(np.mean([max(pair) for pair in combinations(seconds, 2)]))
 
 
@@ -101,7 +131,7 @@ def test_the_expected_maximum_is_the_mean_over_all_subsets(size: int) -> None:
 
 
 def test_deadlines_and_memory(config: Path, tmp_path: Path) -> None:
-    seconds = sorted(cost.seconds for cost in forecast.costs(prepare(load(config, (FLEET,)))).values())
+    seconds = sorted(c.seconds for c in forecast.costs(prepare(load(config, (FLEET,)))).values())
     options = (FLEET, "rounds.count=1", f"rounds.deadline={seconds[3]!r}")
     found = told(config, *options)
     run = fedrank.run(config, *options, out=tmp_path / "run")

@@ -57,12 +57,13 @@ def test_a_client_is_sent_what_came_after_its_last_round():
 
 @pytest.mark.parametrize("updates", [{}, {3: ONE}, {1: ONE, 2: TWO, 7: THREE}, {2: whole(ONE, TWO), 3: THREE}])
 def test_they_travel_as_they_are(updates):
-    tensors = increments.write(updates, SPEC)
-    _, back = unpack(pack({"schema": 1}, tensors))
-    found = increments.read(back, SPEC, SPEC.scale)
-    assert not back
-    assert list(found) == list(updates)
-    assert all(toy.same(found[n], update) for n, update in updates.items())
+    for since in (-1, 3):
+        _, back = unpack(pack({"schema": 1}, increments.write(updates, since, SPEC)))
+        found = increments.read(back, SPEC, SPEC.scale)
+        assert not back
+        assert list(found) == list(updates)  # all that hold are named, those that were sent before only named
+        assert [n for n, update in found.items() if update is None] == [n for n in updates if n < since]
+        assert all(update is None or toy.same(update, updates[n]) for n, update in found.items())
 
 
 ODD = {
@@ -79,7 +80,7 @@ ODD = {
 
 @pytest.mark.parametrize("what", ODD)
 def test_what_does_not_fit_is_refused(what):
-    tensors = unpack(pack({"schema": 1}, increments.write({1: ONE, 2: TWO}, SPEC)))[1]
+    tensors = unpack(pack({"schema": 1}, increments.write({1: ONE, 2: TWO}, -1, SPEC)))[1]
     tensors = {name: tensor.copy() for name, tensor in tensors.items()}
     ODD[what](tensors)
     with pytest.raises(Refused):
@@ -94,8 +95,7 @@ def test_a_requests_bytes_are_predicted_with_them(updates, since, tmp_path):
     moved = {n: _onto(update, spec) for n, update in updates.items()}
     plan = Plan(everything(f.begin.adapter), since=since)
     frame = f.server.wire.request("train", "c0", plan, replace(f.begin, round=5, base_updates=moved))
-    sent = increments.after(moved, since).values()
-    assert cost.down(f.begin.adapter, plan, len(spec.modules), "f32", sent) == sizes(frame)
+    assert cost.down(f.begin.adapter, plan, len(spec.modules), "f32", moved) == sizes(frame)
 
 
 def _onto(update: Adapter, spec: ModelSpec) -> Adapter:
@@ -225,13 +225,35 @@ def test_a_lost_base_update_is_missed(tmp_path):
     assert "update of the base model" in meta["error"]
 
 
+def test_a_client_whose_own_versions_are_gone_misses_no_base_update(tmp_path):
+    """Which updates hold is the server's word, so a lost store cannot leave a client on another base in silence."""
+    f = toy.federation(Promising(), tmp_path / "run", rounds=3)
+    f.play()
+    shutil.rmtree(f.store.path / "clients" / "c0", ignore_errors=True)
+    jobs: list[Job] = []
+    noted = replace(f.sites["c0"], fit=lambda job, observe=None: (jobs.append(job), f.sites["c0"].fit(job))[1])
+    frame = f.server.wire.request("train", "c0", Plan(everything(f.begin.adapter), since=3), replace(f.last, round=3))
+    client.handle(frame, noted)
+    for ours, theirs in zip(jobs[0].base_updates, f.last.base_updates.values(), strict=True):
+        one, two = toy.arrays(ours), toy.arrays(theirs)
+        assert one.keys() == two.keys()
+        assert all(np.array_equal(one[name], two[name]) for name in one)
+
+
+def test_an_update_that_came_again_otherwise_is_kept_as_it_came_last(tmp_path):
+    private = toy.federation(Promising(), tmp_path / "run").store.private
+    for update in (ONE, THREE, THREE):
+        private.save_base({4: update})
+        assert toy.same(private.base(4, update.scale), update)
+
+
 def test_a_damaged_base_update_is_named(tmp_path):
     f = toy.federation(Promising(), tmp_path / "run", rounds=2)
     f.play()
     path = f.store.path / "clients" / ".base" / "0001.safetensors"
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(StoreError, match=r"0001\.safetensors is damaged"):
-        f.store.private.base([1], 2.0)
+        f.store.private.base(1, 2.0)
 
 
 @pytest.mark.parametrize("whole_from", [99, 2])

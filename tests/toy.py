@@ -258,6 +258,7 @@ def flat(adapter: Adapter) -> dict[str, torch.Tensor]:
     return {
         f: torch.tensor(np.concatenate([row(b).reshape(-1) for b in adapter.blocks.values()]))
         for f, row in rows.items()
+        if all(getattr(block, f) is not None for block in adapter.blocks.values())
     }
 
 

@@ -14,7 +14,6 @@ import numpy as np
 from fedrank.adapter import FACTORS, Adapter, Block
 from fedrank.cost import Cost
 from fedrank.frame import Refused
-from fedrank.increments import whole
 from fedrank.protocol import Device, Fit, Job, Method, Plan, Update
 from fedrank.store import Private, StoreError
 from fedrank.wire import Request, Wire
@@ -94,9 +93,7 @@ def _train(request: Request, site: Site, size: int, deadline: float | None) -> b
         update = replace(update, metrics={**update.metrics, **cost.metrics})
     arrays = _keep(job, update, kept, site.wire.start)
     arrays |= {f"private/{name}": array for name, array in update.private.items()}
-    if rounds := _promised(request, kept):
-        site.private.save_base(request.base_updates)
-        arrays["base"] = np.array(rounds)
+    site.private.save_base({round: update for round, update in request.base_updates.items() if update is not None})
     # Even an empty version is written where later rounds will ask for one, so that a lost one is missed.
     needed = arrays or _staying(request.plan, site.wire.start)
     site.private.save(site.device.id, request.round, request.plan.since, arrays if needed else None)
@@ -142,20 +139,14 @@ def _load(request: Request, site: Site) -> dict[str, np.ndarray]:
 def _job(request: Request, site: Site, kept: Mapping[str, np.ndarray]) -> Job:
     adapter = complete(request.adapter, request.plan, kept, site.wire.start)
     private = {name.split("/", 1)[1]: array for name, array in kept.items() if name.startswith("private/")}
-    earlier = [round for round in _promised(request, kept) if round not in request.base_updates]
-    base = (*site.private.base(earlier, adapter.scale), *request.base_updates.values())
+    base = tuple(
+        site.private.base(round, adapter.scale) if update is None else update
+        for round, update in request.base_updates.items()
+    )
     return Job(
         request.plan, request.round, request.rounds, site.wire.spec, adapter, base, private, site.local, site.device,
         site.seed, site.fit,
     )  # fmt: skip
-
-
-def _promised(request: Request, kept: Mapping[str, np.ndarray]) -> list[int]:
-    """The rounds of the base updates that hold on this client: those it kept, and those that came."""
-    new = request.base_updates
-    if any(whole(update) for update in new.values()):  # only the first can be: it sums up all before it
-        return list(new)
-    return [*kept["base"].tolist(), *new] if "base" in kept else list(new)
 
 
 def complete(adapter: Adapter, plan: Plan, kept: Mapping[str, np.ndarray], start: Adapter) -> Adapter:

@@ -1,7 +1,7 @@
 """What a plan costs a client: parameters, bytes, FLOPs, memory, seconds and joules, predicted before anything runs."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from fedrank.adapter import FACTORS, Adapter
 from fedrank.frame import CHECKSUM, DTYPES, HEADER, Dtype, Sizes
+from fedrank.increments import after
 from fedrank.protocol import Device, Linear, Load, ModelSpec, Plan
 
 NUMBER = 4  # bytes: models train in float32
@@ -45,24 +46,25 @@ def block_flops(spec: ModelSpec) -> tuple[float, float]:
     return linear / spec.blocks, 4.0 * spec.attention.width
 
 
-def down(adapter: Adapter, plan: Plan, modules: int, dtype: Dtype, base: Iterable[Adapter] = ()) -> Sizes:
+def down(adapter: Adapter, plan: Plan, modules: int, dtype: Dtype, base: Mapping[int, Adapter] | None = None) -> Sizes:
     """Bytes of the request by which this plan travels, for a model of so many adapted modules.
 
-    base: the base updates that go with it (`increments.after`); always in f32.
+    base: the base updates that hold (`State.base_updates`), of which it takes along what the client lacks, in f32.
     """
     ranks = {n: len(np.union1d(plan.train.get(n, []), plan.frozen.get(n, []))) for n in {**plan.train, **plan.frozen}}
     body, head = factors(adapter, plan.sent, ranks, dtype), dense(adapter, plan.sent, dtype)
     ids = sum(math.ceil(modules * plan.width / 8) for part in (plan.train, plan.frozen) if any(map(len, part.values())))
     arrays = sum(array.nbytes for array in plan.arrays.values())
-    base = list(base)
-    for update in base:
+    base = base or {}
+    lacking = after(base, plan.since).values()
+    for update in lacking:
         body += 4 * sum(
             b.rank * (b.B.shape[0] + b.A.shape[1])
             for b in update.blocks.values()
             if b.B is not None and b.A is not None
         )
         body += 4 * sum(tensor.size for tensor in update.dense.values())
-    rounds = len(base) * (8 + 4 * modules)  # which round each is of, and its rank in every module
+    rounds = 8 * len(base) + 4 * modules * len(lacking)  # which round each is of; its rank in every module
     return Sizes(body, head, HEADER + body + head + ids + arrays + rounds + CHECKSUM)
 
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fedrank import increments
 from fedrank.config import Config
 from fedrank.cost import Cost, down
 from fedrank.parts import Parts, prepare
@@ -18,14 +17,13 @@ def costs(parts: Parts) -> dict[ClientId, Cost]:
     Plans are made as the server makes them, for one cohort after another in the clients' order.
     """
     config, begin = parts.config, parts.begin
-    base = increments.after(begin.base_updates, -1).values()
     result = {}
     clients, size = list(parts.devices), config.rounds.cohort
     for at in range(0, len(clients), size):
         cohort = {client: parts.devices[client] for client in clients[at : at + size]}
         plans = planned(parts.method, begin, cohort, config.seed, config.adapter.head, training=True)
         for client, plan in plans.items():
-            sent = down(begin.adapter, plan, len(parts.spec.modules), config.wire.dtype, base)
+            sent = down(begin.adapter, plan, len(parts.spec.modules), config.wire.dtype)
             result[client] = parts.cost(client, begin.adapter, begin.round + 1, plan, sent.frame)
     return result
 
@@ -35,7 +33,7 @@ def forecast(config: Config, method: Method | None = None) -> dict[str, Any]:
 
     The model's, whatever `engine.timing` says. Rounds are taken to be like the first: what a method changes in its
     plans as it goes on is not foreseen, nor are failures, nor evaluation. A client that is late or lacks the memory
-    sends nothing and costs no energy.
+    counts as sending nothing and taking no energy.
     """
     parts = prepare(config, method)
     config, found = parts.config, costs(parts)

@@ -20,18 +20,14 @@ def after(updates: Mapping[int, Adapter], since: int) -> dict[int, Adapter]:
     return {round: update for round, update in updates.items() if round >= since}
 
 
-def whole(update: Adapter) -> bool:
-    """Whether this increment replaces all earlier ones."""
-    return bool(update.dense)
-
-
-def write(updates: Mapping[int, Adapter], spec: ModelSpec) -> dict[str, np.ndarray | list[np.ndarray]]:
-    """A frame's tensors: the rounds, a rank per round and module, and all factors and whole increments, flat."""
+def write(updates: Mapping[int, Adapter], since: int, spec: ModelSpec) -> dict[str, np.ndarray | list[np.ndarray]]:
+    """A frame's tensors: the rounds of all that hold, a rank per module for each that is sent, and these, flat."""
     if not updates:
         return {}
-    ranks = np.zeros((len(updates), len(spec.modules)), np.int32)
+    sent = after(updates, since)
+    ranks = np.zeros((len(sent), len(spec.modules)), np.int32)
     flat: dict[str, list[np.ndarray]] = {"B.base": [], "A.base": [], "W.base": []}
-    for at, update in enumerate(updates.values()):
+    for at, update in enumerate(sent.values()):
         for column, module in enumerate(spec.modules):
             if (block := update.blocks.get(module.name)) is not None:
                 assert block.B is not None
@@ -46,17 +42,22 @@ def write(updates: Mapping[int, Adapter], spec: ModelSpec) -> dict[str, np.ndarr
     return {"base.rounds": np.array(list(updates), np.int64), "base.ranks": ranks, **present}
 
 
-def read(tensors: dict[str, np.ndarray], spec: ModelSpec, scale: float) -> dict[int, Adapter]:
-    """Take them out of a frame's tensors; Refused where they do not fit the model."""
+def read(tensors: dict[str, np.ndarray], spec: ModelSpec, scale: float) -> dict[int, Adapter | None]:
+    """Take them out of a frame's tensors: each that holds, None for one that was sent before.
+
+    Refused where they do not fit the model.
+    """
     rounds, ranks = tensors.pop("base.rounds", None), tensors.pop("base.ranks", None)
     flat = {name: tensors.pop(name, np.empty(0, np.float32)) for name in ("B.base", "A.base", "W.base")}
     if rounds is None or ranks is None:
         if rounds is not None or ranks is not None or any(part.size for part in flat.values()):
             raise Refused("the base updates lack their rounds or ranks")
         return {}
-    if rounds.ndim != 1 or np.any(rounds[1:] <= rounds[:-1]) or ranks.shape != (len(rounds), len(spec.modules)):
+    if rounds.ndim != 1 or np.any(rounds[1:] <= rounds[:-1]) or ranks.ndim != 2 or len(ranks) > len(rounds):
+        raise Refused(f"base updates of rounds {rounds.tolist()[:5]} and ranks {list(ranks.shape)} do not fit together")
+    if rounds.dtype != np.int64 or ranks.dtype != np.int32 or ranks.shape[1] != len(spec.modules):
         raise Refused(
-            f"base updates of rounds {rounds.tolist()[:5]} and ranks {list(ranks.shape)} do not fit the model"
+            f"base updates with {rounds.dtype} rounds and {ranks.dtype}{list(ranks.shape)} ranks do not fit the model"
         )
     out, in_ = (np.array([getattr(m, side) for m in spec.modules], np.int64) for side in ("out", "in_"))
     counts = {"B.base": np.maximum(ranks, 0) * out, "A.base": np.maximum(ranks, 0) * in_, "W.base": (ranks == WHOLE) * out * in_}  # fmt: skip
@@ -64,8 +65,9 @@ def read(tensors: dict[str, np.ndarray], spec: ModelSpec, scale: float) -> dict[
         if part.dtype != np.float32 or part.size != counts[name].sum() or ranks.min(initial=0) < WHOLE:
             raise Refused(f"{name} has {part.size} numbers of {part.dtype}, its ranks ask for {counts[name].sum()}")
     pieces = {name: iter(split(part.reshape(-1), counts[name].reshape(-1).tolist())) for name, part in flat.items()}
-    result = {}
-    for round, row in zip(rounds.tolist(), ranks.tolist(), strict=True):
+    earlier = len(rounds) - len(ranks)
+    result: dict[int, Adapter | None] = dict.fromkeys(rounds.tolist()[:earlier])
+    for round, row in zip(rounds.tolist()[earlier:], ranks.tolist(), strict=True):
         blocks, dense = {}, {}
         for module, rank in zip(spec.modules, row, strict=True):
             b, a, w = (next(pieces[name]) for name in ("B.base", "A.base", "W.base"))

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,22 +84,21 @@ class Private:
             raise ValueError(f"client id {client!r} must be letters, digits, '_', '-' or '.', at most 128")
         return self.root / client
 
-    def base(self, rounds: Iterable[int], scale: float) -> tuple[Adapter, ...]:
-        """The base updates of these rounds; StoreError where one is gone."""
-        found = []
-        for round in rounds:
-            path = self.root / ".base" / f"{round:04d}.safetensors"
-            if not path.exists():
-                raise StoreError(f"{path}, an update of the base model that this client was sent, is gone")
-            found.append(_adapter(_load(path), scale))
-        return tuple(found)
+    def _base(self, round: int) -> Path:
+        return self.root / ".base" / f"{round:04d}.safetensors"  # no client is called so
+
+    def base(self, round: int, scale: float) -> Adapter:
+        """The base update of this round, as it came; StoreError where it is gone."""
+        if not (path := self._base(round)).exists():
+            raise StoreError(f"{path}, an update of the base model that this client was sent, is gone")
+        return _adapter(_load(path), scale)
 
     def save_base(self, updates: Mapping[int, Adapter]) -> None:
         """Keep base updates as they came; they are the same for every client of this place."""
         for round, update in updates.items():
-            path = self.root / ".base" / f"{round:04d}.safetensors"
-            if not path.exists():
-                write(path, save({n: np.asarray(a, order="C") for n, a in _arrays(update).items()}))
+            path, data = self._base(round), save({n: np.asarray(a, order="C") for n, a in _arrays(update).items()})
+            if not path.exists() or path.read_bytes() != data:
+                write(path, data)
             if update.dense:  # it sums up all before it, and no later request names those
                 for number, old in _numbered(path.parent).items():
                     if number < round:

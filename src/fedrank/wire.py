@@ -36,7 +36,7 @@ Kind = Literal["train", "evaluate", "update", "evaluation", "error"]
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What a client reads from the server's frame."""
+    """What a client reads from the server's frame. base_updates: all that hold by round, None for one sent before."""
 
     kind: Kind
     round: int
@@ -44,7 +44,7 @@ class Request:
     client: ClientId
     plan: Plan
     adapter: Adapter
-    base_updates: Mapping[int, Adapter]
+    base_updates: Mapping[int, Adapter | None]
     numerics: Mapping[str, Any]
     digest: str
 
@@ -87,7 +87,7 @@ class Wire:
             if any(map(len, ids.values())):
                 tensors[name] = self._bits(ids, plan.width)
         tensors |= {f"arrays.{name}": array for name, array in plan.arrays.items()}
-        tensors |= increments.write(increments.after(state.base_updates, plan.since), self.spec)
+        tensors |= increments.write(state.base_updates, plan.since, self.spec)
         meta = self._meta(kind, round, client) | {
             "plan": _plan(plan),
             "digest": self.digest(kind, round, client, plan),

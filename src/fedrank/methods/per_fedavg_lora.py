@@ -23,7 +23,7 @@ class PerFedAvgLoRA:
     "finite" where attention has no second derivative (HF), "first" leaves it out (FO).
     """
 
-    rate: float = 0.1
+    rate: float = 0.01
     derivative: Literal["double", "finite", "first"] = "double"
 
     default_lr: ClassVar[float] = 3e-3

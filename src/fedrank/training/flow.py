@@ -52,8 +52,8 @@ def trace(network: nn.Module, base: Any, heads: Mapping[str, nn.Module]) -> tupl
     stages: list[Tensor] = []  # the inputs of the block so far: held, so that no later tensor takes their place
     passed: set[str] = set()  # the maps of the block so far
 
-    def ran(module: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
-        name, (out, in_), x = names[module], sizes(module), inputs[0]
+    def ran(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], _: Tensor) -> None:
+        name, (out, in_), x = names[module], sizes(module), next(iter((*inputs, *named.values())))
         at, before = block(name), found[-1].block if found else -1
         where = at if at is not None else -1 if before < 0 else 1 + max(map.block for map in found if _inside(map))
         if where != before or name in passed:  # blocks that share weights run again
@@ -75,7 +75,7 @@ def trace(network: nn.Module, base: Any, heads: Mapping[str, nn.Module]) -> tupl
         return tensor  # held by the graph, so that no later storage takes its place
 
     layers = [module for module in network.modules() if isinstance(module, nn.Linear | Conv1D)]
-    handles = [layer.register_forward_hook(ran) for layer in layers]
+    handles = [layer.register_forward_hook(ran, with_kwargs=True) for layer in layers]
     padding = base.config.pad_token_id
     ids = torch.full((ROWS, LENGTH), 0 if padding else 1, device=next(network.parameters()).device)
     try:

@@ -209,9 +209,7 @@ def _batches(rows: np.ndarray, local: Local, job: Job, stream: str = "batches") 
 
 
 def batches(rows: np.ndarray, local: Local, draw: Callable[[int], np.random.Generator]) -> Iterator[np.ndarray]:
-    """A round's batches, each epoch in an order drawn for it:
-
-    `local.epochs` epochs, or exactly `local.steps` batches over as many epochs as that takes."""
+    """`local.epochs` epochs, each in an order drawn for it, or exactly `local.steps` batches over as many as that takes."""
     done = 0
     for epoch in count():
         if local.steps is None and epoch == local.epochs:
