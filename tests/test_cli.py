@@ -200,7 +200,7 @@ def test_the_next_free_directory(config: Path, fed: Fed, tmp_path: Path, monkeyp
 def test_live_on_a_terminal(config: Path, fed: Fed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(views, "Console", lambda: Console(file=screen, force_terminal=True, width=160))
-    options = ("engine.failure_rate=0.6", "rounds.cohort=3", "seed=1")
+    options = ("engine.failure_rate=0.5", "rounds.cohort=3", "seed=2")
     found = fed("run", config, *options, "--out", tmp_path / "[run]", "-o", "live")
     assert found.exit_code == 0, found.output
     shown = screen.getvalue()
