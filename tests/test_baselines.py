@@ -280,15 +280,19 @@ def test_a_component_that_no_one_carries_stays_as_it_was(form):
     np.testing.assert_array_equal(found.A, [[2, 0], [3, 4]])
 
 
+def plain(rank: int) -> Adapter:
+    """Numbers in LoRA's form, nothing zero in them."""
+    adapter = toy.drawn(toy.small(rank=rank))
+    return replace(adapter, blocks={name: replace(block, e=None) for name, block in adapter.blocks.items()})
+
+
 def test_the_sparsity_weight_is_the_norm_of_the_product():
     """From the Grams of the factors, over all modules: sqrt(sum |B A|_F^2), the norm of all singular values."""
-    adapter = replace(toy.drawn(toy.small(rank=2)), scale=1.0)
-    blocks = {name: replace(block, e=None) for name, block in adapter.blocks.items()}
-    plain = replace(adapter, blocks=blocks)
-    values = np.concatenate([np.linalg.svd(delta, compute_uv=False) for delta in plain.delta().values()])
+    adapter = replace(plain(2), scale=1.0)
+    values = np.concatenate([np.linalg.svd(delta, compute_uv=False) for delta in adapter.delta().values()])
     with pytest.raises(ValueError, match="the norm is of B A alone"):
-        norm(Update(adapter, 1))
-    assert norm(Update(plain, 1)) == pytest.approx(np.linalg.norm(values), rel=1e-6)
+        norm(Update(toy.drawn(toy.small()), 1))
+    assert norm(Update(adapter, 1)) == pytest.approx(np.linalg.norm(values), rel=1e-6)
 
 
 def test_where_all_products_are_zero_clients_count_the_same():
@@ -338,7 +342,7 @@ def pruning(method: HetLoRA, tail: float, adapter: Adapter) -> Update:
 )
 def test_a_client_prunes_its_tail_where_that_got_smaller(gamma, min_rank, tail, rank):
     """To floor(gamma r), not below min_rank; with gamma = 0.1 the tail holds what grew, and stays."""
-    method, adapter = HetLoRA(gamma=gamma, min_rank=min_rank), toy.drawn(toy.small(rank=4))
+    method, adapter = HetLoRA(gamma=gamma, min_rank=min_rank), plain(4)
     update = pruning(method, tail, adapter)
     assert {tuple(block.ids) for block in update.adapter.blocks.values()} == {tuple(range(rank))}
     after = method.merge(State(0, 9, adapter), toy.Arrived({"c0": update}))

@@ -200,7 +200,7 @@ def test_the_next_free_directory(config: Path, fed: Fed, tmp_path: Path, monkeyp
 def test_live_on_a_terminal(config: Path, fed: Fed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(views, "Console", lambda: Console(file=screen, force_terminal=True, width=160))
-    options = ("engine.failure_rate=0.6", "rounds.cohort=3", "seed=1")
+    options = ("engine.failure_rate=0.5", "rounds.cohort=3", "seed=2")
     found = fed("run", config, *options, "--out", tmp_path / "[run]", "-o", "live")
     assert found.exit_code == 0, found.output
     shown = screen.getvalue()
@@ -355,9 +355,9 @@ def test_methods(fed: Fed) -> None:
     found = fed("methods")
     assert found.exit_code == 0
     assert "target_rank=3" in found.stdout
-    rows = {cells[1]: cells[3:6] for cells in ([c.strip() for c in line.split("│")] for line in found.stdout.splitlines()) if len(cells) > 6}  # fmt: skip
-    assert rows["ffa_lora"] == ["data", "start, aggregation", "global"]
-    assert rows["local_only"] == ["data", "–", "personal"]
+    (line,) = [line for line in found.stdout.splitlines() if line.split()[:1] == ["ffa_lora"]]
+    assert "freeze the random A" in line
+    assert " ".join(line.split()).endswith("data start, aggregation global")
     listed = {m["name"]: m for m in json.loads(fed("methods", "--json").stdout)}
     assert listed["fedara"]["hyper_parameters"]["settle"] == 0.3
     assert listed["hetlora"] | {"summary": "", "travels": ""} == {

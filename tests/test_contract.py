@@ -92,7 +92,7 @@ class Watched:
         return self._pure("adapt", job) if hasattr(self.inner, "adapt") else job.adapter
 
 
-@pytest.fixture(scope="module", params=methods.names())
+@pytest.fixture(scope="module", params=toy.EVERY)
 def method(request: pytest.FixtureRequest) -> Any:
     return build(request.param)
 
@@ -437,7 +437,7 @@ def test_a_frame_for_another_client_or_model_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("head", ["train", "frozen", "own"])
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", toy.EVERY)
 def test_the_head_travels_only_where_it_is_common(head, name, tmp_path):
     f = toy.federation(build(name), tmp_path / "run", rounds=2, cohort=2, head=head)
     events = f.play()
@@ -724,7 +724,7 @@ def test_a_plan_that_leaves_a_client_out_is_the_methods_fault(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", toy.EVERY)
 def test_low_precision_learns_and_repeats(name, dtype, tmp_path):
     runs = [toy.federation(build(name), tmp_path / str(i), rounds=2, cohort=2, dtype=dtype) for i in range(2)]
     rows = [run.play()["round"] for run in runs]

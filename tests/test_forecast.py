@@ -49,7 +49,7 @@ def first(run: fedrank.Run) -> list[dict[str, Any]]:
     return [row for row in rows if row["round"] == 1]
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", toy.EVERY)
 def test_every_client_s_numbers_are_the_ledger_s(name: str, config: Path, tmp_path: Path) -> None:
     options = (f"method.name={name}", FLEET, "rounds.count=1", "wire.dtype=int8")
     found = forecast.costs(prepare(load(config, options)))
@@ -70,7 +70,7 @@ def trainer() -> local.Trainer:
     return local.Trainer(model, toy.encoded("train"), toy.encoded("test"), 1e-3, 1, "cpu")
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", toy.EVERY)
 def test_a_method_s_training_takes_the_flops_that_are_said(name: str, trainer: local.Trainer) -> None:
     """Within 2 %. Two levels are counted as if each pass made both levels' gradients: more, by as much as they take."""
     spec, settings, rows = trainer.model.spec, Local(batch_size=8), np.arange(48)

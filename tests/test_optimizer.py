@@ -175,6 +175,17 @@ def test_roloras_frozen_factor_stays_where_its_clients_have_it(kind, tmp_path):
             assert np.any(getattr(block, moves) != getattr(before, moves))
 
 
+def test_exactness_is_of_the_mean_not_of_the_step(tmp_path):
+    """One client: its function is the mean, whatever the server makes of it."""
+    f = federation(FedAvg(), tmp_path / "run", ServerSettings(optimizer="fedadam"), rounds=1, cohort=1)
+    rounds = f.server.rounds.model_copy(update={"exactness": True})
+    replace(f, server=replace(f.server, rounds=rounds)).play()
+    assert f.last.metrics["agg_fullmodel"] < 1e-9
+    plain = federation(FedAvg(), tmp_path / "plain", ServerSettings(), rounds=1, cohort=1)
+    plain.play()
+    assert not toy.same(f.last.adapter, plain.last.adapter)
+
+
 # ---- the config
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers
 import xxhash
 from safetensors.numpy import load_file
 
-from fedrank import aggregation, config
+from fedrank import aggregation, config, methods
 from fedrank.adapter import Adapter, Block
 from fedrank.client import Site
 from fedrank.config import Config, Local, Rounds
@@ -30,6 +31,8 @@ from fedrank.wire import Wire
 LABELS = ("ab", "cd", "ef", "gh")
 CLIENTS = ("c0", "c1", "c2", "c3")
 ROWS = 16  # of one client
+QUICK = ("fedara", "fedavg")  # the methods whose contract `make test-fast` runs
+EVERY = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in methods.names()]
 RANKS = (1, 2, 4, 4)  # of the devices, in client order
 
 

@@ -168,13 +168,15 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="For scripts.")
     if as_json:
         print(json.dumps(listed, indent=1))
         return
-    table = Table("method", "paper", "clients differ in", "exact", "model", "hyper-parameters")
+    table = Table("method", "what it does, and its hyper-parameters", "differ in", "exact", "model", box=None)
     for m in listed:
         exact = [what for what in ("start", "aggregation") if m[f"exact_{what}"]]
         model = {None: "", False: "global", True: "personal"}[m["personal"]]
-        values = [f"{key}={value}" for key, value in m["hyper_parameters"].items()]
-        cells = (m["differs"] or (), exact, [model], values)
-        table.add_row(m["name"], escape(m["summary"]), *(escape(", ".join(cell)) or "–" for cell in cells))
+        values = ", ".join(f"{key}={value}" for key, value in m["hyper_parameters"].items())
+        text = escape(m["summary"].rpartition(" (")[0] or m["summary"]) + (
+            f"\n[dim]{escape(values)}[/]" if values else ""
+        )
+        table.add_row(m["name"], text, *(", ".join(cell) or "–" for cell in (m["differs"] or (), exact, [model])))
     Console().print(table)
 
 

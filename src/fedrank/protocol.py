@@ -154,7 +154,8 @@ class Plan:
     """What one client does in one round.
 
     train: components that learn. frozen: components present in the forward pass, not learning.
-    learn, up, down: which of "BeAh" move, travel up, travel down (h = the dense tensors).
+    learn, up, down: which of "BeAh" move, travel up, travel down (h = the dense tensors). A client keeps, as they
+    came, factors that did not learn or do not travel down, so a plan may leave out of `down` what it still holds.
     own: factors that are the client's private ones, from its store, else as ``begin`` made them.
     select: the client may return any subset of `train` of at most this size. since: the last round in which
     an update of this client was merged; -1: never, so everything not `own` is sent (the server fills it in).

@@ -15,7 +15,7 @@ import numpy as np
 
 from fedrank import levels
 from fedrank.adapter import Adapter, kaiming
-from fedrank.aggregation import average, examples, uniform
+from fedrank.aggregation import WEIGHTS, average
 from fedrank.protocol import About, ClientId, Device, Job, Lower, ModelSpec, Plan, State, Update, Updates, rng
 from fedrank.selection import everything
 
@@ -76,7 +76,7 @@ class PF2LoRA:
             yield replace(update, arrays={"ranks": levels.effective_ranks(whole, job.spec, self.threshold)})
 
     def merge(self, state: State, updates: Updates) -> State:
-        adapter = average(state.adapter, updates, weight=uniform if self.weights == "uniform" else examples)
+        adapter = average(state.adapter, updates, weight=WEIGHTS[self.weights])
         # Of the clients' models as they trained them; the ranks are all that the server learns of the private ones.
         ranks = {f"ranks/{client}": update.arrays["ranks"] for client, update in updates}
         found = np.stack(list(ranks.values()))

@@ -81,7 +81,8 @@ class Bilevel:
     def step(self, inner: Callable[[], Tensor], outer: Callable[[], Tensor]) -> Tensor:
         """Move the lower variables, leave the upper gradient in `upper.grads`, and return the loss after the move.
 
-        inner, outer: the loss on the batch of either level, of whatever is mounted.
+        inner, outer: the loss on the batch of either level, of whatever is mounted. With nothing to learn above,
+        the loss is the inner one, before the move.
         """
 
         def at(loss: Callable[[], Tensor]) -> Loss:
