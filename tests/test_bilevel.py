@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import toy
 from fedrank import levels
-from fedrank.adapter import Adapter, Block, kaiming
+from fedrank.adapter import Adapter, Block, from_arrays, kaiming
 from fedrank.config import Local
 from fedrank.protocol import Job, Lower, Plan, rng
 from fedrank.training import models, tasks
@@ -254,7 +254,7 @@ def test_two_mounted_levels_take_the_step_of_the_closed_form(derivative):
     expected = first if derivative == "first" else h
     grads = [upper.grads["B"].numpy().reshape(R, OUT).T, upper.grads["A"].numpy().reshape(R, IN)]
     assert_near(grads, expected, 1e-2 if derivative == "finite" else 1e-5)
-    kept = levels.unpack(two.private, scale)
+    kept = from_arrays(two.private, scale)
     assert_near([kept.blocks["m"].B, kept.blocks["m"].A], [d1, c1], 1e-5)
     assert kept.blocks["m"].ids.tolist() == [3, 4]
     assert toy.same(upper.export(common), common)  # the upper variables are the optimizer's to move
@@ -320,7 +320,7 @@ def test_09_without_a_second_level_training_is_the_plain_one_to_the_bit(private_
     assert toy.same(found.adapter, plain.adapter)
     assert found.metrics["loss"] == plain.metrics["loss"]
     assert not plain.private
-    kept = levels.unpack(found.private, below.scale)
+    kept = from_arrays(found.private, below.scale)
     assert toy.same(kept, below)
 
 
@@ -337,7 +337,7 @@ def test_both_levels_move_and_the_head_is_part_of_the_upper_one():
     before, after = toy.arrays(job.adapter), toy.arrays(update.adapter)
     assert all(np.any(after[name] != array) for name, array in before.items() if not name.endswith("/ids"))
     assert before.keys() == after.keys()
-    kept = levels.unpack(update.private, below.scale)
+    kept = from_arrays(update.private, below.scale)
     assert kept.blocks.keys() == below.blocks.keys()
     assert all(np.any(kept.blocks[n].B != b.B) and np.any(kept.blocks[n].A != b.A) for n, b in below.blocks.items())
     assert not kept.dense
@@ -347,7 +347,7 @@ def test_both_levels_move_and_the_head_is_part_of_the_upper_one():
 def test_each_level_moves_only_what_the_plan_lets_learn(learn):
     job, below = work(learn), private()
     update = toy.trainer(1e-2).fit(job, ROWS, lower=Lower(0.1, below))
-    kept = levels.unpack(update.private, below.scale)
+    kept = from_arrays(update.private, below.scale)
     for one, other in ((job.adapter, update.adapter), (below, kept)):
         before, after = toy.arrays(one), toy.arrays(other)
         moved = {
@@ -368,7 +368,7 @@ def test_the_upper_optimizer_goes_on_where_it_was():
     kept = levels.moments(one.private)
     assert {name.rpartition("/")[2] for name in kept} == {"step", "exp_avg", "exp_avg_sq"}
     again = replace(work(steps=1, round=2), adapter=one.adapter)
-    below = levels.unpack(one.private, again.adapter.scale)
+    below = from_arrays(one.private, again.adapter.scale)
     apart, fresh = fit(again, below, kept), fit(again, below, {})
     gap = [max(np.abs(a - b).max() for a, b in zip(toy.arrays(u.adapter).values(), toy.arrays(together.adapter).values(), strict=True))
            for u in (apart, fresh)]  # fmt: skip
@@ -387,7 +387,7 @@ def test_where_nothing_above_learns_the_lower_level_takes_plain_sgd_steps():
     alone = replace(job, plan=Plan({}, learn="BAh"), adapter=Adapter({}, job.adapter.scale, {}))
     update = toy.trainer(1e-2).fit(alone, ROWS, lower=Lower(0.5, job.adapter))
     assert not update.adapter.blocks
-    moved = levels.unpack(update.private, job.adapter.scale)
+    moved = from_arrays(update.private, job.adapter.scale)
     (batch,) = _batches(ROWS, job.local, job, "lower batches")
     seen: list[dict[str, Tensor]] = []
     toy.trainer(1e-2).fit(job, batch, lambda values, grads: seen.append({n: g.clone() for n, g in grads.items()}))

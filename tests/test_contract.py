@@ -235,15 +235,17 @@ def test_exports_the_same_function_or_says_why_there_is_none(method, played, tmp
     about = {
         "task": "classify", "pooling": "mean", "source": "toy", "name": "toy", "conv1d": False, "base_class": "BertModel",
     }  # fmt: skip
-    path, own = tmp_path / "run", plan_of(method).own
+    path, own, private = tmp_path / "run", plan_of(method).own, plan_of(method).private
     shutil.copytree(played.federation.store.path, path)
     (path / "config.yaml").write_text("")
-    (path / "data.json").write_text(json.dumps({"model": about, "own": own}))
+    (path / "data.json").write_text(json.dumps({"model": about, "own": own, "private": private}))
     functions = {None: export.whole(played.states[3])}
     if own:
         with pytest.raises(StoreError, match=f"each client keeps {own[0]}.* to itself, so there is no one function"):
             export.export(path, tmp_path / "peft")
-        functions = {name: played.predicts[name] for name in played.states[3].seen}
+        del functions[None]
+    if own or private:
+        functions |= {name: played.predicts[name] for name in played.states[3].seen}
     for name, ours in functions.items():
         found = export.read_peft(export.export(path, tmp_path / f"peft {name}", client=name))
         assert found.delta().keys() == ours.delta().keys() <= model.modules.keys()

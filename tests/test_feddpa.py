@@ -8,7 +8,7 @@ import pytest
 
 import toy
 from fedrank import levels
-from fedrank.adapter import Adapter
+from fedrank.adapter import Adapter, from_arrays
 from fedrank.methods.feddpa import FedDPA
 from fedrank.protocol import Job, Update
 
@@ -48,7 +48,7 @@ def test_each_adapter_trains_in_its_turn_with_the_other_frozen():
     assert toy.same(second.adapter, common.union(trained))
     assert {n: i.tolist() for n, i in second.plan.frozen.items()} == {n: [4, 5] for n in common.blocks}
     assert second.plan.learn == "BeAh"
-    assert toy.same(levels.unpack(update.private, common.scale), trained)
+    assert toy.same(from_arrays(update.private, common.scale), trained)
     assert toy.same(update.adapter, ours.adapter)
     assert {n: i.tolist() for n, i in update.adapter.ids.items()} == {n: [0, 1, 2, 3] for n in common.blocks}
     assert np.any(update.adapter.dense["head.weight"] != common.dense["head.weight"])
@@ -62,10 +62,10 @@ def test_the_next_round_goes_on_with_the_private_adapter():
     job = started(method)
     (one,) = method.train([job])
     later = replace(job, round=2, adapter=one.adapter, private=one.private)
-    assert toy.same(method.adapt(later), one.adapter.union(levels.unpack(one.private, job.spec.scale)))
+    assert toy.same(method.adapt(later), one.adapter.union(from_arrays(one.private, job.spec.scale)))
     (two,) = method.train([later])
-    moved = levels.unpack(two.private, job.spec.scale)
-    assert not toy.same(moved, levels.unpack(one.private, job.spec.scale))
+    moved = from_arrays(two.private, job.spec.scale)
+    assert not toy.same(moved, from_arrays(one.private, job.spec.scale))
     assert moved.ids.keys() == job.adapter.ids.keys()
 
 

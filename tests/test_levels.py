@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import toy
 from fedrank import levels
-from fedrank.adapter import Adapter, Block, kaiming
+from fedrank.adapter import Adapter, Block, from_arrays, kaiming, to_arrays
 from fedrank.protocol import Job, ModelSpec, Plan, rng
 
 SPEC = toy.small({"0.m": (5, 6), "1.m": (7, 4)}, rank=3)
@@ -44,7 +44,7 @@ def test_it_is_the_clients_own_and_the_same_every_time():
 
 def test_what_the_store_holds_goes_before_the_start():
     mine = levels.private(job("c9"), 2)
-    kept = levels.pack(mine) | {"moments/B/step": np.array(3.0)}
+    kept = to_arrays(mine) | {"moments/B/step": np.array(3.0)}
     assert toy.same(levels.private(job(private=kept), 2), mine)
     assert levels.moments(kept) == {"B/step": 3.0}
 
@@ -60,8 +60,8 @@ def test_packed_adapters_come_back_to_the_bit(form):
     if form == "lora":
         adapter = replace(adapter, blocks={n: replace(b, e=None) for n, b in adapter.blocks.items()})
     adapter = adapter.without({"0.m": np.array([1])})
-    arrays = levels.pack(adapter)
-    assert toy.same(levels.unpack(arrays | {"moments/h.head.weight/exp_avg": np.ones(2)}, adapter.scale), adapter)
+    arrays = to_arrays(adapter)
+    assert toy.same(from_arrays(arrays | {"moments/h.head.weight/exp_avg": np.ones(2)}, adapter.scale), adapter)
     assert all(isinstance(array, np.ndarray) for array in arrays.values())
 
 

@@ -14,7 +14,7 @@ import torch
 
 import toy
 from fedrank import client, levels
-from fedrank.adapter import Adapter
+from fedrank.adapter import Adapter, from_arrays
 from fedrank.frame import unpack
 from fedrank.methods.fedavg import FedAvg
 from fedrank.methods.pf2lora import PF2LoRA
@@ -39,7 +39,7 @@ def trained(job: Job, method: PF2LoRA = FAST) -> Update:
 
 def whole(job: Job, update: Update) -> Adapter:
     """W_k as its client trained it."""
-    return update.adapter.union(levels.unpack(update.private, job.spec.scale))
+    return update.adapter.union(from_arrays(update.private, job.spec.scale))
 
 
 def logits(adapter: Adapter | None) -> torch.Tensor:
@@ -99,7 +99,7 @@ def test_07_after_a_round_the_common_part_is_common_and_the_private_one_untouche
             adapter, lower = run["began"][number, name]
             assert toy.same(adapter, run["states"][number - 1].adapter)
             stored = private_of(run["stores"][number - 1][name])
-            assert toy.same(lower.private, levels.unpack(stored, adapter.scale))
+            assert toy.same(lower.private, from_arrays(stored, adapter.scale))
             assert dict(lower.moments).keys() == levels.moments(stored).keys()
             assert all(np.array_equal(a, levels.moments(stored)[n]) for n, a in lower.moments.items())
     ones = [run["began"][3, name][1].private for name in toy.CLIENTS]
@@ -262,13 +262,13 @@ def test_clients_predict_with_both_levels_and_the_server_scores_the_common_one(r
         stored = private_of(run["stores"][3][name])
         job = replace(fresh(FAST, name), adapter=state.adapter, private=stored)
         found = FAST.adapt(job)
-        assert toy.same(found, state.adapter.union(levels.unpack(stored, state.adapter.scale)))
+        assert toy.same(found, state.adapter.union(from_arrays(stored, state.adapter.scale)))
     row = run["events"]["round"][-1]
     assert row["accuracy"] == f.server.evaluate(state.adapter, ())["accuracy"]
     assert row["personal_clients"] == 4
     own = []
     for name in toy.CLIENTS:
-        private = levels.unpack(private_of(run["stores"][3][name]), state.adapter.scale)
+        private = from_arrays(private_of(run["stores"][3][name]), state.adapter.scale)
         own.append(f.sites[name].evaluate(state.adapter.union(private), ())["accuracy"])
     assert row["personal_accuracy"] == pytest.approx(np.mean(own))
 

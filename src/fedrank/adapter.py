@@ -307,6 +307,26 @@ def norms(adapter: Adapter) -> dict[str, Float[np.ndarray, "r"]]:
     return result
 
 
+def to_arrays(adapter: Adapter) -> dict[str, np.ndarray]:
+    """The adapter as arrays by name: "B/<module>" and so on, "ids/<module>", "h/<dense tensor>"."""
+    arrays: dict[str, np.ndarray] = {}
+    for name, block in adapter.blocks.items():
+        factors = {f: getattr(block, f) for f in FACTORS if getattr(block, f) is not None}
+        arrays |= {f"ids/{name}": block.ids} | {f"{f}/{name}": factor for f, factor in factors.items()}
+    return arrays | {f"h/{name}": tensor for name, tensor in adapter.dense.items()}
+
+
+def from_arrays(arrays: Mapping[str, np.ndarray], scale: float) -> Adapter:
+    """The adapter of such arrays, in their order; others beside them are left out."""
+    named: dict[str, dict[str, np.ndarray]] = {part: {} for part in ("ids", "h", *FACTORS)}
+    for key, array in arrays.items():
+        part, _, name = key.partition("/")
+        if part in named:
+            named[part][name] = array
+    blocks = {name: Block(ids, *(named[f].get(name) for f in FACTORS)) for name, ids in named["ids"].items()}
+    return Adapter(blocks, scale, named["h"])
+
+
 def split(flat: np.ndarray, counts: Iterable[int]) -> list[np.ndarray]:
     """A flat array cut into pieces of these lengths, as views."""
     edges = np.concatenate([[0], np.cumsum(list(counts))]).astype(int)

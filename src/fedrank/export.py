@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from fedrank.adapter import Adapter, Block, recompress, stack
+from fedrank.adapter import Adapter, Block, from_arrays, recompress, stack
 from fedrank.client import complete
 from fedrank.config import hint
 from fedrank.protocol import ClientId, Plan, State
@@ -33,7 +34,7 @@ def export(run: Path, out: Path, round: int | None = None, client: ClientId | No
     facts = json.loads((run / "data.json").read_text())
     model = facts["model"]
     if client is not None:
-        state = replace(state, adapter=_adapted(Store(run), state, facts.get("own", ""), client))
+        state = replace(state, adapter=_adapted(Store(run), state, facts, client))
     elif why := obstacle(run):
         raise StoreError(f"{run}: {why}")
     state = replace(state, adapter=whole(state))
@@ -79,9 +80,10 @@ def obstacle(run: Path) -> str | None:
     return None
 
 
-def _adapted(store: Store, state: State, own: str, client: ClientId) -> Adapter:
+def _adapted(store: Store, state: State, facts: Mapping[str, Any], client: ClientId) -> Adapter:
     """What this client predicts with: the shared parts, and its own from its private store, where that is here."""
-    if not own:
+    own = facts.get("own", "")
+    if not own and not facts.get("private"):
         raise StoreError(f"{store.path}: no part of the adapter is a client's own; export it without a client")
     if client not in state.seen:
         raise StoreError(f"{store.path}: client {client!r} has trained in no round{hint(client, state.seen)}")
@@ -89,7 +91,9 @@ def _adapted(store: Store, state: State, own: str, client: ClientId) -> Adapter:
     if kept is None:
         raise StoreError(f"{store.private.root} holds no version of round {since} of client {client!r}")
     plan = Plan(state.adapter.ids, own=own, since=since)
-    return complete(state.adapter.only(plan.sent), plan, kept, store.state(0)[0].adapter)
+    adapter = complete(state.adapter.only(plan.sent), plan, kept, store.state(0)[0].adapter)
+    private = {name.removeprefix("private/"): array for name, array in kept.items() if name.startswith("private/")}
+    return adapter.union(from_arrays(private, adapter.scale))  # the second level, where there is one
 
 
 def whole(state: State) -> Adapter:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Int
 
-from fedrank.adapter import FACTORS, Adapter, Block, kaiming, recompress
+from fedrank.adapter import Adapter, from_arrays, kaiming, recompress
 from fedrank.protocol import Job, ModelSpec, rng
 
 MOMENTS = "moments/"  # the upper optimizer's, beside the private adapter
@@ -23,30 +23,11 @@ def private(job: Job, rank: int) -> Adapter:
     common ones, so that ``job.adapter.union(private)`` is all that the client has, at one scale.
     """
     if job.private:
-        return unpack(job.private, job.spec.scale)
+        return from_arrays(job.private, job.spec.scale)
     if not rank:
         return Adapter({}, job.spec.scale, {})
     start = kaiming(job.spec.shapes, rank, job.spec.scale, rng(job.seed, "private", job.device.id))
     return replace(start, blocks={n: replace(b, ids=b.ids + job.spec.rank) for n, b in start.blocks.items()})
-
-
-def pack(adapter: Adapter) -> dict[str, np.ndarray]:
-    """The adapter as arrays by name, for `Update.private`."""
-    arrays = {f"h/{name}": tensor for name, tensor in adapter.dense.items()}
-    for name, block in adapter.blocks.items():
-        factors = {f: getattr(block, f) for f in FACTORS if getattr(block, f) is not None}
-        arrays |= {f"{f}/{name}": factor for f, factor in factors.items()} | {f"ids/{name}": block.ids}
-    return arrays
-
-
-def unpack(arrays: Mapping[str, np.ndarray], scale: float) -> Adapter:
-    """The adapter that `pack` wrote; other arrays beside it are left out."""
-    parts = {name: name.partition("/")[2] for name in arrays}
-    blocks = {
-        module: Block(arrays[name], *(arrays.get(f"{f}/{module}") for f in FACTORS))
-        for name, module in parts.items() if name.startswith("ids/")
-    }  # fmt: skip
-    return Adapter(blocks, scale, {part: arrays[name] for name, part in parts.items() if name.startswith("h/")})
 
 
 def moments(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from fedrank import aggregation
-from fedrank.adapter import FACTORS, Adapter, Block
+from fedrank.adapter import Adapter, from_arrays, to_arrays
 from fedrank.protocol import ClientId, State, Total, Update
 
 KEEP_LAST, KEEP_EVERY = 3, 10
@@ -50,25 +50,6 @@ def _load(path: Path) -> dict[str, np.ndarray]:
         raise StoreError(f"{path} is damaged: {error}") from None
 
 
-def _arrays(adapter: Adapter) -> dict[str, np.ndarray]:
-    """An adapter's arrays by name, in its order of modules."""
-    arrays: dict[str, np.ndarray] = {}
-    for name, block in adapter.blocks.items():
-        parts = {"ids": block.ids, "B": block.B, "e": block.e, "A": block.A}
-        arrays |= {f"{part}/{name}": value for part, value in parts.items() if value is not None}
-    return arrays | {f"dense/{name}": tensor for name, tensor in adapter.dense.items()}
-
-
-def _adapter(arrays: Mapping[str, np.ndarray], scale: float) -> Adapter:
-    """The adapter of such arrays, in their order."""
-    named: dict[str, dict[str, np.ndarray]] = {part: {} for part in ("ids", "B", "e", "A", "dense")}
-    for key, array in arrays.items():
-        part, _, name = key.partition("/")
-        named[part][name] = array
-    blocks = {name: Block(ids, *(named[f].get(name) for f in FACTORS)) for name, ids in named["ids"].items()}
-    return Adapter(blocks, scale, named["dense"])
-
-
 def _below(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
@@ -91,12 +72,12 @@ class Private:
         """The base update of this round, as it came; StoreError where it is gone."""
         if not (path := self._base(round)).exists():
             raise StoreError(f"{path}, an update of the base model that this client was sent, is gone")
-        return _adapter(_load(path), scale)
+        return from_arrays(_load(path), scale)
 
     def save_base(self, updates: Mapping[int, Adapter]) -> None:
         """Keep base updates as they came; they are the same for every client of this place."""
         for round, update in updates.items():
-            path, data = self._base(round), save({n: np.asarray(a, order="C") for n, a in _arrays(update).items()})
+            path, data = self._base(round), save({n: np.asarray(a, order="C") for n, a in to_arrays(update).items()})
             if not path.exists() or path.read_bytes() != data:
                 write(path, data)
             if update.dense:  # it sums up all before it, and no later request names those
@@ -185,9 +166,9 @@ class Store:
 
     def save_state(self, state: State, numerics: Mapping[str, Any]) -> None:
         """Commit a round: after this, resume starts here. Keeps the last 3 states and every 10th."""
-        tensors = {f"adapter/{name}": array for name, array in _arrays(state.adapter).items()}
+        tensors = {f"adapter/{name}": array for name, array in to_arrays(state.adapter).items()}
         for round, update in state.base_updates.items():
-            tensors |= {f"base/{round}/{name}": array for name, array in _arrays(update).items()}
+            tensors |= {f"base/{round}/{name}": array for name, array in to_arrays(update).items()}
         tensors |= {f"arrays/{name}": array for name, array in state.arrays.items()}
         tensors["seen"] = np.frombuffer(json.dumps(dict(state.seen)).encode(), np.uint8)
         meta = {
@@ -212,10 +193,10 @@ class Store:
             with safe_open(path, "np") as file:
                 meta = json.loads(file.metadata()["fedrank"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            found = _adapter(_below("adapter/", tensors), meta["scale"])
+            found = from_arrays(_below("adapter/", tensors), meta["scale"])
             blocks = {name: found.blocks[name] for name in meta["modules"]}  # a file has an order of its own
             dense = {name: found.dense[name] for name in meta["dense"]}
-            updates = {n: _adapter(_below(f"base/{n}/", tensors), meta["scale"]) for n in meta["base_updates"]}
+            updates = {n: from_arrays(_below(f"base/{n}/", tensors), meta["scale"]) for n in meta["base_updates"]}
             state = State(
                 meta["round"], meta["rounds"], Adapter(blocks, meta["scale"], dense), arrays=_below("arrays/", tensors),
                 metrics=meta["metrics"], seen=json.loads(tensors["seen"].tobytes()), base_updates=updates,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from fedrank import levels
-from fedrank.adapter import Adapter, kaiming
+from fedrank.adapter import Adapter, kaiming, to_arrays
 from fedrank.aggregation import average
 from fedrank.protocol import About, ClientId, Device, Job, ModelSpec, Plan, State, Update, Updates, rng
 from fedrank.selection import everything
@@ -55,7 +55,7 @@ class FedDPA:
             plan = replace(job.plan, frozen=private.ids)
             update = job.fit(replace(job, plan=plan, adapter=job.adapter.union(private)))
             work = {name: mine.metrics[name] + update.metrics[name] for name in ("steps", "seconds", "rows_seen")}
-            yield replace(update, private=levels.pack(private), metrics={**update.metrics, **work})
+            yield replace(update, private=to_arrays(private), metrics={**update.metrics, **work})
 
     def merge(self, state: State, updates: Updates) -> State:
         return state.next(average(state.adapter, updates))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from fedrank import levels
-from fedrank.adapter import Adapter, kaiming
+from fedrank.adapter import Adapter, from_arrays, kaiming
 from fedrank.aggregation import average, uniform
 from fedrank.protocol import About, ClientId, Device, Job, Lower, ModelSpec, Plan, State, Update, Updates, rng
 from fedrank.selection import everything
@@ -56,4 +56,4 @@ class PerFedAvgLoRA:
         # The received adapter as a lower level of which nothing is above: it takes SGD steps.
         plan, one = replace(job.plan, train={}, frozen={}), job.local.model_copy(update={"steps": 1})
         alone = replace(job, plan=plan, adapter=Adapter({}, job.adapter.scale, {}), local=one)
-        return levels.unpack(job.fit(alone, lower=Lower(self.rate, job.adapter)).private, job.adapter.scale)
+        return from_arrays(job.fit(alone, lower=Lower(self.rate, job.adapter)).private, job.adapter.scale)

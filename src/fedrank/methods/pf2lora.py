@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from fedrank import levels
-from fedrank.adapter import Adapter, kaiming
+from fedrank.adapter import Adapter, from_arrays, kaiming
 from fedrank.aggregation import WEIGHTS, average
 from fedrank.protocol import About, ClientId, Device, Job, Lower, ModelSpec, Plan, State, Update, Updates, rng
 from fedrank.selection import everything
@@ -72,7 +72,7 @@ class PF2LoRA:
             kept = levels.moments(job.private) if self.keep_moments else {}
             private = levels.private(job, self.private_rank)
             update = job.fit(job, lower=Lower(self.rate, private, self.derivative, kept))
-            whole = update.adapter.union(levels.unpack(update.private, private.scale))
+            whole = update.adapter.union(from_arrays(update.private, private.scale))
             yield replace(update, arrays={"ranks": levels.effective_ranks(whole, job.spec, self.threshold)})
 
     def merge(self, state: State, updates: Updates) -> State:

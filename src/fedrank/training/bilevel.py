@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedrank import levels
-from fedrank.adapter import Adapter
+from fedrank.adapter import Adapter, to_arrays
 from fedrank.protocol import Lower
 from fedrank.training.hooks import Live, live
 
@@ -108,7 +108,7 @@ class Bilevel:
         """What stays with the client: the lower components as trained, and the upper optimizer's moments."""
         found: dict[str, np.ndarray] = {}
         if self.lower is not None and self.rule.private is not None:
-            found |= levels.pack(self.lower.export(self.rule.private))
+            found |= to_arrays(self.lower.export(self.rule.private))
         if self.optimizer is not None:
             for name, value in self.upper.values.items():
                 state = self.optimizer.state[value]
