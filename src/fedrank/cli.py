@@ -78,7 +78,7 @@ def resume(
 
 @app.command()
 def cost(
-    config: Annotated[str, typer.Argument(help="A YAML file, or the preset: quickstart.")],
+    config: Annotated[str, typer.Argument(help="A YAML file, or a preset: quickstart, centralized.")],
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
 ) -> None:
@@ -96,7 +96,7 @@ def cost(
     console.print("Per client and round:", views.costs(found), "", views.totals(found), "", sep="\n")
     console.print(
         f"By the model of the devices, in cohorts of {found['cohort']} of {found['clients']} clients, with every round like "
-        "the first; methods that change their plans as they go on will differ. Evaluation and failures are left out.",
+        "the first; methods whose plans or downloads change as they go on will differ. Evaluation and failures are left out.",
         highlight=False,
     )  # fmt: skip
 

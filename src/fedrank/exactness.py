@@ -157,11 +157,11 @@ def errors(
 def noted(method: Any, before: State, after: State, plans: Mapping[ClientId, Plan], updates: Updates) -> State:
     """The state after a merge with its `errors` among the metrics, under the method's own weights.
 
-    Where clients keep factors of their own, nobody but they knows their functions: nothing is noted.
+    Where clients keep factors or components of their own, nobody but they knows their functions: nothing is noted.
     """
     for client, _ in updates:
         plan = plans[client]
-        if set(FACTORS) & (set(plan.own) | (set(plan.learn) - set(plan.up))):
+        if plan.private or set(FACTORS) & (set(plan.own) | (set(plan.learn) - set(plan.up))):
             return after
 
     def present(client: ClientId, update: Update) -> dict[str, np.ndarray]:

@@ -14,16 +14,16 @@ Peaks, from cores and clocks at 2 FLOP per core and cycle where no peak in float
   1100, 1100 and 800 MHz (Jetson Linux developer guide).
 - jetson-agx-xavier: 512 Volta cores at 1377 MHz, 32 GB. Modes MAXN, 30, 15 and 10 W with the GPU at 1377, 900, 670
   and 520 MHz, the last on half of its cores (the same guide). MAXN's watts are our assumption.
-- jetson-orin-nano: 1024 Ampere cores at 625 MHz, 8 GB, 15 and 7 W (NVIDIA's product page). The share of speed in the
-  7 W mode is our assumption.
-- jetson-agx-orin: 5.3 TFLOPS in float32 (NVIDIA's technical brief), 64 GB, up to 60 W; modes of 50, 30 and 15 W.
-  Their shares of speed are our assumption.
+- jetson-orin-nano: 1024 Ampere cores at 625 MHz, 8 GB, 15 and 7 W (NVIDIA's product page); at 7 W 408 MHz and
+  half of the cores (Jetson Linux developer guide).
+- jetson-agx-orin: 5.3 TFLOPS in float32 (NVIDIA's technical brief), 64 GB, up to 60 W; modes of 50, 30 and 15 W
+  with the GPU at 816, 612 and 408 of 1300 MHz, the last two on four and three eighths of its cores (the same guide).
 - raspberry-pi-5: four Cortex-A76 cores at 2.4 GHz (product brief) with two 128-bit pipes each, 16 FLOP per core and
   cycle; 8 GB. Its GPU is not counted.
 - phone: 1.2 TFLOPS and 8 GB, our assumption for the GPU of a high-end phone of about 2020.
 - laptop: 2.6 TFLOPS (Apple's announcement of the M1, 2020), 16 GB.
 - workstation: 38.7 TFLOPS, 48 GB, 300 W of the card alone (data sheet of the NVIDIA RTX A6000).
-- gpu-server: 19.5 TFLOPS in float32, 80 GB, 400 W of the card alone (data sheet of the NVIDIA A100 SXM).
+- gpu-server: 67 TFLOPS in float32, 80 GB, 700 W of the card alone (data sheet of the NVIDIA H100 SXM).
 
 Our assumptions throughout: the links (Wi-Fi at some distance for boards, mobile and home connections for phone and
 laptop, wires for the rest), idle watts, all watts of the Raspberry Pi, the phone and the laptop, the hosts' share in
@@ -66,7 +66,7 @@ PRESETS: Mapping[str, Device] = {
         _preset("phone", 4, 1.2e12, 8.0, 10.0, 50.0, 1.0, 5.0),
         _preset("laptop", 8, 2.6e12, 16.0, 20.0, 100.0, 5.0, 25.0),
         _preset("workstation", 32, 38.7e12, 48.0, 1000.0, 1000.0, 60.0, 400.0),
-        _preset("gpu-server", 64, 19.5e12, 80.0, 10_000.0, 10_000.0, 150.0, 600.0),
+        _preset("gpu-server", 64, 67e12, 80.0, 10_000.0, 10_000.0, 200.0, 1000.0),
     )
 }
 
@@ -87,8 +87,11 @@ MODES: Mapping[str, tuple[Mode, ...]] = {
         Mode("MAXN", 1.0, 45.0), Mode("30 W", 900 / 1377, 30.0), Mode("15 W", 670 / 1377, 15.0),
         Mode("10 W", 520 / 1377 / 2, 10.0),
     ),
-    "jetson-orin-nano": (Mode("15 W", 1.0, 15.0), Mode("7 W", 0.65, 7.0)),
-    "jetson-agx-orin": (Mode("MAXN", 1.0, 60.0), Mode("50 W", 0.64, 50.0), Mode("30 W", 0.48, 30.0), Mode("15 W", 0.32, 15.0)),
+    "jetson-orin-nano": (Mode("15 W", 1.0, 15.0), Mode("7 W", 408 / 625 / 2, 7.0)),
+    "jetson-agx-orin": (
+        Mode("MAXN", 1.0, 60.0), Mode("50 W", 816 / 1300, 50.0), Mode("30 W", 612 / 1300 * 4 / 8, 30.0),
+        Mode("15 W", 408 / 1300 * 3 / 8, 15.0),
+    ),
 }  # fmt: skip
 
 

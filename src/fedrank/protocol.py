@@ -327,7 +327,7 @@ class Method(Protocol):
 
     A method may also define ``adapt(job) -> Adapter``, what this client predicts with; without it,
     that is the received adapter. ``default_lr`` is used where the config names no rate. ``about`` may say what
-    the method is. In `plan`, None for a client lets it sit the round out.
+    the method is, and ``weights`` what clients count by in its means ("examples" where it does not say). In `plan`, None for a client lets it sit the round out.
     """
 
     default_lr: float

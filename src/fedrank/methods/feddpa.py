@@ -30,7 +30,7 @@ class FedDPA:
     about: ClassVar[About] = About(
         paper="Dual-Personalizing Adapter for Federated Foundation Models", year=2024,
         url="https://arxiv.org/abs/2403.19211", differs=("data",), travels="global A, B and head, both ways",
-        exact_start=True, exact_aggregation=False, personal=True,
+        exact_start=False, exact_aggregation=False, personal=True,
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -54,7 +54,8 @@ class FedDPA:
             private = replace(mine.adapter, dense={})
             plan = replace(job.plan, frozen=private.ids)
             update = job.fit(replace(job, plan=plan, adapter=job.adapter.union(private)))
-            work = {name: mine.metrics[name] + update.metrics[name] for name in ("steps", "seconds", "rows_seen")}
+            summed = update.metrics.keys() - {"loss"}
+            work = {name: mine.metrics[name] + update.metrics[name] for name in sorted(summed)}
             yield replace(update, private=to_arrays(private), metrics={**update.metrics, **work})
 
     def merge(self, state: State, updates: Updates) -> State:

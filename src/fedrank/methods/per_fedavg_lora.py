@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from fedrank import levels
 from fedrank.adapter import Adapter, from_arrays, kaiming
-from fedrank.aggregation import average, uniform
+from fedrank.aggregation import WEIGHTS, average
 from fedrank.protocol import About, ClientId, Device, Job, Lower, ModelSpec, Plan, State, Update, Updates, rng
 from fedrank.selection import everything
 
@@ -27,6 +27,7 @@ class PerFedAvgLoRA:
     derivative: Literal["double", "finite", "first"] = "double"
 
     default_lr: ClassVar[float] = 3e-3
+    weights: ClassVar[str] = "uniform"
     about: ClassVar[About] = About(
         paper="Personalized Federated Learning with Theoretical Guarantees: A Model-Agnostic Meta-Learning Approach",
         year=2020, url="https://arxiv.org/abs/2002.07948", differs=("data",), travels="A, B and head, both ways",
@@ -50,7 +51,7 @@ class PerFedAvgLoRA:
             yield replace(job.fit(job, lower=Lower(self.rate, derivative=self.derivative)), private={})
 
     def merge(self, state: State, updates: Updates) -> State:
-        return state.next(average(state.adapter, updates, weight=uniform))
+        return state.next(average(state.adapter, updates, weight=WEIGHTS[self.weights]))
 
     def adapt(self, job: Job) -> Adapter:
         # The received adapter as a lower level of which nothing is above: it takes SGD steps.

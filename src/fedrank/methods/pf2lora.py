@@ -41,7 +41,7 @@ class PF2LoRA:
     about: ClassVar[About] = About(
         paper="Personalized Federated Fine-tuning for Heterogeneous Data: An Automatic Rank Learning Approach via "
         "Two-Level LoRA", year=2025, url="https://arxiv.org/abs/2503.03920", differs=("rank", "data"),
-        travels="common A, B and head, both ways; effective ranks up", exact_start=True, exact_aggregation=False,
+        travels="common A, B and head, both ways; effective ranks up", exact_start=False, exact_aggregation=False,
         personal=True,
     )  # fmt: skip
 
