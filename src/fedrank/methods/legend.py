@@ -11,7 +11,7 @@ below keep their start. Bytes are counted as float32.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from fedrank import cost
 from fedrank.adapter import Adapter, kaiming
 from fedrank.aggregation import average, examples, uniform
-from fedrank.protocol import About, ClientId, Device, Job, ModelSpec, Plan, State, Update, Updates, rng
+from fedrank.protocol import About, ClientId, Device, Job, Load, ModelSpec, Plan, State, Update, Updates, rng
 from fedrank.selection import arithmetic, depths, everything, suffix
 
 TIMINGS = ("forward_seconds", "backward_seconds", "upload_seconds", "download_seconds")  # of a client's round
@@ -86,18 +86,22 @@ class LEGEND:
         adapter = spec.with_head(kaiming(spec.shapes, by_name, spec.scale, rng(seed, "begin")))
         numbers = np.bincount(layer, [by_name[m.name] * (m.out + m.in_) for m in spec.modules])
         sigma = numbers.sum() / budget  # numbers per unit of rank of a block
-        # Autograd keeps about what goes in and out of every map, and the attention's scores before and after softmax.
-        kept = sum(map.out + map.in_ for map in spec.flow if map.block < spec.blocks)
-        head = sum(tensor.size for tensor in spec.dense.values())
-        memory = [4.0 * spec.parameters + 16.0 * head, 4.0 * kept / layers, 8.0 * spec.attention.heads]
         arrays = {
             "layer": layer,  # of each module, in the adapter's order
             "units": np.cumsum(numbers[::-1]) / sigma,  # R(k), ranks in the last k = 1, 2, ... blocks
             "sigma": np.array(sigma),
             "flops": np.array(cost.block_flops(spec)) * (spec.blocks / layers),  # per block: of a token, of a pair
-            "memory": np.array(memory),  # bytes: fixed; and per trained block, of a token, of a pair
         }
-        return State(0, rounds, adapter, arrays=arrays)
+        state = State(0, rounds, adapter, arrays=arrays)
+        memory = []  # bytes at the peak by depth: in any case, per token and per pair of the largest batch
+        for depth in range(1, layers + 1):
+            plan = self._suffix(state, depth) or Plan({})
+            loads = [
+                Load(0, 0, 0, peak_tokens=tokens, peak_pairs=pairs) for tokens, pairs in ((0, 0), (1000, 0), (0, 1000))
+            ]
+            fixed, *more = (cost.peak_memory(spec, adapter, plan, load) for load in loads)
+            memory.append([fixed, *((held - fixed) / 1000 for held in more)])
+        return replace(state, arrays={**arrays, "memory": np.array(memory)})
 
     def plan(self, state: State, cohort: Mapping[ClientId, Device], seed: int) -> dict[ClientId, Plan | None]:
         capacities = np.array([self._capacity(state, device) for device in cohort.values()])
@@ -143,11 +147,10 @@ class LEGEND:
 
     def _caps(self, state: State, devices: list[Device], capacities: Float[np.ndarray, "n 4"]) -> Int[np.ndarray, "n"]:
         """The largest depth within a device's memory and the caps on seconds and bytes; what is unknown is no cap."""
-        units, (fixed, *kept) = state.arrays["units"], state.arrays["memory"]
+        units = state.arrays["units"]
         k = np.arange(1, len(units) + 1)
-        peaks = np.array([[d.load.peak_tokens, d.load.peak_pairs] if d.load else [0, 0] for d in devices])
-        # A trained number is there four times: value, gradient and AdamW's two moments.
-        needed = fixed + np.outer(peaks @ np.array(kept), k) + 16 * state.arrays["sigma"] * units
+        peaks = np.array([[1, d.load.peak_tokens, d.load.peak_pairs] if d.load else [1, 0, 0] for d in devices])
+        needed = peaks @ state.arrays["memory"].T
         fits = needed <= np.array([[device.memory_bytes or np.inf] for device in devices])
         if self.max_seconds is not None:
             fits &= ~(capacities[:, :1] * len(units) + capacities[:, 1:2] * k > self.max_seconds)
