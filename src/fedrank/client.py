@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fedrank.adapter import FACTORS, Adapter, Block
-from fedrank.cost import Cost
+from fedrank.cost import Cost, up
 from fedrank.frame import Refused
 from fedrank.protocol import Device, Fit, Job, Method, Plan, Update
 from fedrank.store import Private, StoreError
@@ -90,6 +90,9 @@ def _train(request: Request, site: Site, size: int, deadline: float | None) -> b
             seconds = time.perf_counter() - started
             forward = update.metrics.get("forward_seconds", 0.0)
             cost = _in_time(cost.timed(forward, seconds - forward), deadline)
+        if request.plan.select is not None:  # it may have chosen fewer components than it might
+            wire = site.wire
+            cost = cost.sent(up(update.adapter, request.plan, len(wire.spec.modules), wire.dtype).frame)
         update = replace(update, metrics={**update.metrics, **cost.metrics})
     arrays = _keep(job, update, kept, site.wire.start)
     arrays |= {f"private/{name}": array for name, array in update.private.items()}

@@ -260,6 +260,13 @@ class Cost:
             "peak_memory_bytes": float(self.peak_memory_bytes),
         }  # fmt: skip
 
+    def sent(self, bytes_up: int) -> "Cost":
+        """The same work, its answer of so many bytes."""
+        upload = bytes_up / self.device.up_bytes_per_second
+        return replace(self, bytes_up=bytes_up, upload_seconds=upload).timed(
+            self.forward_seconds, self.backward_seconds
+        )
+
     def timed(self, forward_seconds: float, backward_seconds: float) -> "Cost":
         """The same work, its training timed otherwise; energy follows."""
         computing, moving = forward_seconds + backward_seconds, self.download_seconds + self.upload_seconds
