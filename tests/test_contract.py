@@ -725,6 +725,32 @@ def test_a_plan_that_leaves_a_client_out_is_the_methods_fault(tmp_path):
         f.play()
 
 
+@dataclass(frozen=True)
+class Resting(FedAvg):
+    """A test's method that has no part for c3."""
+
+    def plan(self, state, cohort, seed):
+        return {**super().plan(state, cohort, seed), "c3": None}
+
+
+def test_a_client_without_a_part_sits_the_round_out(tmp_path):
+    """It is sent nothing and counted, and is evaluated like the others."""
+    sent: list[str] = []
+
+    def note(name: str, frame: bytes) -> list[tuple[str, bytes]]:
+        sent.append(name)
+        return [(name, frame)]
+
+    f = toy.federation(Resting(), tmp_path / "run", rounds=1, carry=lambda e: toy.Tampering(e, note))
+    events = f.play()
+    (row,) = events["round"]
+    assert (row["clients_ok"], row["clients_failed"], row["clients_out"]) == (3, 0, 1)
+    assert [e["client"] for e in events["client"]] == ["c0", "c1", "c2"]
+    assert sent.count("c3") == sent.count("c0") - 1
+    assert row["personal_clients"] == 4
+    assert f.last.seen == {"c0": 1, "c1": 1, "c2": 1}
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
 @pytest.mark.parametrize("name", toy.EVERY)
 def test_low_precision_learns_and_repeats(name, dtype, tmp_path):

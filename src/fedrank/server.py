@@ -68,6 +68,7 @@ class Server:
         merged = self._merge(state, plans, arrived) if arrived else replace(state, metrics={})
         after = replace(merged, round=t, seen={**merged.seen, **dict.fromkeys(arrived, t)})
         row = self._row(t, rows, after) | self._clock(rows, clock) | self._scores(after, cohort)
+        row["clients_out"] = len(cohort) - len(plans)
         row["wall_seconds"] = round(time.perf_counter() - started, 4)
         ledger.append(self.store.path / "clients.jsonl", rows)
         ledger.append(self.store.path / "rounds.jsonl", [row])
