@@ -50,7 +50,8 @@ class FedDPA:
         for job in jobs:
             common, private = job.plan.train, levels.private(job, job.plan.private)
             plan = replace(job.plan, train=private.ids, frozen=common, learn=job.plan.learn.replace("h", ""))
-            mine = job.fit(replace(job, plan=plan, adapter=job.adapter.union(private)))
+            draws = int(job.rng("private").integers(1 << 62))  # batches of its own, not the global one's again
+            mine = job.fit(replace(job, plan=plan, adapter=job.adapter.union(private), seed=draws))
             private = replace(mine.adapter, dense={})
             plan = replace(job.plan, frozen=private.ids)
             update = job.fit(replace(job, plan=plan, adapter=job.adapter.union(private)))
