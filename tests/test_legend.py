@@ -517,7 +517,7 @@ def test_08_a_client_without_timings_stays_at_what_is_known(broken):
     update = replace(held(state, 2, 1), metrics={"seconds": 3.0, **broken})
     found = method.merge(state, toy.Arrived({"a": update}))
     assert found.arrays.keys() == state.arrays.keys()
-    assert "deadline_seconds" not in found.metrics
+    assert "estimated_deadline_seconds" not in found.metrics
     known = knowing(state, {"a": (1, 2, 3, 4)})
     np.testing.assert_array_equal(capacity(method.merge(known, toy.Arrived({"a": update}))), [1, 2, 3, 4])
 
@@ -634,7 +634,7 @@ def test_clients_go_as_deep_as_their_rounds_allow(tmp_path):
         assert [up[round, c] / sigma for c in toy.CLIENTS] == [12, 12, 10, 6]
     rows = [(r["lowest_depth"], r["mean_depth"], r["highest_depth"]) for r in events["round"]]
     assert rows == [(1, 1, 1), (1, 2.25, 3), (1, 2.25, 3)]
-    assert [r["deadline_seconds"] for r in events["round"]] == pytest.approx([8, 8, 8])
+    assert [r["estimated_deadline_seconds"] for r in events["round"]] == pytest.approx([8, 8, 8])
 
 
 def test_full_download_mounts_the_lower_blocks_frozen(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from fedrank.adapter import FACTORS, Adapter, Block
-from fedrank.aggregation import WEIGHTS, examples, uniform
+from fedrank.aggregation import WEIGHTS, uniform
 from fedrank.protocol import ClientId, Plan, State, Update, Updates
 
 SLOW = 2  # a number in a QR costs about as much as so many in a product
@@ -168,5 +168,9 @@ def noted(method: Any, before: State, after: State, plans: Mapping[ClientId, Pla
         train, frozen = plans[client].train, plans[client].frozen
         return {n: np.union1d(train.get(n, []), frozen.get(n, [])) for n in {**train, **frozen}}
 
-    weight = WEIGHTS.get(getattr(method, "weights", "examples"), examples)
+    counted = getattr(method, "weights", "examples")
+    if counted not in WEIGHTS:
+        known = ", ".join(WEIGHTS)
+        raise ValueError(f"rounds.exactness: {type(method).__name__} weighs clients by {counted!r}; known are {known}")
+    weight = WEIGHTS[counted]
     return replace(after, metrics={**errors(before, after, updates, present, weight), **after.metrics})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fedrank.adapter import kaiming, truncate
-from fedrank.aggregation import average, examples, product_mean, uniform
+from fedrank.aggregation import WEIGHTS, average, product_mean
 from fedrank.protocol import About, ClientId, Device, Job, ModelSpec, Plan, State, Update, Updates, rng
 from fedrank.selection import leading
 
@@ -44,7 +44,7 @@ class FlexLoRA:
         return (job.fit(job) for job in jobs)
 
     def merge(self, state: State, updates: Updates) -> State:
-        weight = uniform if self.weights == "uniform" else examples
+        weight = WEIGHTS[self.weights]
         mean = product_mean(state.adapter, updates, weight)
         old = average(state.adapter, updates, weight, parts="h")
         return state.next(truncate(mean, old, power=1.0 if self.split == "left" else 0.5))

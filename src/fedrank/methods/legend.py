@@ -3,7 +3,7 @@
 Only the paper's abstract was available: the equations are a reconstruction that agrees with it, and these points
 were open. Ranks: one arithmetic sequence over the blocks, common to all clients, with alpha / rank the same in
 every block. Depth: a suffix of the blocks, as deep as the deadline lets each client go, anew in every round.
-Estimates: seconds of a whole round, so local steps are in them; those of a rank are part of the link's. A client's
+Estimates: seconds of a whole round, so local steps are in them; the compute that a rank takes (g) is in f and b. A client's
 first measured round replaces what its machine promised; one of which nothing is known gets the least depth. The
 seconds of a transfer are shared out by bytes between the components, which grow with depth, and the rest of the
 frame. Where no client is able to train all blocks, the deadline lets the deepest reach what it can; the blocks
@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 
 from fedrank import cost
 from fedrank.adapter import Adapter, kaiming
-from fedrank.aggregation import average, examples, uniform
+from fedrank.aggregation import WEIGHTS, average
 from fedrank.protocol import About, ClientId, Device, Job, Load, ModelSpec, Plan, State, Update, Updates, rng
 from fedrank.selection import arithmetic, depths, everything, suffix
 
@@ -162,7 +162,7 @@ class LEGEND:
         return (job.fit(job) for job in jobs)
 
     def merge(self, state: State, updates: Updates) -> State:
-        adapter = average(state.adapter, updates, examples if self.weights == "examples" else uniform)
+        adapter = average(state.adapter, updates, WEIGHTS[self.weights])
         layer = dict(zip(state.adapter.blocks, state.arrays["layer"].tolist(), strict=True))
         layers = len(state.arrays["units"])
         held, capacities = [], {}
@@ -179,7 +179,7 @@ class LEGEND:
         if capacities and self.depth == "adaptive":  # which these clients would have, were they drawn again
             seconds = _seconds(state, np.array(list(capacities.values())))
             caps = np.full(len(seconds), layers)
-            metrics["deadline_seconds"] = depths(seconds, caps, self.min_depth, self.slack, self.quantile)[1]
+            metrics["estimated_deadline_seconds"] = depths(seconds, caps, self.min_depth, self.slack, self.quantile)[1]
         return state.next(adapter, arrays={**state.arrays, **capacities}, metrics=metrics)
 
 
