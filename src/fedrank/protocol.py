@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from fedrank.adapter import Adapter, ascending
+from fedrank.adapter import Adapter, ascending, kaiming
 
 ClientId = str
 Address = str | int
@@ -81,6 +81,10 @@ class ModelSpec:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
         return {m.name: (m.out, m.in_) for m in self.modules}
+
+    def lora(self, seed: int) -> Adapter:
+        """LoRA's start at this rank and scale, with the head: the same for every method that begins with it."""
+        return self.with_head(kaiming(self.shapes, self.rank, self.scale, rng(seed, "begin")))
 
     def with_head(self, adapter: Adapter) -> Adapter:
         """The adapter with the model's initial dense tensors beside it."""

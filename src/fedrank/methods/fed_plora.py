@@ -14,10 +14,9 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from fedrank.adapter import kaiming
 from fedrank.aggregation import WEIGHTS, average
 from fedrank.exactness import covariance, errors
-from fedrank.protocol import About, ClientId, Device, Job, ModelSpec, Plan, State, Update, Updates, rng
+from fedrank.protocol import About, ClientId, Device, Job, ModelSpec, Plan, State, Update, Updates
 from fedrank.selection import everything, largest, leading, sampled
 
 
@@ -44,8 +43,7 @@ class FedPLoRA:
     )  # fmt: skip
 
     def begin(self, spec: ModelSpec, rounds: int, seed: int) -> State:
-        adapter = kaiming(spec.shapes, spec.rank, spec.scale, rng(seed, "begin"))
-        return State(0, rounds, spec.with_head(adapter))
+        return State(0, rounds, spec.lora(seed))
 
     def plan(self, state: State, cohort: Mapping[ClientId, Device], seed: int) -> dict[ClientId, Plan]:
         plans = {}

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from fedrank import levels
-from fedrank.adapter import Adapter, kaiming, to_arrays
+from fedrank.adapter import Adapter, to_arrays
 from fedrank.aggregation import average
-from fedrank.protocol import About, ClientId, Device, Job, ModelSpec, Plan, State, Update, Updates, rng
+from fedrank.protocol import About, ClientId, Device, Job, ModelSpec, Plan, State, Update, Updates
 from fedrank.selection import everything
 
 
@@ -38,8 +38,7 @@ class FedDPA:
             raise ValueError(f"private_rank must be at least 1, or null for the global one's, got {self.private_rank}")
 
     def begin(self, spec: ModelSpec, rounds: int, seed: int) -> State:
-        adapter = kaiming(spec.shapes, spec.rank, spec.scale, rng(seed, "begin"))
-        return State(0, rounds, spec.with_head(adapter))
+        return State(0, rounds, spec.lora(seed))
 
     def plan(self, state: State, cohort: Mapping[ClientId, Device], seed: int) -> dict[ClientId, Plan]:
         rank = self.private_rank or max(block.rank for block in state.adapter.blocks.values())

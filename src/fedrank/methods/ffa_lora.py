@@ -4,9 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedrank.adapter import kaiming
 from fedrank.aggregation import average
-from fedrank.protocol import About, ClientId, Device, Job, ModelSpec, Plan, State, Update, Updates, rng
+from fedrank.protocol import About, ClientId, Device, Job, ModelSpec, Plan, State, Update, Updates
 from fedrank.selection import everything
 
 
@@ -23,8 +22,7 @@ class FFALoRA:
     )  # fmt: skip
 
     def begin(self, spec: ModelSpec, rounds: int, seed: int) -> State:
-        adapter = kaiming(spec.shapes, spec.rank, spec.scale, rng(seed, "begin"))
-        return State(0, rounds, spec.with_head(adapter))
+        return State(0, rounds, spec.lora(seed))
 
     def plan(self, state: State, cohort: Mapping[ClientId, Device], seed: int) -> dict[ClientId, Plan]:
         return dict.fromkeys(cohort, Plan(everything(state.adapter), learn="Bh", up="Bh", down="Bh"))

@@ -33,8 +33,7 @@ class FLoRA:
     )  # fmt: skip
 
     def begin(self, spec: ModelSpec, rounds: int, seed: int) -> State:
-        adapter = kaiming(spec.shapes, spec.rank, spec.scale, rng(seed, "begin"))
-        return State(0, rounds, spec.with_head(adapter), arrays={"seed": np.array(seed), "rank": np.array(spec.rank)})
+        return State(0, rounds, spec.lora(seed), arrays={"seed": np.array(seed), "rank": np.array(spec.rank)})
 
     def plan(self, state: State, cohort: Mapping[ClientId, Device], seed: int) -> dict[ClientId, Plan]:
         # B is zero whenever a round begins: it goes down once, on first contact, and stays so.

@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from fedrank.adapter import Adapter, kaiming
+from fedrank.adapter import Adapter
 from fedrank.aggregation import WEIGHTS, Absent, average
-from fedrank.protocol import About, ClientId, Device, Job, ModelSpec, Observe, Plan, State, Update, Updates, rng
+from fedrank.protocol import About, ClientId, Device, Job, ModelSpec, Observe, Plan, State, Update, Updates
 from fedrank.selection import leading
 
 
@@ -57,8 +57,7 @@ class HetLoRA:
         return "norm" if self.form == "full" else "uniform"
 
     def begin(self, spec: ModelSpec, rounds: int, seed: int) -> State:
-        adapter = kaiming(spec.shapes, spec.rank, spec.scale, rng(seed, "begin"))
-        return State(0, rounds, spec.with_head(adapter))
+        return State(0, rounds, spec.lora(seed))
 
     def plan(self, state: State, cohort: Mapping[ClientId, Device], seed: int) -> dict[ClientId, Plan]:
         plans = {}

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fedrank.adapter import Adapter, kaiming, norms
+from fedrank.adapter import Adapter, norms
 from fedrank.aggregation import average
-from fedrank.protocol import About, ClientId, Device, Job, ModelSpec, Plan, State, Update, Updates, rng
+from fedrank.protocol import About, ClientId, Device, Job, ModelSpec, Plan, State, Update, Updates
 from fedrank.selection import by_module, everything, top
 
 
@@ -43,8 +43,7 @@ class LoRAA2:
             raise ValueError(f"a_rate must be above 0 and finite, got {self.a_rate}")
 
     def begin(self, spec: ModelSpec, rounds: int, seed: int) -> State:
-        adapter = kaiming(spec.shapes, spec.rank, spec.scale, rng(seed, "begin"))
-        return State(0, rounds, spec.with_head(adapter))
+        return State(0, rounds, spec.lora(seed))
 
     def plan(self, state: State, cohort: Mapping[ClientId, Device], seed: int) -> dict[ClientId, Plan]:
         moving = "Bh" if state.round % 2 == 0 else "Ah"

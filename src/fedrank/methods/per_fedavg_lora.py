@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from fedrank import levels
-from fedrank.adapter import Adapter, from_arrays, kaiming
+from fedrank.adapter import Adapter, from_arrays
 from fedrank.aggregation import WEIGHTS, average
-from fedrank.protocol import About, ClientId, Device, Job, Lower, ModelSpec, Plan, State, Update, Updates, rng
+from fedrank.protocol import About, ClientId, Device, Job, Lower, ModelSpec, Plan, State, Update, Updates
 from fedrank.selection import everything
 
 
@@ -39,8 +39,7 @@ class PerFedAvgLoRA:
             raise ValueError(f"rate must be above 0, got {self.rate}")
 
     def begin(self, spec: ModelSpec, rounds: int, seed: int) -> State:
-        adapter = kaiming(spec.shapes, spec.rank, spec.scale, rng(seed, "begin"))
-        return State(0, rounds, spec.with_head(adapter))
+        return State(0, rounds, spec.lora(seed))
 
     def plan(self, state: State, cohort: Mapping[ClientId, Device], seed: int) -> dict[ClientId, Plan]:
         return dict.fromkeys(cohort, Plan(everything(state.adapter), passes=levels.PASSES[self.derivative]))

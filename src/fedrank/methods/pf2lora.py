@@ -14,9 +14,9 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from fedrank import levels
-from fedrank.adapter import Adapter, from_arrays, kaiming
+from fedrank.adapter import Adapter, from_arrays
 from fedrank.aggregation import WEIGHTS, average
-from fedrank.protocol import About, ClientId, Device, Job, Lower, ModelSpec, Plan, State, Update, Updates, rng
+from fedrank.protocol import About, ClientId, Device, Job, Lower, ModelSpec, Plan, State, Update, Updates
 from fedrank.selection import everything
 
 
@@ -56,8 +56,7 @@ class PF2LoRA:
     def begin(self, spec: ModelSpec, rounds: int, seed: int) -> State:
         if self.private_rank >= spec.rank:
             raise ValueError(f"method.private_rank={self.private_rank} must be below adapter.rank={spec.rank}")
-        adapter = kaiming(spec.shapes, spec.rank, spec.scale, rng(seed, "begin"))
-        return State(0, rounds, spec.with_head(adapter))
+        return State(0, rounds, spec.lora(seed))
 
     def plan(self, state: State, cohort: Mapping[ClientId, Device], seed: int) -> dict[ClientId, Plan]:
         plan = Plan(
@@ -70,9 +69,9 @@ class PF2LoRA:
     def train(self, jobs: Iterable[Job]) -> Iterable[Update]:
         for job in jobs:
             kept = levels.moments(job.private) if self.keep_moments else {}
-            private = levels.private(job, self.private_rank)
-            update = job.fit(job, lower=Lower(self.rate, private, self.derivative, kept))
-            whole = update.adapter.union(from_arrays(update.private, private.scale))
+            lower = Lower(self.rate, levels.private(job, self.private_rank), self.derivative, kept)
+            update = job.fit(job, lower=lower)
+            whole = update.adapter.union(from_arrays(update.private, job.spec.scale))
             yield replace(update, arrays={"ranks": levels.effective_ranks(whole, job.spec, self.threshold)})
 
     def merge(self, state: State, updates: Updates) -> State:
