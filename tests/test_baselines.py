@@ -138,7 +138,7 @@ def test_local_training_sends_nothing(tmp_path):
 
 
 def test_local_training_is_the_same_whoever_else_there_is(tmp_path):
-    alone = toy.federation(LocalOnly(), tmp_path / "alone", rounds=2, shares={"c0": np.arange(toy.ROWS)})
+    alone = toy.federation(LocalOnly(), tmp_path / "alone", rounds=2, shares={"c0": toy.SHARES["c0"]})
     among = toy.federation(LocalOnly(), tmp_path / "among", rounds=2)
     for f in (alone, among):
         f.play()

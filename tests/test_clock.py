@@ -262,7 +262,7 @@ def test_a_measured_client_is_late_after_its_work(texts: Path, tmp_path: Path) -
 
 def test_the_clock_is_the_client_s_own(tmp_path: Path) -> None:
     """Without a modelled device there is no simulated time, and nobody is late."""
-    f = toy.federation(FedAvg(), tmp_path / "run", rounds=1)
+    f = toy.federation(FedAvg(), tmp_path / "run", rounds=1, alter=toy.unmodelled)
     events = f.play()
     assert all("device_seconds" not in event for event in events["client"])
     (row,) = events["round"]

@@ -221,14 +221,13 @@ def test_a_run_measures_only_when_asked_and_is_the_same_run(tmp_path):
 
 @pytest.mark.parametrize("name", methods.names())
 def test_a_run_of_any_method_has_its_figures_in_the_ledger(name, tmp_path):
-    """In float32 and over frames, so as far as these go; its devices differ in rank only."""
+    """In float32 and over frames, so as far as these go; its devices differ in rank, speed and number of rows."""
     if name in PERSONAL:
         pytest.skip(f"{name}: {PERSONAL[name]}")
     about = build(name).about
     f, rows = measured_run(build(name), tmp_path / "run")
     size = whole(f.last).norm()
-    if about.exact_start or "rank" in about.differs:
-        assert (max(row["start_error"] for row in rows) < 1e-5 * size) == about.exact_start
+    assert (max(row["start_error"] for row in rows) < 1e-5 * size) == about.exact_start
     assert (max(row["agg_fullmodel"] for row in rows) < 1e-5 * size) == about.exact_aggregation
 
 
@@ -308,7 +307,7 @@ class Start:
         if observe is not None:
             values = toy.flat(adapter)
             observe(values, {f: value.clone() for f, value in values.items()})
-        return Update(adapter, 4, metrics=dict.fromkeys(TIMINGS, SECONDS[job.device.id]))
+        return Update(adapter, job.device.examples, metrics=dict.fromkeys(TIMINGS, SECONDS[job.device.id]))
 
     def function(self, update: Update | None = None) -> Increment:
         """The model as found, or with the update's components in the place of those they came from."""
@@ -335,19 +334,29 @@ def whole(state: State) -> Increment:
     return Increment().add_base(state.base_updates.values()).add(state.adapter)
 
 
-def measured(method: Any, rounds: int = 4) -> tuple[float, float]:
+def counts_by(method: Any) -> str:
+    """What the method says that clients count by in its means."""
+    return getattr(method, "weights", "examples")
+
+
+def measured(method: Any, weights: str | None = None, rounds: int = 4) -> tuple[float, float]:
     """The largest error of a start and of a merge over some rounds, against the size of the global function.
 
     The hooks are driven by hand, without a wire, in float64. A client's model is what its `fit` is given. What a
-    merge makes anew in float32, such as a fresh A, is the same number in float64.
+    merge makes anew in float32, such as a fresh A, is the same number in float64. weights: of the clients, in the
+    mean that a merge is held against; by default the method's own.
     """
+    weight = aggregation.WEIGHTS[weights or counts_by(method)]
     differ = "rank" in method.about.differs
-    devices = {c: Device(c, 4, rank=r if differ else None) for c, r in zip(toy.CLIENTS, toy.RANKS, strict=True)}
+    devices = {
+        client: Device(client, toy.EXAMPLES[client], rank=rank if differ else None)
+        for client, rank in zip(toy.CLIENTS, toy.RANKS, strict=True)
+    }
     state = method.begin(SPEC, 10, 0)
     starts, merges = [0.0], [0.0]
     for round in range(1, rounds + 1):
         state = replace(state, adapter=double(state.adapter))
-        updates, mean = {}, Increment()
+        updates, trained = {}, {}
         plans = {c: p for c, p in method.plan(state, devices, 0).items() if p is not None}
         size = whole(state).norm()
         for client, plan in plans.items():
@@ -358,7 +367,10 @@ def measured(method: Any, rounds: int = 4) -> tuple[float, float]:
             updates[client] = next(iter(method.train([job])))
             if size:
                 starts.append(add(fit.function(), whole(state), -1.0).norm() / size)
-            add(mean, fit.function(updates[client]), 1 / len(plans))
+            trained[client] = fit.function(updates[client])
+        mean, total = Increment(), sum(map(weight, updates.values()))
+        for client, update in updates.items():
+            add(mean, trained[client], weight(update) / total)
         after = method.merge(state, toy.Arrived(updates))
         size = mean.norm()
         merges.append(add(mean, whole(after), -1.0).norm() / size)
@@ -384,6 +396,8 @@ def test_the_table_of_exactness_as_measured(name):
     found = tuple(map(exact, measured(method)))
     assert found == (method.about.exact_start, method.about.exact_aggregation)
     assert found == TABLE.get(name, found)
+    other = "uniform" if counts_by(method) == "examples" else "examples"
+    assert not exact(measured(method, other)[1])  # clients are of different sizes
 
 
 @pytest.mark.parametrize(

@@ -272,13 +272,13 @@ def fedavg(tmp_path_factory: pytest.TempPathFactory) -> tuple[toy.Federation, di
 
 @pytest.mark.parametrize("rest", RESTS)
 def test_p04_where_all_have_the_full_rank_it_is_fedavg(rest, fedavg, tmp_path):
-    """Uniform weights, and clients of equally many rows; to the bit, since these are powers of two."""
+    """To the bit, where clients count by examples."""
 
     def full(site: Site) -> Site:
         return replace(site, device=replace(site.device, rank=R))
 
     other, theirs = fedavg
-    ours = toy.federation(FedPLoRA(rest=rest), tmp_path / "ours", rounds=2, alter=full)
+    ours = toy.federation(FedPLoRA(rest=rest, weights="examples"), tmp_path / "ours", rounds=2, alter=full)
     for one, two in zip(ours.play()["round"], theirs["round"], strict=True):
         assert all(one[k] == two[k] for k in ("train_loss", "accuracy", "adapter_bytes_up", "adapter_bytes_down"))
     for number, state in ours.states.items():

@@ -521,8 +521,7 @@ def test_22_those_who_do_not_take_part_do_not_matter(run, tmp_path):
 def test_22_other_rows_of_an_absent_client_do_not_matter(run, tmp_path):
     drawn = set(next(e for e in run["events"] if e["event"] == "cohort")["clients"])
     (absent,) = set(toy.CLIENTS) - drawn
-    shares = {name: np.arange(at * toy.ROWS, (at + 1) * toy.ROWS) for at, name in enumerate(toy.CLIENTS)}
-    shares[absent] = np.arange(5)
+    shares = {**toy.SHARES, absent: np.arange(5)}
     f = toy.federation(FedARA(target_rank=1), tmp_path / "run", rounds=5, cohort=3, shares=shares)
     next(e for e in f.server.play(f.begin) if e["event"] == "round")
     assert toy.equal(f.last, run["states"][1])

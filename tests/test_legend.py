@@ -614,7 +614,7 @@ def clocked(speeds: Mapping[str, float]) -> Any:
                 metrics={**found.metrics, **timed(found, 3 * speed, len(blocks) * speed, 0, 0).metrics},
             )
 
-        return replace(site, fit=fit)
+        return replace(toy.unmodelled(site), fit=fit)
 
     return alter
 
@@ -642,7 +642,7 @@ def test_full_download_mounts_the_lower_blocks_frozen(tmp_path):
     seen: list[Job] = []
 
     def note(site: Site) -> Site:
-        return replace(site, fit=lambda job, observe=None: (seen.append(job), site.fit(job))[1])
+        return replace(toy.unmodelled(site), fit=lambda job, observe=None: (seen.append(job), site.fit(job))[1])
 
     f = toy.federation(method, tmp_path / "run", rounds=2, alter=note)
     rows = f.play()["client"]

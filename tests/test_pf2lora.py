@@ -147,7 +147,7 @@ def test_08_with_one_client_aggregation_is_the_identity(epochs, tmp_path):
 
 @pytest.mark.parametrize("derivative", ["double", "finite", "first"])
 def test_09_without_private_components_it_is_fedavg_to_the_bit(derivative, tmp_path):
-    method = PF2LoRA(0, derivative=derivative, keep_moments=False)
+    method = PF2LoRA(0, derivative=derivative, keep_moments=False, weights="examples")
     runs = [toy.federation(m, tmp_path / type(m).__name__, rounds=2) for m in (method, FedAvg())]
     for f in runs:
         f.play()

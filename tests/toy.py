@@ -3,7 +3,7 @@
 import json
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ from fedrank import aggregation, config, methods
 from fedrank.adapter import Adapter, Block
 from fedrank.client import Site
 from fedrank.config import Config, Local, Rounds
+from fedrank.cost import Cost, most_up, predict
 from fedrank.engines import local as engine
+from fedrank.fleet import Fleet, Mode
 from fedrank.frame import CHECKSUM, pack
-from fedrank.protocol import Device, Job, ModelSpec, Module, Plan, State, Total, Update, rng
+from fedrank.protocol import Device, Job, Load, ModelSpec, Module, Plan, State, Total, Update, rng
 from fedrank.server import Event, Server
 from fedrank.store import Store
 from fedrank.training import local, models, tasks
@@ -30,10 +32,18 @@ from fedrank.wire import Wire
 
 LABELS = ("ab", "cd", "ef", "gh")
 CLIENTS = ("c0", "c1", "c2", "c3")
-ROWS = 16  # of one client
+SHARES = {
+    "c0": np.arange(8),
+    "c1": np.arange(8, 20),
+    "c2": np.arange(20, 40),
+    "c3": np.arange(40, 64),
+}  # rows; no two alike
 QUICK = ("fedara", "fedavg")  # the methods whose contract `make test-fast` runs
 EVERY = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in methods.names()]
+EXAMPLES = {name: len(rows) for name, rows in SHARES.items()}
 RANKS = (1, 2, 4, 4)  # of the devices, in client order
+RATES = (8e6, 8e6, 12e6, 10e6)  # FLOPs per second of the devices
+MODES = {"toy": (Mode("full", 1.0, 4.0), Mode("saving", 0.6, 2.0))}  # drawn anew in every round
 
 
 def texts(count: int, seed: int) -> Rows:
@@ -97,7 +107,7 @@ def loaded(kind: str, folder: Path, task: str = "classify", **sections: Any) -> 
 
 @cache
 def encoded(split: str) -> tasks.Encoded:
-    rows = texts(ROWS * len(CLIENTS), 0) if split == "train" else texts(40, 1)
+    rows = texts(64, 0) if split == "train" else texts(40, 1)
     return tasks.encode(rows, encoder().tokenizer, "classify", 16)
 
 
@@ -145,6 +155,23 @@ class Federation:
         }
 
 
+def fleet(shares: Mapping[str, np.ndarray], seed: int = 0) -> Fleet:
+    """Devices of differing rank and speed, on which computing takes seconds and a frame some tenths of one."""
+    devices = {
+        name: Device(
+            name, len(rows), "toy", RANKS[at % len(RANKS)], None, RATES[at % len(RATES)], 0.0, 1e5, 4e5, 1.0, 4.0
+        )
+        for at, (name, rows) in enumerate(shares.items())
+    }
+    return Fleet(devices, MODES, 0.1, 1, seed)
+
+
+def unmodelled(site: Site) -> Site:
+    """The site with a device of which nothing is known but its rank."""
+    device = Device(site.device.id, site.device.examples, rank=site.device.rank)
+    return replace(site, device=device, cost=None)
+
+
 def federation(
     method: Any,
     path: Path,
@@ -162,15 +189,25 @@ def federation(
 ) -> Federation:
     """The parts of one run, as `experiment.prepare` puts them together. alter: what to make of a client's site.
 
-    carry: what to make of the engine. shares: rows of each client; by default each has all classes.
+    carry: what to make of the engine. shares: rows of each client; by default each has all classes, and no two have
+    equally many.
     """
     spec, teacher = encoder().spec, trainer(method.default_lr)
-    shares = shares or {name: np.arange(at * ROWS, (at + 1) * ROWS) for at, name in enumerate(CLIENTS)}
+    shares = SHARES if shares is None else shares
     begin = method.begin(spec, rounds, seed)
     wire = Wire(spec, begin.adapter, dtype, "toy", seed, local.numerics(1, "cpu"))
     store = Store.create(path) if not path.exists() else Store(path)
     learning = Local(batch_size=8, epochs=epochs)
     test = encoded("test")
+    machines = fleet(shares, seed)
+
+    def load(name: str, round: int) -> Load:
+        draw = partial(rng, seed, "job", round, name, "batches")
+        return local.workload(shares[name], encoded("train").lengths, learning, draw)
+
+    def price(name: str, round: int, plan: Plan, bytes_down: int) -> Cost:
+        bytes_up = most_up(spec, begin.adapter, plan, dtype).frame
+        return predict(spec, begin.adapter, plan, load(name, round), machines.at(name, round), bytes_down, bytes_up)
 
     def personal(rows: np.ndarray, adapter: Adapter, base: tuple[Adapter, ...]) -> dict[str, float]:
         found = teacher.evaluate(adapter, test, rows, base)
@@ -178,8 +215,9 @@ def federation(
 
     sites = {
         name: alter(Site(
-            Device(name, len(rows), rank=RANKS[at % len(RANKS)]), method, wire, store.private, learning, seed, partial(teacher.fit, rows=rows),
-            partial(personal, np.arange(at * 10, at * 10 + 10)), teacher.session,
+            replace(machines.devices[name], load=load(name, 0)), method, wire, store.private, learning, seed,
+            partial(teacher.fit, rows=rows), partial(personal, np.arange(at * 10, at * 10 + 10)), teacher.session,
+            partial(price, name),
         ))
         for at, (name, rows) in enumerate(shares.items())
     }  # fmt: skip
@@ -248,11 +286,11 @@ class Arrived:
 def job(
     spec: ModelSpec, adapter: Adapter, plan: Plan, fit: Any, client: str = "c0", round: int = 2, **more: Any
 ) -> Job:
-    return Job(plan, round, 10, spec, adapter, (), {}, Local(batch_size=8), Device(client, 4), 0, fit, **more)
+    return Job(plan, round, 10, spec, adapter, (), {}, Local(batch_size=8), cohort(client)[client], 0, fit, **more)
 
 
 def cohort(*names: str) -> dict[str, Device]:
-    return {name: Device(name, 4) for name in names}
+    return {name: Device(name, EXAMPLES.get(name, 4)) for name in names}
 
 
 def flat(adapter: Adapter) -> dict[str, torch.Tensor]:

@@ -140,12 +140,8 @@ def _learns(map: Linear, spec: ModelSpec, plan: Plan, forms: str) -> bool:
 
 def _attends(stage: _Stage, spec: ModelSpec, plan: Plan, forms: str) -> tuple[bool, ...]:
     """Whether query, key and value, as this stage makes them, need gradients."""
-
-    def needs(role: str) -> bool:
-        made = [map for map in stage.maps if map.role in (role, "fused")]
-        return stage.needs or any(_learns(map, spec, plan, forms) for map in made)
-
-    return tuple(needs(role) for role in ("query", "key", "value"))
+    learn = {map.role for map in stage.maps if _learns(map, spec, plan, forms)}
+    return tuple(stage.needs or bool(learn & {role, "fused"}) for role in ("query", "key", "value"))
 
 
 def flops(spec: ModelSpec, start: Adapter, plan: Plan, load: Load) -> tuple[float, float]:

@@ -181,18 +181,18 @@ def _round(values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
 
 def decode(name: str, tensors: Mapping[str, np.ndarray], lengths: np.ndarray, dtype: Dtype) -> np.ndarray:
     """The flat values of a tensor; Refused unless its dtype and size are the ones asked for."""
-
-    def part(key: str, kind: Any, size: int) -> np.ndarray:
-        if key not in tensors:
-            raise Refused(f"tensor {key!r} is missing")
-        array = tensors[key]
-        if array.dtype != np.dtype(kind) or array.shape != (size,):
-            raise Refused(f"tensor {key!r} is {array.dtype}{list(array.shape)}, asked for was {np.dtype(kind)}[{size}]")
-        return array
-
-    values = part(name, DTYPES[dtype], int(lengths.sum()))
+    values = _vector(tensors, name, DTYPES[dtype], int(lengths.sum()))
     if dtype in EXACT:
         return values
     if dtype == "int8":
-        return np.asarray(values * np.repeat(part(f"{name}.scale", np.float32, len(lengths)), lengths))
+        return np.asarray(values * np.repeat(_vector(tensors, f"{name}.scale", np.float32, len(lengths)), lengths))
     return values.astype(np.float32)
+
+
+def _vector(tensors: Mapping[str, np.ndarray], name: str, kind: Any, size: int) -> np.ndarray:
+    if name not in tensors:
+        raise Refused(f"tensor {name!r} is missing")
+    array = tensors[name]
+    if array.dtype != np.dtype(kind) or array.shape != (size,):
+        raise Refused(f"tensor {name!r} is {array.dtype}{list(array.shape)}, asked for was {np.dtype(kind)}[{size}]")
+    return array

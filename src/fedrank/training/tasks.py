@@ -32,14 +32,17 @@ class Encoded:
     def batch(self, rows: np.ndarray, device: str) -> tuple[dict[str, Tensor], Tensor]:
         """These rows padded on the right to the longest of them, and their labels."""
         longest = max(len(self.fields["input_ids"][i]) for i in rows)
-
-        def padded(columns: list[list[int]], fill: int) -> Tensor:
-            return torch.tensor([columns[i] + [fill] * (longest - len(columns[i])) for i in rows], device=device)
-
-        inputs = {name: padded(column, self.pad[name]) for name, column in self.fields.items()}
+        inputs = {
+            name: _padded([column[i] for i in rows], self.pad[name], longest, device)
+            for name, column in self.fields.items()
+        }
         if isinstance(self.labels[0], list):
-            return inputs, padded(self.labels, IGNORED)
+            return inputs, _padded([self.labels[i] for i in rows], IGNORED, longest, device)
         return inputs, torch.tensor([self.labels[i] for i in rows], device=device)
+
+
+def _padded(rows: list[list[int]], fill: int, length: int, device: str) -> Tensor:
+    return torch.tensor([row + [fill] * (length - len(row)) for row in rows], device=device)
 
 
 def encode(rows: Rows, tokenizer: Any, task: str, max_length: int) -> Encoded:
