@@ -1,5 +1,6 @@
 """The simulated clock: what a round takes on the clients' devices, who is late, and that the ledger says so to the bit."""
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -255,6 +256,22 @@ def test_a_measured_client_is_late_after_its_work(texts: Path, tmp_path: Path) -
     run = fedrank.run(settings(texts, *options), out=tmp_path / "run")
     assert run.rounds[0]["clients_ok"] == 0
     assert not list((run.path / "clients").rglob("*.safetensors"))  # and it keeps nothing of it
+
+
+def test_the_speed_of_this_host_decides_nothing(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Depths follow the devices: a host whose clock jumps plans the same, unless its own time is what is measured."""
+    options = (MIXED, "method.name=legend", "rounds.count=3", "engine.timing=modelled")
+    steady = fedrank.run(settings(texts, *options), out=tmp_path / "steady")
+    ticks, draw = itertools.count(), np.random.default_rng(0)
+    monkeypatch.setattr("time.perf_counter", lambda: next(ticks) * 100.0 + draw.uniform(0, 90))
+    jumpy = fedrank.run(settings(texts, *options), out=tmp_path / "jumpy")
+    assert min(row["seconds"] for row in rows(jumpy)) > 1 > max(row["seconds"] for row in rows(steady))
+    assert toy.equal(jumpy.state, steady.state)
+    assert modelled(rows(jumpy)) == modelled(rows(steady))
+    assert modelled(jumpy.rounds) == modelled(steady.rounds)
+    assert all(row["lowest_depth"] < row["highest_depth"] for row in steady.rounds)
+    measured = fedrank.run(settings(texts, *options[:-1], "engine.timing=measured"), out=tmp_path / "measured")
+    assert not toy.equal(measured.state, steady.state)
 
 
 # ---- the client's side

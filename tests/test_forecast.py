@@ -1,6 +1,7 @@
 """What `fedrank cost` says before a run is what the run's ledger says after its first round."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -16,8 +17,12 @@ import fedrank
 import toy
 from fedrank import cli, cost, forecast, methods, views
 from fedrank.config import Local, load
+from fedrank.methods.fedavg import FedAvg
+from fedrank.methods.legend import LEGEND
+from fedrank.methods.lora_a2 import LoRAA2
+from fedrank.methods.rolora import RoLoRA
 from fedrank.parts import prepare
-from fedrank.protocol import Device, Job
+from fedrank.protocol import Device, Job, Plan, State
 from fedrank.training import local, models
 
 FLEET = "engine.fleet={devices: {jetson-tx2: 1, phone: 1, gpu-server: 2}, jitter: 0.3, redraw: 2}"
@@ -71,22 +76,56 @@ def trainer() -> local.Trainer:
     return local.Trainer(model, toy.encoded("train"), toy.encoded("test"), 1e-3, 1, "cpu")
 
 
-@pytest.mark.parametrize("name", toy.EVERY)
-def test_a_method_s_training_takes_the_flops_that_are_said(name: str, trainer: local.Trainer) -> None:
-    """Within 2 %. Two levels are counted as if each pass made both levels' gradients: more, by as much as they take."""
+def counted(method: Any, state: State, plan: Plan, trainer: local.Trainer) -> tuple[float, int]:
+    """The FLOPs of a round by this plan, as they are said and as torch counts them."""
     spec, settings, rows = trainer.model.spec, Local(batch_size=8), np.arange(48)
-    method = methods.build({"name": name, **({"target_rank": 1} if name == "fedara" else {})})
-    state, device = method.begin(spec, 5, 0), Device("c0", len(rows), rank=4)
-    plan = method.plan(state, {"c0": device}, 0)["c0"]
-    assert plan is not None
-    fit = partial(trainer.fit, rows=rows)
-    job = Job(plan, 1, 5, spec, state.adapter, (), {}, settings, device, 0, fit)
+    device, fit = Device("c0", len(rows), rank=4), partial(trainer.fit, rows=rows)
+    job = Job(plan, state.round + 1, 5, spec, state.adapter, (), {}, settings, device, 0, fit)
     with FlopCounterMode(display=False) as counter:
         assert len(list(method.train([job]))) == 1
     load = local.workload(rows, trainer.train.lengths, settings, partial(job.rng, "batches"))
-    said = sum(cost.flops(spec, state.adapter, plan, load))
-    two = plan.passes != (1.0, 1.0)
-    assert said == pytest.approx(counter.get_total_flops(), rel=0.12 if two else 0.02)
+    return sum(cost.flops(spec, state.adapter, plan, load)), counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", toy.EVERY)
+def test_a_method_s_training_takes_the_flops_that_are_said(name: str, trainer: local.Trainer) -> None:
+    """Within 2 %. Two levels are counted as if each pass made both levels' gradients: more, by as much as they take."""
+    method = methods.build({"name": name, **({"target_rank": 1} if name == "fedara" else {})})
+    state = method.begin(trainer.model.spec, 5, 0)
+    plan = method.plan(state, {"c0": Device("c0", 48, rank=4)}, 0)["c0"]
+    assert plan is not None
+    said, found = counted(method, state, plan, trainer)
+    assert said == pytest.approx(found, rel=0.12 if plan.passes != (1.0, 1.0) else 0.02)
+
+
+@pytest.mark.parametrize("method", [LoRAA2(), RoLoRA()])
+def test_a_round_takes_the_flops_of_the_factor_that_learns(method: Any, trainer: local.Trainer) -> None:
+    """Of B and A in turn: either takes less than both do."""
+    begin, found = method.begin(trainer.model.spec, 5, 0), {}
+    for round in (0, 1):
+        state = replace(begin, round=round)
+        plan = method.plan(state, {"c0": Device("c0", 48)}, 0)["c0"]
+        said, found[plan.learn] = counted(method, state, plan, trainer)
+        assert said == pytest.approx(found[plan.learn], rel=0.02)
+    assert found.keys() == {"Bh", "Ah"}
+    state = FedAvg().begin(trainer.model.spec, 5, 0)
+    _, both = counted(FedAvg(), state, Plan(state.adapter.ids), trainer)
+    assert max(found.values()) < both
+
+
+@pytest.mark.parametrize("download", ["suffix", "full"])
+def test_a_deeper_suffix_takes_more_flops_as_is_said(download: str, trainer: local.Trainer) -> None:
+    method = LEGEND(download=download)
+    state, found = method.begin(trainer.model.spec, 5, 0), []
+    for depth in (1, 2, 3):
+        plan = method._suffix(state, depth)
+        assert plan is not None
+        assert len({name.split(".")[2] for name in plan.train}) == depth
+        said, counts = counted(method, state, plan, trainer)
+        assert said == pytest.approx(counts, rel=0.02)
+        found.append(counts)
+    assert found == sorted(found)
+    assert found[2] > 1.3 * found[0]
 
 
 @pytest.mark.parametrize("head", ["train", "own"])

@@ -1,5 +1,6 @@
 """LEGEND: the vectors, worked fleets and invariants of its specification, on small numbers or the tiny model."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
@@ -635,6 +636,37 @@ def test_clients_go_as_deep_as_their_rounds_allow(tmp_path):
     rows = [(r["lowest_depth"], r["mean_depth"], r["highest_depth"]) for r in events["round"]]
     assert rows == [(1, 1, 1), (1, 2.25, 3), (1, 2.25, 3)]
     assert [r["estimated_deadline_seconds"] for r in events["round"]] == pytest.approx([8, 8, 8])
+
+
+def test_depths_differ_and_change_and_a_resumed_run_knows_why(tmp_path):
+    """The toy devices differ in speed, and change their power mode from round to round."""
+    f, left = toy.federation(LEGEND(), tmp_path / "run", rounds=4), tmp_path / "left"
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "cohort" and event["round"] == 3:
+            shutil.copytree(f.store.path, left)
+
+    events = f.play(watch=stop)
+    by_units = {round(4 * float(f.begin.arrays["sigma"]) * u): k for k, u in enumerate(f.begin.arrays["units"], 1)}
+    found = {(e["round"], e["client"]): by_units[e["adapter_bytes_up"]] for e in events["client"]}
+    assert set(found.values()) == {1, 2, 3}
+    for row in events["round"]:
+        mine = [depth for (round, _), depth in found.items() if round == row["round"]]
+        assert (min(mine), np.mean(mine), max(mine)) == tuple(row[f"{n}_depth"] for n in ("lowest", "mean", "highest"))
+        assert min(mine) < max(mine)
+    by_client = {c: [found[t, c] for t in range(1, 5)] for c in toy.CLIENTS}
+    assert any(len(set(depths)) > 1 for depths in by_client.values())
+    again = toy.federation(LEGEND(), left, rounds=4)
+    stopped = again.last
+    capacities = {f"capacity/{client}" for client in toy.CLIENTS}
+    assert stopped.round == 2
+    assert capacities <= stopped.arrays.keys()
+    again.play(stopped)
+    assert toy.equal(again.last, f.last)
+    forgetful = replace(stopped, arrays={n: a for n, a in stopped.arrays.items() if n not in capacities})
+    plans = [LEGEND().plan(state, f.server.engine.fleet(), 0) for state in (stopped, forgetful)]
+    known, promised = ({c: len(plan.train) // 6 for c, plan in found.items()} for found in plans)
+    assert known == {c: found[3, c] for c in toy.CLIENTS} != promised
 
 
 def test_full_download_mounts_the_lower_blocks_frozen(tmp_path):
