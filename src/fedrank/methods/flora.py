@@ -11,7 +11,8 @@ from typing import ClassVar
 import numpy as np
 
 from fedrank.adapter import kaiming
-from fedrank.aggregation import average, product_mean, promise
+from fedrank.aggregation import average
+from fedrank.products import product_mean, promise
 from fedrank.protocol import About, ClientId, Device, Job, ModelSpec, Plan, State, Update, Updates, rng
 from fedrank.selection import leading
 
