@@ -154,8 +154,9 @@ def test_import_keeps_the_function(form: str, tmp_path: Path, rng: np.random.Gen
     adapter = pruned(model.spec, rng)
     out = export(a_run(tmp_path / "run", model, adapter), tmp_path / "adapter")
     found = read_peft(out)
-    begun = build({"name": form}).begin(model.spec, 5, 0)
-    state = adopt(begun, found)
+    method = build({"name": form})
+    begun = method.begin(model.spec, 5, 0)
+    state = adopt(method, begun, found)
     for name, delta in adapter.delta().items():
         np.testing.assert_allclose(state.adapter.blocks[name].delta(state.adapter.scale), delta, atol=2e-5)
     rest = set(begun.adapter.blocks) - set(adapter.blocks)
@@ -187,12 +188,13 @@ def test_import_says_what_does_not_fit(tmp_path: Path, rng: np.random.Generator)
     adapter = pruned(model.spec, rng)
     from fedrank.methods import build
 
-    begun = build({"name": "fedavg"}).begin(model.spec, 5, 0)
+    method = build({"name": "fedavg"})
+    begun = method.begin(model.spec, 5, 0)
     with pytest.raises(StoreError, match=r"needs 5 components; set adapter.rank=5"):
-        adopt(begun, Adapter({n: b for n, b in adapter.blocks.items() if b.rank in (1, 5)}, 1.0, {}))
+        adopt(method, begun, Adapter({n: b for n, b in adapter.blocks.items() if b.rank in (1, 5)}, 1.0, {}))
     block = next(iter(adapter.blocks.values()))
     with pytest.raises(StoreError, match=r"modules that this run does not adapt: \['encoder.unknown'\]"):
-        adopt(begun, Adapter({"encoder.unknown": block}, 1.0, {}))
+        adopt(method, begun, Adapter({"encoder.unknown": block}, 1.0, {}))
     with pytest.raises(StoreError, match="is no PEFT adapter"):
         read_peft(tmp_path)
 

@@ -7,6 +7,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -115,7 +116,7 @@ def import_(
         resolved = settings.load(config, overrides or [])
         found = read_peft(adapter)
         where = experiment.default_out(resolved) if out is None else out
-    _follow(lambda: experiment.start(resolved, where, first=lambda state: adopt(state, found)), where, output, False)
+    _follow(lambda: experiment.start(resolved, where, first=partial(adopt, imported=found)), where, output, False)
 
 
 @app.command()
