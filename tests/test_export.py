@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -163,6 +164,27 @@ def test_import_keeps_the_function(form: str, tmp_path: Path, rng: np.random.Gen
     assert all(not state.adapter.blocks[name].delta(1.0).any() for name in rest)
     for name, tensor in adapter.dense.items():
         np.testing.assert_array_equal(state.adapter.dense[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("facts", "says"),
+    [
+        ({"adapts": False}, None),
+        ({"adapts": True, "private": 2}, "This is the common adapter alone; each client predicts with one of its own"),
+        ({"adapts": True, "private": 0}, "This is the common start; each client predicts after training of its own"),
+    ],
+)
+def test_an_adapter_that_is_not_all_of_a_client_says_so(
+    facts: dict[str, Any], says: str | None, tmp_path: Path, rng: np.random.Generator, caplog: Any
+) -> None:
+    settings = config.load({"data": {"name": "docstrings"}, "adapter": {"rank": 6}})
+    model = models.load(settings, ("a", "b"))
+    run = a_run(tmp_path / "run", model, pruned(model.spec, rng))
+    found = json.loads((run / "data.json").read_text())
+    (run / "data.json").write_text(json.dumps(found | facts))
+    out = export(run, tmp_path / "adapter")
+    assert ("This is" in (out / "README.md").read_text()) == (len(caplog.records) == 1) == (says is not None)
+    assert (says or "") in (out / "README.md").read_text()
 
 
 def test_import_reads_alpha_patterns_as_peft_does(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -38,6 +38,8 @@ def export(run: Path, out: Path, round: int | None = None, client: ClientId | No
         state = replace(state, adapter=_adapted(Store(run), state, facts, client))
     elif why := obstacle(run):
         raise StoreError(f"{run}: {why}")
+    elif limit := _limit(facts):
+        log.warning("%s: %s", out, limit)
     state = replace(state, adapter=whole(state))
     ranks = {name: block.rank for name, block in state.adapter.blocks.items()}
     if not ranks:
@@ -69,7 +71,7 @@ def export(run: Path, out: Path, round: int | None = None, client: ClientId | No
         write(out / "head.safetensors", save(head))
     write(out / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
     write(out / "adapter_config.json", json.dumps(settings, indent=1).encode())
-    write(out / "README.md", _readme(model, bool(head) and not inside, state.round).encode())
+    write(out / "README.md", _readme(model, bool(head) and not inside, state.round, _limit(facts, client)).encode())
     return out
 
 
@@ -79,6 +81,15 @@ def obstacle(run: Path) -> str | None:
         parts = ", ".join("the head" if f == "h" else f for f in own)
         return f"each client keeps {parts} to itself, so there is no one function to export; name a client (--client)"
     return None
+
+
+def _limit(facts: Mapping[str, Any], client: ClientId | None = None) -> str:
+    """What an exported adapter is not; empty where clients predict with just this one."""
+    if client is not None or not facts.get("adapts"):
+        return ""
+    if facts.get("private"):
+        return "the common adapter alone; each client predicts with one of its own beside it (fedrank export --client)"
+    return "the common start; each client predicts after training of its own from it"
 
 
 def _adapted(store: Store, state: State, facts: Mapping[str, Any], client: ClientId) -> Adapter:
@@ -109,7 +120,7 @@ def whole(state: State) -> Adapter:
     return replace(recompress(stack(parts)), dense=state.adapter.dense)
 
 
-def _readme(model: dict[str, Any], beside: bool, rounds: int) -> str:
+def _readme(model: dict[str, Any], beside: bool, rounds: int, limit: str) -> str:
     kind = {"generate": "AutoModelForCausalLM", "classify": "AutoModelForSequenceClassification"}[model["task"]]
     kind, classes = ("AutoModel", "") if beside else (kind, ", num_labels=N" if model["task"] == "classify" else "")
     tail = (
@@ -117,8 +128,9 @@ def _readme(model: dict[str, Any], beside: bool, rounds: int) -> str:
         if beside
         else ""
     )
+    limit = f"This is {limit}.\n\n" if limit else ""
     return (
-        f"# Adapter trained with fedrank, {rounds} rounds\n\nBase model: `{model['name']}`\n\n```python\n"
+        f"# Adapter trained with fedrank, {rounds} rounds\n\n{limit}Base model: `{model['name']}`\n\n```python\n"
         f"from peft import PeftModel\nfrom transformers import {kind}\n\n"
         f"base = {kind}.from_pretrained({model['source']!r}{classes})\n"
         f'model = PeftModel.from_pretrained(base, "PATH OF THIS FOLDER")\n```\n{tail}'

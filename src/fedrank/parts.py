@@ -145,7 +145,7 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
                   "source": model.source, "base_class": type(model.base).__name__, "task": config.task,
                   "conv1d": any(type(m).__name__ == "Conv1D" for m in model.modules.values())},
         "partition": shares.summary(), "own": "".join(f for f in begin.adapter.factors if f in own),
-        "private": max((plan.private for plan in plans.values() if plan), default=0),
+        "private": max((plan.private for plan in plans.values() if plan), default=0), "adapts": hasattr(chosen, "adapt"),
         "fleet": {"kinds": dict(Counter(device.kind for device in devices.values())), "hash": _digest(machines)},
     }  # fmt: skip
     about = {
