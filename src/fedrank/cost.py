@@ -197,8 +197,9 @@ def peak_memory(spec: ModelSpec, start: Adapter, plan: Plan, load: Load) -> int:
 
     The base, the head and the components; a gradient and AdamW's two moments of all that learns; and the activations
     that backward needs, which are those above the lowest map that learns. Attention is reckoned as the plain product
-    over all pairs of tokens; fused kernels hold less. Left out: dropout's masks, the gradients on their way,
-    second-order terms, and what the runtime itself takes.
+    over all pairs of tokens; fused kernels hold less. Base updates, and components folded into the base, are reckoned
+    as merged in place. Left out: dropout's masks, the gradients on their way, second-order terms, and what the runtime
+    itself takes.
     """
     forms = _forms(start)
     held = spec.parameters + sum(tensor.size for tensor in spec.dense.values())
