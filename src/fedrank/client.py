@@ -105,8 +105,8 @@ def _train(request: Request, site: Site, size: int, deadline: float | None) -> b
 
 def _within(cost: Cost, site: Site, deadline: float | None) -> Cost:
     """The cost, where the device can bear it; so nothing is trained that nobody would wait for."""
-    needed, has = cost.peak_memory_bytes, cost.device.memory_bytes
-    if needed > has > 0:
+    if not cost.fits:
+        needed, has = cost.peak_memory_bytes, cost.device.memory_bytes
         raise DeviceError(f"out of memory: needs {needed / 1e9:.3g} GB, {cost.device.kind} has {has / 1e9:.3g} GB")
     return cost if site.measured else _in_time(cost, deadline)
 
