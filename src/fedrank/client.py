@@ -71,8 +71,11 @@ def handle(frame: bytes, site: Site, deadline: float | None = None) -> bytes:
             raise
         except Exception as error:  # whatever it is, the round goes on without this client, and says why
             where = traceback.extract_tb(error.__traceback__)[-1]
-            log.warning("client %s failed: %s: %s (%s, line %s)", request.client, type(error).__name__, error,
-                        Path(where.filename).name, where.lineno)  # fmt: skip
+            level = (
+                logging.INFO if isinstance(error, DeviceError) else logging.WARNING
+            )  # a device's limits are no fault
+            log.log(level, "client %s failed: %s: %s (%s, line %s)", request.client, type(error).__name__, error,
+                    Path(where.filename).name, where.lineno)  # fmt: skip
             # Other libraries' messages may quote the client's own text, which must not leave it.
             ours = type(error).__module__.startswith("fedrank")
             text = f"{type(error).__name__}: {error if ours else 'the message stays with the client'}"

@@ -1,10 +1,8 @@
 """What a run will cost, before anything runs: the real server plays every round, with clients that train nothing."""
 
-import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -45,21 +43,20 @@ def forecast(
     what its clients learn. Failures and evaluation are left out. A kind's means are over the clients of it that were
     asked to train, None where none was. watch: called with every event of the rounds.
     """
-    engine = config.engine.model_copy(update={"failure_rate": 0.0, "timing": "modelled"})
+    engine = config.engine.model_copy(update={"failure_rate": 0.0, "timing": "modelled", "threads": 1})
     rounds = config.rounds.model_copy(update={"exactness": False})
     parts = prepare(config.model_copy(update={"engine": engine, "rounds": rounds}), method)
     kind_of = {client: device.kind for client, device in parts.devices.items()}
     drawn, asked, played = Counter[str](), dict[str, list[Event]](), list[Event]()
-    with _hushed():
-        for event in rehearse(parts):
-            match event["event"]:
-                case "cohort":
-                    drawn.update(kind_of[client] for client in event["clients"])
-                case "client":
-                    asked.setdefault(kind_of[event["client"]], []).append(event)
-                case "round":
-                    played.append(event)
-            watch(event)
+    for event in rehearse(parts):
+        match event["event"]:
+            case "cohort":
+                drawn.update(kind_of[client] for client in event["clients"])
+            case "client":
+                asked.setdefault(kind_of[event["client"]], []).append(event)
+            case "round":
+                played.append(event)
+        watch(event)
 
     kinds = []
     for kind, count in Counter(kind_of.values()).items():
@@ -123,17 +120,6 @@ def _rounds(server: Server, state: State) -> Iterator[Event]:
         state, row, _ = yield from server.train(state, clock)
         clock = row["clock_seconds"]
         yield {"event": "round", "rounds": state.rounds, **row}
-
-
-@contextmanager
-def _hushed() -> Iterator[None]:
-    """No warnings while the block runs: clients without the memory are counted, others stop the forecast."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def _mean(values: Sequence[float]) -> float | None:
