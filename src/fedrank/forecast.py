@@ -122,5 +122,5 @@ def _rounds(server: Server, state: State) -> Iterator[Event]:
         yield {"event": "round", "rounds": state.rounds, **row}
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def _mean(values: Sequence[float | int]) -> float | None:
     return math.fsum(values) / len(values) if values else None
