@@ -17,15 +17,8 @@ from fedrank.server import Event, Server
 from fedrank.store import Store
 from fedrank.wire import Wire
 
-SUMS = (
-    "bytes_down",
-    "bytes_up",
-    "adapter_bytes_down",
-    "adapter_bytes_up",
-    "clients_ok",
-    "clients_failed",
-    "clients_out",
-)
+SUMS = ("bytes_down", "bytes_up", "adapter_bytes_down", "adapter_bytes_up", "clients_ok", "clients_failed",
+        "clients_out")  # fmt: skip
 MEANS = ("parameters", "flops", "bytes_down", "bytes_up", "forward_seconds", "backward_seconds", "download_seconds",
          "upload_seconds", "device_seconds", "device_joules")  # fmt: skip
 

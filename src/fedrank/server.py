@@ -90,7 +90,22 @@ class Server:
         return {clients[i]: fleet[clients[i]] for i in sorted(drawn)}
 
     def _plans(self, state: State, cohort: Mapping[ClientId, Device], training: bool = False) -> dict[ClientId, Plan]:
-        return planned(self.method, state, cohort, self.seed, self.head, training)
+        """The method's plans, with what the server knows: the last round merged, and whose the head is."""
+        plans = self.method.plan(state, cohort, self.seed)
+        if missing := sorted(cohort.keys() - plans.keys()):
+            raise ValueError(f"{type(self.method).__name__}.plan left out clients {missing[:5]}")
+        result = {}
+        for client in cohort:
+            given = plans[client]
+            if given is None and training:  # it sits this round out
+                continue
+            plan = replace(given or Plan({}), since=state.seen.get(client, -1))
+            if self.head != "train":  # it stays where it is: trained there, or as begin() made it
+                learn = plan.learn if self.head == "own" else plan.learn.replace("h", "")
+                up, down = plan.up.replace("h", ""), plan.down.replace("h", "")
+                plan = replace(plan, learn=learn, up=up, down=down, own=plan.own + "h")
+            result[client] = plan
+        return result
 
     def _exchange(self, kind: Kind, state: State, plans: Mapping[ClientId, Plan]) -> Iterator[dict[str, Any]]:
         """Send every plan and check what comes back; one row per client, those that stayed silent last."""
@@ -258,27 +273,6 @@ class Server:
                 "mean_loss": sum(row["loss"] * row["rows"] for row in scored) / total,
             }
         return result
-
-
-def planned(
-    method: Method, state: State, cohort: Mapping[ClientId, Device], seed: int, head: str, training: bool = False
-) -> dict[ClientId, Plan]:
-    """The method's plans, with what the server knows: the last round merged, and whose the head is."""
-    plans = method.plan(state, cohort, seed)
-    if missing := sorted(cohort.keys() - plans.keys()):
-        raise ValueError(f"{type(method).__name__}.plan left out clients {missing[:5]}")
-    result = {}
-    for client in cohort:
-        given = plans[client]
-        if given is None and training:  # it sits this round out
-            continue
-        plan = replace(given or Plan({}), since=state.seen.get(client, -1))
-        if head != "train":  # it stays where it is: trained there, or as begin() made it
-            learn = plan.learn if head == "own" else plan.learn.replace("h", "")
-            up, down = plan.up.replace("h", ""), plan.down.replace("h", "")
-            plan = replace(plan, learn=learn, up=up, down=down, own=plan.own + "h")
-        result[client] = plan
-    return result
 
 
 BYTES = tuple(f"{part}bytes_{way}" for way in ("up", "down") for part in ("", "adapter_", "head_"))
