@@ -111,6 +111,7 @@ def _rounds(server: Server, state: State) -> Iterator[Event]:
     clock = 0.0
     while state.round < state.rounds:
         state, row, _ = yield from server.train(state, clock)
+        server.store.clear_spool()
         clock = row["clock_seconds"]
         yield {"event": "round", "rounds": state.rounds, **row}
 
