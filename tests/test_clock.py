@@ -180,7 +180,8 @@ def test_the_load_is_what_training_goes_through(
 def test_slow_clients_miss_the_deadline(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("rounds.count=1", "rounds.evaluate_every=1", "engine.fleet={devices: {raspberry-pi-5: 1}, links: 1000}")
     run = fedrank.run(settings(texts, *options), out=tmp_path / "all")
-    seconds = {row["client"]: row["device_seconds"] for row in rows(run)}
+    whole_run = {row["client"]: row for row in rows(run)}
+    seconds = {client: row["device_seconds"] for client, row in whole_run.items()}
     middle = sorted(seconds.values())[1]
     trained: list[str] = []
     whole = FedAvg.train
@@ -200,9 +201,15 @@ def test_slow_clients_miss_the_deadline(texts: Path, tmp_path: Path, monkeypatch
     assert row["round_seconds"] == row["clock_seconds"] == middle  # it was waited for the two until then
     for client, late in found.items():
         if client not in ok:
-            assert late["error"] == f"late: no answer within the deadline of {middle:g} s"
+            assert late["error"] == f"no answer within the deadline of {middle:g} s"
             assert late["bytes_down"] > 0
-            assert not late.keys() & {"device_seconds", "waiting_seconds", "bytes_up"}
+            assert not late.keys() & {"waiting_seconds", "bytes_up"}
+            for name in ("device_seconds", "forward_seconds", "upload_seconds", "peak_memory_bytes"):
+                assert late[name] == whole_run[client][name]  # what it would have needed
+            got = late["download_seconds"]
+            assert late["device_joules"] == pytest.approx(3 * got + 9 * (middle - got), rel=1e-12)  # what it did take
+    assert row["device_joules"] == pytest.approx(sum(r["device_joules"] for r in found.values()), rel=1e-12)
+    assert row["peak_memory_bytes"] == max(found[client]["peak_memory_bytes"] for client in ok)
 
 
 def test_with_all_in_time_a_round_ends_before_its_deadline(texts: Path, tmp_path: Path) -> None:
@@ -226,6 +233,14 @@ def test_silent_clients_without_a_deadline(texts: Path, tmp_path: Path) -> None:
         mine = [r["device_seconds"] for r in rows(run) if r["round"] == row["round"] and r["ok"]]
         assert row["round_seconds"] == max(mine, default=0.0)
     assert {r["error"] for r in rows(run) if not r["ok"]} == {"no answer"}
+
+
+def test_who_is_silent_within_the_deadline_is_not_said_to_be_late(texts: Path, tmp_path: Path) -> None:
+    options = ("engine.failure_rate=0.5", "rounds={count: 4, evaluate_every: 4, cohort: 4, deadline: 1e6}")
+    run = fedrank.run(settings(texts, *options), out=tmp_path / "run")
+    silent = [row for row in rows(run) if not row["ok"]]
+    assert {row["error"] for row in silent} == {"no answer within the deadline of 1e+06 s"}
+    assert not any("device_seconds" in row for row in silent)  # nothing is known of their work
 
 
 # ---- measured
@@ -309,6 +324,10 @@ def test_what_does_not_fit_a_device_fails_there(texts: Path, tmp_path: Path) -> 
     failed = [row for row in rows(run) if not row["ok"]]
     assert [row["client"] for row in failed] == [client, client]
     assert all("out of memory: needs" in row["error"] and "small has 0.0001 GB" in row["error"] for row in failed)
+    assert all(row["peak_memory_bytes"] > 1e5 and row["device_seconds"] > 0 for row in failed)
+    assert all(
+        row["device_joules"] == row["download_seconds"] * 1.0 for row in failed
+    )  # it is refused once it is there
     assert all(row["clients_ok"] == 3 and row["round_seconds"] > 0 for row in run.rounds)
     assert experiment.prepare(run.config).devices[client].rank == 2
 

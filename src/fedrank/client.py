@@ -71,8 +71,11 @@ def handle(frame: bytes, site: Site, deadline: float | None = None) -> bytes:
             raise
         except Exception as error:  # whatever it is, the round goes on without this client, and says why
             where = traceback.extract_tb(error.__traceback__)[-1]
-            log.warning("client %s failed: %s: %s (%s, line %s)", request.client, type(error).__name__, error,
-                        Path(where.filename).name, where.lineno)  # fmt: skip
+            level = (
+                logging.INFO if isinstance(error, DeviceError) else logging.WARNING
+            )  # a device's limits are no fault
+            log.log(level, "client %s failed: %s: %s (%s, line %s)", request.client, type(error).__name__, error,
+                    Path(where.filename).name, where.lineno)  # fmt: skip
             # Other libraries' messages may quote the client's own text, which must not leave it.
             ours = type(error).__module__.startswith("fedrank")
             text = f"{type(error).__name__}: {error if ours else 'the message stays with the client'}"
@@ -105,8 +108,8 @@ def _train(request: Request, site: Site, size: int, deadline: float | None) -> b
 
 def _within(cost: Cost, site: Site, deadline: float | None) -> Cost:
     """The cost, where the device can bear it; so nothing is trained that nobody would wait for."""
-    needed, has = cost.peak_memory_bytes, cost.device.memory_bytes
-    if needed > has > 0:
+    if not cost.fits:
+        needed, has = cost.peak_memory_bytes, cost.device.memory_bytes
         raise DeviceError(f"out of memory: needs {needed / 1e9:.3g} GB, {cost.device.kind} has {has / 1e9:.3g} GB")
     return cost if site.measured else _in_time(cost, deadline)
 

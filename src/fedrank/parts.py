@@ -57,7 +57,7 @@ class Parts:
         )
         return Server(
             self.method, engine, wire, store, config.rounds, config.seed, config.adapter.head, self.evaluate,
-            config.server,
+            config.server, self.cost if config.engine.timing == "modelled" else None,
         )  # fmt: skip
 
 
