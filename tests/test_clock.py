@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from fedrank.client import Late, Site, handle
 from fedrank.config import ConfigError, load
 from fedrank.frame import unpack
 from fedrank.methods.fedavg import FedAvg
-from fedrank.protocol import Device, Job, Load, Plan, Update
+from fedrank.protocol import Job, Load, Plan, Update
 from fedrank.store import Store, StoreError
 from fedrank.training.tasks import Encoded
 
@@ -286,31 +286,57 @@ def test_the_clock_is_the_client_s_own(tmp_path: Path) -> None:
     assert unpack(handle(frame, f.sites["c0"], 1e-9))[0]["kind"] == "update"
 
 
-def test_late_is_told_from_failed(tmp_path: Path) -> None:
-    f = toy.federation(FedAvg(), tmp_path / "run")
+def slow(f: toy.Federation, **changes: Any) -> Site:
+    """c0 on a device whose seconds are the model's."""
     site, spec, start = f.sites["c0"], f.server.wire.spec, f.begin.adapter
     device = replace(site.device, kind="slow", flops_per_second=1e6, up_bytes_per_second=1e6, down_bytes_per_second=1e6,
                      idle_watts=1.0, busy_watts=2.0, memory_bytes=1e9)  # fmt: skip
-    work = Load(2, 128, 1024, 64, 512, 16)
+    device, work = replace(device, **changes), Load(2, 128, 1024, 64, 512, 16)
 
-    def priced(device: Device) -> Site:
-        def price(round: int, plan: Plan, size: int) -> cost.Cost:
-            return cost.predict(spec, start, plan, work, device, size, cost.most_up(spec, start, plan, "f32").frame)
+    def price(round: int, plan: Plan, size: int) -> cost.Cost:
+        return cost.predict(spec, start, plan, work, device, size, cost.most_up(spec, start, plan, "f32").frame)
 
-        return replace(site, cost=price)
+    return replace(site, cost=price)
 
+
+def test_late_is_told_from_failed(tmp_path: Path) -> None:
+    f = toy.federation(FedAvg(), tmp_path / "run")
     plan = Plan(f.begin.adapter.ids)
     frame = f.server.wire.request("train", "c0", plan, f.begin)
-    seconds = priced(device).cost(1, plan, len(frame)).seconds
+    seconds = slow(f).cost(1, plan, len(frame)).seconds
     with pytest.raises(Late):
-        handle(frame, priced(device), seconds * 0.999)
-    reply = f.server.wire.open_reply(handle(frame, priced(device), seconds), "train", 1, "c0", plan, f.begin.adapter)
+        handle(frame, slow(f), seconds * 0.999)
+    reply = f.server.wire.open_reply(handle(frame, slow(f), seconds), "train", 1, "c0", plan, f.begin.adapter)
     assert reply.metrics["device_seconds"] == seconds
-    small = handle(frame, priced(replace(device, memory_bytes=1e5)), None)
+    small = handle(frame, slow(f, memory_bytes=1e5), None)
     reply = f.server.wire.open_reply(small, "train", 1, "c0", plan, f.begin.adapter)
     assert reply.error is not None
     assert reply.error.startswith("DeviceError: out of memory: needs 0.000")
     assert reply.error.endswith("GB, slow has 0.0001 GB")
+
+
+@dataclass(frozen=True)
+class First(FedAvg):
+    """Of every module only the first component is sent."""
+
+    def train(self, jobs: Iterable[Job]) -> Iterator[Update]:
+        for job in jobs:
+            update = job.fit(job)
+            yield replace(update, adapter=update.adapter.take({n: ids[:1] for n, ids in update.adapter.ids.items()}))
+
+
+def test_a_client_that_selects_is_late_by_what_it_sends(tmp_path: Path) -> None:
+    """It might send four components per module, and sends one."""
+    f = toy.federation(FedAvg(), tmp_path / "run")
+    site, plan = slow(f, up_bytes_per_second=1e3), Plan(f.begin.adapter.ids, select=10**6)
+    site = replace(site, method=First())
+    frame = f.server.wire.request("train", "c0", plan, f.begin)
+    most = site.cost(1, plan, len(frame)).seconds
+    reply = f.server.wire.open_reply(handle(frame, site, 0.9 * most), "train", 1, "c0", plan, f.begin.adapter)
+    seconds = reply.metrics["device_seconds"]
+    assert seconds < 0.9 * most
+    with pytest.raises(Late):
+        handle(frame, site, seconds * 0.999)
 
 
 CSV = "kind,rank,gigaflops_per_second,memory_gigabytes,up_megabits_per_second,down_megabits_per_second,idle_watts,busy_watts,client\n"
