@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from fedrank.client import Late, Site, handle
 from fedrank.config import ConfigError, load
 from fedrank.frame import unpack
 from fedrank.methods.fedavg import FedAvg
-from fedrank.protocol import Device, Job, Load, Plan, Update
+from fedrank.protocol import Job, Load, Plan, Update
 from fedrank.store import Store, StoreError
 from fedrank.training.tasks import Encoded
 
@@ -181,7 +181,8 @@ def test_the_load_is_what_training_goes_through(
 def test_slow_clients_miss_the_deadline(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("rounds.count=1", "rounds.evaluate_every=1", "engine.fleet={devices: {raspberry-pi-5: 1}, links: 1000}")
     run = fedrank.run(settings(texts, *options), out=tmp_path / "all")
-    seconds = {row["client"]: row["device_seconds"] for row in rows(run)}
+    whole_run = {row["client"]: row for row in rows(run)}
+    seconds = {client: row["device_seconds"] for client, row in whole_run.items()}
     middle = sorted(seconds.values())[1]
     trained: list[str] = []
     whole = FedAvg.train
@@ -201,9 +202,15 @@ def test_slow_clients_miss_the_deadline(texts: Path, tmp_path: Path, monkeypatch
     assert row["round_seconds"] == row["clock_seconds"] == middle  # it was waited for the two until then
     for client, late in found.items():
         if client not in ok:
-            assert late["error"] == f"late: no answer within the deadline of {middle:g} s"
+            assert late["error"] == f"no answer within the deadline of {middle:g} s"
             assert late["bytes_down"] > 0
-            assert not late.keys() & {"device_seconds", "waiting_seconds", "bytes_up"}
+            assert not late.keys() & {"waiting_seconds", "bytes_up"}
+            for name in ("device_seconds", "forward_seconds", "upload_seconds", "peak_memory_bytes"):
+                assert late[name] == whole_run[client][name]  # what it would have needed
+            got = late["download_seconds"]
+            assert late["device_joules"] == pytest.approx(3 * got + 9 * (middle - got), rel=1e-12)  # what it did take
+    assert row["device_joules"] == pytest.approx(sum(r["device_joules"] for r in found.values()), rel=1e-12)
+    assert row["peak_memory_bytes"] == max(found[client]["peak_memory_bytes"] for client in ok)
 
 
 def test_with_all_in_time_a_round_ends_before_its_deadline(texts: Path, tmp_path: Path) -> None:
@@ -227,6 +234,14 @@ def test_silent_clients_without_a_deadline(texts: Path, tmp_path: Path) -> None:
         mine = [r["device_seconds"] for r in rows(run) if r["round"] == row["round"] and r["ok"]]
         assert row["round_seconds"] == max(mine, default=0.0)
     assert {r["error"] for r in rows(run) if not r["ok"]} == {"no answer"}
+
+
+def test_who_is_silent_within_the_deadline_is_not_said_to_be_late(texts: Path, tmp_path: Path) -> None:
+    options = ("engine.failure_rate=0.5", "rounds={count: 4, evaluate_every: 4, cohort: 4, deadline: 1e6}")
+    run = fedrank.run(settings(texts, *options), out=tmp_path / "run")
+    silent = [row for row in rows(run) if not row["ok"]]
+    assert {row["error"] for row in silent} == {"no answer within the deadline of 1e+06 s"}
+    assert not any("device_seconds" in row for row in silent)  # nothing is known of their work
 
 
 # ---- measured
@@ -288,31 +303,57 @@ def test_the_clock_is_the_client_s_own(tmp_path: Path) -> None:
     assert unpack(handle(frame, f.sites["c0"], 1e-9))[0]["kind"] == "update"
 
 
-def test_late_is_told_from_failed(tmp_path: Path) -> None:
-    f = toy.federation(FedAvg(), tmp_path / "run")
+def slow(f: toy.Federation, **changes: Any) -> Site:
+    """c0 on a device whose seconds are the model's."""
     site, spec, start = f.sites["c0"], f.server.wire.spec, f.begin.adapter
     device = replace(site.device, kind="slow", flops_per_second=1e6, up_bytes_per_second=1e6, down_bytes_per_second=1e6,
                      idle_watts=1.0, busy_watts=2.0, memory_bytes=1e9)  # fmt: skip
-    work = Load(2, 128, 1024, 64, 512, 16)
+    device, work = replace(device, **changes), Load(2, 128, 1024, 64, 512, 16)
 
-    def priced(device: Device) -> Site:
-        def price(round: int, plan: Plan, size: int) -> cost.Cost:
-            return cost.predict(spec, start, plan, work, device, size, cost.most_up(spec, start, plan, "f32").frame)
+    def price(round: int, plan: Plan, size: int) -> cost.Cost:
+        return cost.predict(spec, start, plan, work, device, size, cost.most_up(spec, start, plan, "f32").frame)
 
-        return replace(site, cost=price)
+    return replace(site, cost=price)
 
+
+def test_late_is_told_from_failed(tmp_path: Path) -> None:
+    f = toy.federation(FedAvg(), tmp_path / "run")
     plan = Plan(f.begin.adapter.ids)
     frame = f.server.wire.request("train", "c0", plan, f.begin)
-    seconds = priced(device).cost(1, plan, len(frame)).seconds
+    seconds = slow(f).cost(1, plan, len(frame)).seconds
     with pytest.raises(Late):
-        handle(frame, priced(device), seconds * 0.999)
-    reply = f.server.wire.open_reply(handle(frame, priced(device), seconds), "train", 1, "c0", plan, f.begin.adapter)
+        handle(frame, slow(f), seconds * 0.999)
+    reply = f.server.wire.open_reply(handle(frame, slow(f), seconds), "train", 1, "c0", plan, f.begin.adapter)
     assert reply.metrics["device_seconds"] == seconds
-    small = handle(frame, priced(replace(device, memory_bytes=1e5)), None)
+    small = handle(frame, slow(f, memory_bytes=1e5), None)
     reply = f.server.wire.open_reply(small, "train", 1, "c0", plan, f.begin.adapter)
     assert reply.error is not None
     assert reply.error.startswith("DeviceError: out of memory: needs 0.000")
     assert reply.error.endswith("GB, slow has 0.0001 GB")
+
+
+@dataclass(frozen=True)
+class First(FedAvg):
+    """Of every module only the first component is sent."""
+
+    def train(self, jobs: Iterable[Job]) -> Iterator[Update]:
+        for job in jobs:
+            update = job.fit(job)
+            yield replace(update, adapter=update.adapter.take({n: ids[:1] for n, ids in update.adapter.ids.items()}))
+
+
+def test_a_client_that_selects_is_late_by_what_it_sends(tmp_path: Path) -> None:
+    """It might send four components per module, and sends one."""
+    f = toy.federation(FedAvg(), tmp_path / "run")
+    site, plan = slow(f, up_bytes_per_second=1e3), Plan(f.begin.adapter.ids, select=10**6)
+    site = replace(site, method=First())
+    frame = f.server.wire.request("train", "c0", plan, f.begin)
+    most = site.cost(1, plan, len(frame)).seconds
+    reply = f.server.wire.open_reply(handle(frame, site, 0.9 * most), "train", 1, "c0", plan, f.begin.adapter)
+    seconds = reply.metrics["device_seconds"]
+    assert seconds < 0.9 * most
+    with pytest.raises(Late):
+        handle(frame, site, seconds * 0.999)
 
 
 CSV = "kind,rank,gigaflops_per_second,memory_gigabytes,up_megabits_per_second,down_megabits_per_second,idle_watts,busy_watts,client\n"
@@ -326,6 +367,10 @@ def test_what_does_not_fit_a_device_fails_there(texts: Path, tmp_path: Path) -> 
     failed = [row for row in rows(run) if not row["ok"]]
     assert [row["client"] for row in failed] == [client, client]
     assert all("out of memory: needs" in row["error"] and "small has 0.0001 GB" in row["error"] for row in failed)
+    assert all(row["peak_memory_bytes"] > 1e5 and row["device_seconds"] > 0 for row in failed)
+    assert all(
+        row["device_joules"] == row["download_seconds"] * 1.0 for row in failed
+    )  # it is refused once it is there
     assert all(row["clients_ok"] == 3 and row["round_seconds"] > 0 for row in run.rounds)
     assert experiment.prepare(run.config).devices[client].rank == 2
 

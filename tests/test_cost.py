@@ -1,5 +1,6 @@
 """What a plan costs, against what torch counts while it trains; bytes are held against frames in test_wire."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -318,6 +319,21 @@ def test_seconds_and_joules():
     assert found.parameters == cost.trainable(spec, start(spec), given)
     timed = found.timed(0.25, 0.5)
     assert (timed.seconds, timed.joules) == (5.75, 10 * 0.75 + 2 * 5.0)
+
+
+def test_joules_of_a_client_that_stops_before_its_end():
+    """3 s of download, 1 + 2 s of computing, 4 s of upload, at 2 idle and 5 busy watts."""
+    device = replace(NANO, idle_watts=2.0, busy_watts=5.0)
+    found = cost.Cost(device, 0, 0, 0, 0.0, 0.0, 0, 0.0, 0.0, 3.0, 4.0, 0.0).timed(1.0, 2.0)
+    joules = {0.0: 0.0, 1.5: 3.0, 3.0: 6.0, 4.0: 11.0, 6.0: 21.0, 8.0: 25.0, 10.0: 29.0, math.inf: 29.0}
+    assert {seconds: found.joules_by(seconds) for seconds in joules} == joules
+    assert found.joules == 29.0
+
+
+@pytest.mark.parametrize(("has", "fits"), [(0.0, True), (99.0, False), (100.0, True)])
+def test_what_fits_a_device(has, fits):
+    device = replace(NANO, memory_bytes=has)
+    assert cost.Cost(device, 0, 0, 0, 0.0, 0.0, 100, 0.0, 0.0, 0.0, 0.0, 0.0).fits is fits
 
 
 @pytest.mark.parametrize("name", ["flops_per_second", "up_bytes_per_second", "down_bytes_per_second", "idle_watts", "busy_watts"])  # fmt: skip

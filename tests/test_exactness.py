@@ -1,6 +1,5 @@
 """Exactness: the measures on small numbers, and the table of every method, measured in float64."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,10 +12,11 @@ from hypothesis import strategies as st
 import toy
 from fedrank import aggregation, exactness, ledger, methods
 from fedrank.adapter import Adapter, Block, recompress
-from fedrank.exactness import Increment, covariance, errors, factor_distance
+from fedrank.exactness import covariance, errors, factor_distance
 from fedrank.methods.fed_plora import FedPLoRA
 from fedrank.methods.fedavg import FedAvg
 from fedrank.methods.legend import TIMINGS
+from fedrank.products import Increment
 from fedrank.protocol import Device, Job, Plan, State, Update, rng
 from fedrank.training.local import Local
 from test_contract import Shared, build
@@ -82,14 +82,14 @@ def test_equal_functions_of_other_factors_are_no_further_apart_than_round_off(sh
     assert factor_distance(one, other) > 1
 
 
-def test_a_matrix_is_formed_only_where_it_is_smaller_than_the_stack():
-    """40 x 20 has 800 numbers, thirteen components 780, fourteen 840."""
+def test_a_matrix_is_formed_once_the_rank_reaches_a_side():
     found = Increment().add(lora(np.ones((40, 13)), np.ones((13, 20))))
-    assert found.modules["m"].whole is None
-    found.add(lora(np.ones((40, 1)), np.ones((1, 20))))
+    assert found.adapter().blocks["m"].rank == 13
+    found.add(lora(np.ones((40, 7)), np.ones((7, 20))))
     assert found.modules["m"].whole.shape == (40, 20)
     assert not found.modules["m"].lefts
-    assert found.norm() == pytest.approx(14 * np.sqrt(800))
+    assert found.norm() == pytest.approx(20 * np.sqrt(800))
+    assert found.add(found.adapter(), -1.0).norm() == 0
 
 
 def test_a_whole_increment_of_the_base_sums_up_all_before_it():
@@ -133,6 +133,11 @@ def test_the_covariance_may_be_weighted():
     assert covariance(toy.Arrived(updates), aggregation.examples) == pytest.approx(3)
 
 
+def test_a_factor_that_all_share_adds_no_covariance():
+    came = {name: Update(lora([[value]], [[1]]).only("B"), 1) for name, value in (("a", 3), ("b", -3))}
+    assert covariance(toy.Arrived(came)) == 0
+
+
 def test_the_covariance_is_of_two_factors():
     with pytest.raises(ValueError, match="B and A alone"):
         covariance(toy.Arrived({"a": Update(lora([[1]], [[1]], e=[1]), 1)}))
@@ -144,12 +149,12 @@ AFTER = State(0, 3, lora([[2, 4]], [[3], [1]]))
 CAME = toy.Arrived({"x": Update(X, 3), "y": Update(Y, 1)})
 
 
-def everyone(client: str, update: Update) -> Mapping[str, np.ndarray]:
-    return BEFORE.adapter.ids
+def everyone(client: str, update: Update) -> exactness.Present:
+    return BEFORE.adapter.ids, BEFORE.adapter.ids
 
 
-def trained(client: str, update: Update) -> Mapping[str, np.ndarray]:
-    return update.adapter.ids
+def trained(client: str, update: Update) -> exactness.Present:
+    return update.adapter.ids, update.adapter.ids
 
 
 def test_the_three_figures_differ_where_ranks_do():
@@ -200,13 +205,11 @@ def test_a_factor_that_did_not_travel_is_the_old_one():
 
 # ---- in the ledger of a run
 
-FIGURES = {"start_error", "n_init", "agg_eq3", "agg_fullmodel"}
+FIGURES = {"start_error", "n_init", "agg_cov", "agg_eq3", "agg_fullmodel"}
 
 
 def measured_run(method: Any, path: Any) -> tuple[toy.Federation, list[dict[str, Any]]]:
-    f = toy.federation(method, path, rounds=2)
-    rounds = f.server.rounds.model_copy(update={"exactness": True})
-    f = replace(f, server=replace(f.server, rounds=rounds))
+    f = toy.federation(method, path, rounds=2, exactness=True)
     f.play()
     return f, ledger.read(path / "rounds.jsonl")
 
@@ -233,7 +236,7 @@ def test_a_run_of_any_method_has_its_figures_in_the_ledger(name, tmp_path):
 
 @pytest.mark.parametrize("weights", ["uniform", "examples"])
 @pytest.mark.parametrize("rest", ["freeze", "drop"])
-def test_what_the_server_finds_by_the_plans_is_what_a_method_finds_by_itself(rest, weights):
+def test_the_server_measures_by_the_plans_and_the_methods_weights(rest, weights):
     method = FedPLoRA(rest=rest, weights=weights)
     state = replace(method.begin(SPEC, 3, 0), adapter=toy.drawn(SPEC).only("BAh"))
     devices = {c: Device(c, 4, rank=r) for c, r in zip(toy.CLIENTS, toy.RANKS, strict=True)}
@@ -241,11 +244,45 @@ def test_what_the_server_finds_by_the_plans_is_what_a_method_finds_by_itself(res
     jobs = [toy.job(SPEC, state.adapter, plan, Start(), client) for client, plan in plans.items()]
     updates = [replace(update, examples=n) for n, update in enumerate(method.train(jobs), 1)]
     came = toy.Arrived(dict(zip(plans, updates, strict=True)))
-    own = method.merge(state, came)
-    noted = exactness.noted(method, state, replace(own, metrics={}), plans, came)
-    assert noted.metrics == {name: own.metrics[name] for name in FIGURES}
-    assert toy.same(noted.adapter, own.adapter)
-    assert exactness.noted(method, state, own, plans, came).metrics == own.metrics
+    after = method.merge(state, came)
+
+    def present(client: str, update: Update) -> exactness.Present:
+        ids = update.adapter.ids if rest == "drop" else state.adapter.ids
+        return ids, ids
+
+    weight = aggregation.WEIGHTS[weights]
+    noted = exactness.noted(method, state, after, plans, came)
+    assert noted.metrics == {"agg_cov": covariance(came, weight), **errors(state, after, came, present, weight)}
+    assert (noted.metrics["start_error"] > 0) == (rest == "drop")
+    assert toy.same(noted.adapter, after.adapter)
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Counts clients alike, and a component that does not come back is gone or not."""
+
+    prunes: bool
+    weights: str = "uniform"
+
+
+@pytest.mark.parametrize(("prunes", "gap"), [(False, 2), (True, 3)])
+def test_what_a_client_has_pruned_is_no_part_of_its_function(prunes, gap):
+    """x was sent both and returns the first: its function is 6, or 6 + 2; y's is 8, the new one is 10."""
+    plans = dict.fromkeys(("x", "y"), Plan(BEFORE.adapter.ids, select=2))
+    found = exactness.noted(Pruning(prunes), BEFORE, AFTER, plans, CAME).metrics
+    assert (found["start_error"], found["agg_fullmodel"]) == (0, pytest.approx(gap))
+
+
+def test_factors_are_not_compared_where_the_base_holds_a_part():
+    before = replace(BEFORE, base_updates={1: lora([[100]], [[1]])})
+    assert set(errors(before, AFTER, CAME, everyone)) == FIGURES - {"n_init", "agg_cov"}
+
+
+def test_of_two_levels_only_the_common_ones_covariance_is_known(tmp_path):
+    """And it is the product gap: mean(B A) - mean(B) mean(A) of the common adapters."""
+    _, (first, *_) = measured_run(methods.build({"name": "pf2lora", "private_rank": 1}), tmp_path / "run")
+    assert FIGURES & set(first) == {"agg_cov"}
+    assert first["agg_cov"] > 0
 
 
 def test_factors_that_never_leave_their_client_are_not_guessed(tmp_path):
@@ -319,17 +356,6 @@ class Start:
         return found.add(start.without(update.adapter.ids)).add(update.adapter.fill(start))
 
 
-def add(one: Increment, two: Increment, weight: float) -> Increment:
-    """one + weight * two, as it stands."""
-    for name, module in two.modules.items():
-        sums = one.modules.setdefault(name, exactness._Sum())
-        for left, right in zip(module.lefts, module.rights, strict=True):
-            sums.add(weight * left, right)
-        if module.whole is not None:
-            sums.add_whole(weight * module.whole)
-    return one
-
-
 def whole(state: State) -> Increment:
     return Increment().add_base(state.base_updates.values()).add(state.adapter)
 
@@ -366,14 +392,14 @@ def measured(method: Any, weights: str | None = None, rounds: int = 4) -> tuple[
                       Local(), devices[client], 0, fit)  # fmt: skip
             updates[client] = next(iter(method.train([job])))
             if size:
-                starts.append(add(fit.function(), whole(state), -1.0).norm() / size)
-            trained[client] = fit.function(updates[client])
+                starts.append(fit.function().add(whole(state).adapter(), -1.0).norm() / size)
+            trained[client] = fit.function(updates[client]).adapter()
         mean, total = Increment(), sum(map(weight, updates.values()))
         for client, update in updates.items():
-            add(mean, trained[client], weight(update) / total)
+            mean.add(trained[client], weight(update) / total)
         after = method.merge(state, toy.Arrived(updates))
         size = mean.norm()
-        merges.append(add(mean, whole(after), -1.0).norm() / size)
+        merges.append(mean.add(whole(after).adapter(), -1.0).norm() / size)
         state = replace(after, round=round, seen={**after.seen, **dict.fromkeys(updates, round)})
     return max(starts), max(merges)
 

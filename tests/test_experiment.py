@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,12 +14,13 @@ import yaml
 
 import fedrank
 import toy
-from fedrank import experiment
+from fedrank import experiment, ledger
 from fedrank.config import load
 from fedrank.engines.local import Local
 from fedrank.export import adopt, read_peft
 from fedrank.frame import sizes
 from fedrank.methods.fedavg import FedAvg
+from fedrank.products import Increment
 from fedrank.protocol import ClientId, Job, ModelSpec, Plan, State, Update, Updates
 from fedrank.store import StoreError
 
@@ -390,7 +392,7 @@ def test_generate(tmp_path: Path) -> None:
 
 def play(config: dict[str, Any], path: Path, folder: Path) -> list[dict[str, Any]]:
     found = read_peft(folder)
-    return list(experiment.start(load(config), path, first=lambda state: adopt(state, found)))
+    return list(experiment.start(load(config), path, first=partial(adopt, imported=found)))
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedara"])
@@ -404,6 +406,24 @@ def test_an_import_starts_from_the_adapters_function(method: str, played: Any, t
         wanted = source.delta().get(name, np.zeros_like(delta))
         np.testing.assert_allclose(delta, wanted, atol=1e-6 * max(1.0, float(np.abs(wanted).max())))
     assert all(np.array_equal(begun.dense[name], tensor) for name, tensor in source.dense.items())
+
+
+def test_floras_import_goes_into_the_base(played: Any, texts: Path, tmp_path: Path) -> None:
+    """Its clients keep a B of zero, whatever their rank: the function goes on from the import's, to round-off."""
+    run, _ = played
+    config = settings(texts, "method.name=flora", "rounds={count: 2, exactness: true}")
+    play(config, tmp_path / "run", run.path / "adapter")
+    store = experiment.Store.open(tmp_path / "run")
+    (begun, _), (last, _) = store.state(0), store.state()
+    source = run.state.adapter.delta()
+    found = {name: block.delta(begun.adapter.scale) for name, block in begun.base_updates[0].blocks.items()}
+    found |= begun.base_updates[0].dense
+    for name, wanted in source.items():
+        np.testing.assert_allclose(found[name], wanted, atol=1e-6 * max(1.0, float(np.abs(wanted).max())))
+    assert not any(block.B.any() for state in (begun, last) for block in state.adapter.blocks.values())
+    for row in ledger.read(store.path / "rounds.jsonl"):
+        assert row["start_error"] == 0
+        assert row["agg_fullmodel"] < 1e-5 * Increment().add(run.state.adapter).norm()
 
 
 def test_what_stays_with_the_clients_starts_from_the_import_too(

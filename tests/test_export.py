@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -154,14 +155,36 @@ def test_import_keeps_the_function(form: str, tmp_path: Path, rng: np.random.Gen
     adapter = pruned(model.spec, rng)
     out = export(a_run(tmp_path / "run", model, adapter), tmp_path / "adapter")
     found = read_peft(out)
-    begun = build({"name": form}).begin(model.spec, 5, 0)
-    state = adopt(begun, found)
+    method = build({"name": form})
+    begun = method.begin(model.spec, 5, 0)
+    state = adopt(method, begun, found)
     for name, delta in adapter.delta().items():
         np.testing.assert_allclose(state.adapter.blocks[name].delta(state.adapter.scale), delta, atol=2e-5)
     rest = set(begun.adapter.blocks) - set(adapter.blocks)
     assert all(not state.adapter.blocks[name].delta(1.0).any() for name in rest)
     for name, tensor in adapter.dense.items():
         np.testing.assert_array_equal(state.adapter.dense[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("facts", "says"),
+    [
+        ({"adapts": False}, None),
+        ({"adapts": True, "private": 2}, "This is the common adapter alone; each client predicts with one of its own"),
+        ({"adapts": True, "private": 0}, "This is the common start; each client predicts after training of its own"),
+    ],
+)
+def test_an_adapter_that_is_not_all_of_a_client_says_so(
+    facts: dict[str, Any], says: str | None, tmp_path: Path, rng: np.random.Generator, caplog: Any
+) -> None:
+    settings = config.load({"data": {"name": "docstrings"}, "adapter": {"rank": 6}})
+    model = models.load(settings, ("a", "b"))
+    run = a_run(tmp_path / "run", model, pruned(model.spec, rng))
+    found = json.loads((run / "data.json").read_text())
+    (run / "data.json").write_text(json.dumps(found | facts))
+    out = export(run, tmp_path / "adapter")
+    assert ("This is" in (out / "README.md").read_text()) == (len(caplog.records) == 1) == (says is not None)
+    assert (says or "") in (out / "README.md").read_text()
 
 
 def test_import_reads_alpha_patterns_as_peft_does(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -187,12 +210,13 @@ def test_import_says_what_does_not_fit(tmp_path: Path, rng: np.random.Generator)
     adapter = pruned(model.spec, rng)
     from fedrank.methods import build
 
-    begun = build({"name": "fedavg"}).begin(model.spec, 5, 0)
+    method = build({"name": "fedavg"})
+    begun = method.begin(model.spec, 5, 0)
     with pytest.raises(StoreError, match=r"needs 5 components; set adapter.rank=5"):
-        adopt(begun, Adapter({n: b for n, b in adapter.blocks.items() if b.rank in (1, 5)}, 1.0, {}))
+        adopt(method, begun, Adapter({n: b for n, b in adapter.blocks.items() if b.rank in (1, 5)}, 1.0, {}))
     block = next(iter(adapter.blocks.values()))
     with pytest.raises(StoreError, match=r"modules that this run does not adapt: \['encoder.unknown'\]"):
-        adopt(begun, Adapter({"encoder.unknown": block}, 1.0, {}))
+        adopt(method, begun, Adapter({"encoder.unknown": block}, 1.0, {}))
     with pytest.raises(StoreError, match="is no PEFT adapter"):
         read_peft(tmp_path)
 

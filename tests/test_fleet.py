@@ -217,8 +217,10 @@ def test_a_row_may_name_its_client(tmp_path):
 
 
 def test_a_preset_s_name_in_a_file_brings_no_power_modes(tmp_path):
-    found = own(tmp_path, "jetson-tx2,,,,250,8,8,16,2,12", redraw=1)
+    found = own(tmp_path, "jetson-tx2,,,,250,8,8,16,2,12")
     assert all(found.at(client, round) == found.devices[client] for client in FEW for round in (1, 2, 3))
+    with pytest.raises(ValueError, match="redraw draws the presets' power modes"):
+        own(tmp_path, "jetson-tx2,,,,250,8,8,16,2,12", redraw=1)
 
 
 def test_optional_columns_may_be_left_out(tmp_path):
@@ -239,6 +241,8 @@ def test_optional_columns_may_be_left_out(tmp_path):
         (["a,1,,,250,8,8,16,2,12,9"], r"devices.csv:2: this line has not as many cells"),
         (["a,,c9,,250,8,8,16,2,12"], r"devices.csv:2: client: 'c9' is none of this run's; did you mean 'c3'\?|devices.csv:2: client: 'c9' is none"),
         (["a,,c1,,250,8,8,16,2,12", "a,,c1,,250,8,8,16,2,12"], r"devices.csv:3: client: 'c1' has a device already"),
+        (["a,3,c1,,250,8,8,16,2,12"], r"devices.csv:2: count: a device of one client has no share"),
+        (["a,,,,250,8,8,16,20,12"], r"devices.csv:2: idle_watts: 20 is more than busy_watts, 12"),
         (["a,,c1,,250,8,8,16,2,12"], r"no row is left for client 'c0'"),
         ([], r"devices.csv:2: no devices"),
     ],

@@ -13,13 +13,14 @@ import pytest
 import toy
 from fedrank import increments, methods
 from fedrank.adapter import Adapter, Block, kaiming, stack, truncate
-from fedrank.aggregation import average, examples, product_mean, promise, residual, total_increment, uniform
+from fedrank.aggregation import average, examples, uniform
 from fedrank.config import ConfigError, Local
 from fedrank.methods.fedex_lora import FedExLoRA
 from fedrank.methods.flexlora import FlexLoRA
 from fedrank.methods.flora import FLoRA
 from fedrank.methods.lora_a2 import LoRAA2, change
 from fedrank.methods.raflora import RaFLoRA
+from fedrank.products import Increment, product_mean, promise, residual
 from fedrank.protocol import Device, Plan, State, Update, rng
 from fedrank.selection import leading
 
@@ -81,7 +82,10 @@ def merged(method: Any, updates: toy.Arrived, old: Adapter = OLD, round: int = 0
 def test_a_sum_of_increments_is_factors_until_they_reach_a_side(count, ranks):
     """0.m is 9 x 11, 1.m is 12 x 8: from rank 9 and 8 on, one running sum stands for all."""
     parts = [replace(lora(4, seed), scale=scale) for seed, scale in enumerate((2.0, 0.5, 1.0, 4.0, 3.0)[:count])]
-    found = total_increment(iter(parts), 2.0)
+    running = Increment(2.0)
+    for part in parts:
+        running.add(part)
+    found = running.adapter()
     expected = {name: sum(part.delta()[name] for part in parts) for name in SPEC.shapes}
     close(found.delta(), expected)
     assert found.scale == 2.0
@@ -92,11 +96,6 @@ def test_a_sum_of_increments_is_factors_until_they_reach_a_side(count, ranks):
         np.testing.assert_array_equal(found.blocks["1.m"].A, parts[0].blocks["1.m"].A)
     assert np.array_equal(found.blocks["0.m"].B, np.eye(9)) == (count > 2)
     assert np.array_equal(found.blocks["1.m"].A, np.eye(8)) == (count > 1)  # 4 + 4 is a side already
-
-
-def test_a_sum_of_increments_knows_the_third_factor():
-    part = toy.drawn(toy.small())
-    close(total_increment([part, part], 2.0).delta(), {n: 2 * d for n, d in part.delta().items()}, rtol=1e-6)
 
 
 @pytest.mark.parametrize("weight", [examples, uniform])

@@ -22,7 +22,7 @@ ROOT = Path(fedrank.__file__).parent
 FLOORS = [
     {"adapter"},
     {"protocol"},
-    {"aggregation", "exactness", "levels", "optimizer", "selection"}
+    {"aggregation", "exactness", "levels", "optimizer", "products", "selection"}
     | {"cost", "fleet", "frame", "increments", "wire", "config", "store", "ledger"},
     {"training"},
     {"methods"},

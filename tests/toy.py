@@ -186,6 +186,7 @@ def federation(
     carry: Callable[[Any], Any] = lambda carrier: carrier,
     evaluate_every: int = 100,
     seed: int = 0,
+    exactness: bool = False,
 ) -> Federation:
     """The parts of one run, as `experiment.prepare` puts them together. alter: what to make of a client's site.
 
@@ -227,7 +228,7 @@ def federation(
     def evaluate(adapter: Adapter, base: tuple[Adapter, ...]) -> dict[str, float]:
         return teacher.evaluate(adapter, test, np.arange(len(test)), base)
 
-    played = Rounds(count=rounds, cohort=cohort, evaluate_every=evaluate_every)
+    played = Rounds(count=rounds, cohort=cohort, evaluate_every=evaluate_every, exactness=exactness)
     server = Server(method, carrier, wire, store, played, seed, head, None if head == "own" else evaluate)
     return Federation(server, begin, store, sites)
 

@@ -1,15 +1,15 @@
 """Aggregation rules: weighted sums and means of adapters in float64, and votes."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
 
-from fedrank.adapter import FACTORS, Adapter, Block, halves
-from fedrank.protocol import State, Total, Update, Updates
+from fedrank.adapter import FACTORS, Adapter, Block
+from fedrank.protocol import Total, Update, Updates
 
 Absent = Literal["skip", "zero", "old"]
 
@@ -183,112 +183,3 @@ def vote(updates: Updates, name: str, size: int) -> Float[np.ndarray, "n"]:
         counts += np.unpackbits(update.arrays[name], count=size)
         voters += 1
     return counts / voters
-
-
-# ---- means of products
-
-
-def total_increment(parts: Iterable[Adapter], scale: float) -> Adapter:
-    """The sum of increments at this scale, exact, in float64: their factors side by side.
-
-    Once their summed rank reaches a side of the module, a dense running sum W instead, in the form I W or W I.
-    One part is in memory at a time beside the sum.
-    """
-    stacks: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-    sums: dict[str, np.ndarray] = {}
-    for part in parts:
-        for name, block in part.blocks.items():
-            left, right = (half.astype(np.float64) for half in halves(name, block))
-            left *= part.scale / scale
-            if name in sums:
-                sums[name] += left @ right
-                continue
-            stacks.setdefault(name, []).append((left, right))
-            if sum(len(held) for _, held in stacks[name]) >= min(len(left), right.shape[1]):
-                left, right = _beside(stacks.pop(name))
-                sums[name] = left @ right
-    pairs = {name: _beside(held) for name, held in stacks.items()}
-    for name, whole in sums.items():
-        out, in_ = whole.shape
-        pairs[name] = (np.eye(out), whole) if out <= in_ else (whole, np.eye(in_))
-    return Adapter({n: Block(np.arange(len(a)), b, None, a) for n, (b, a) in pairs.items()}, scale, {})
-
-
-def _beside(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    lefts, rights = zip(*pairs, strict=True)
-    return np.hstack(lefts), np.vstack(rights)
-
-
-def product_mean(
-    old: Adapter, updates: Updates, weight: Callable[[Update], float] = examples,
-    absent: Literal["zero", "skip"] = "zero",
-) -> Adapter:  # fmt: skip
-    """The weighted mean of the clients' increments, sum_k p_k B_k A_k, as a `total_increment`; p_k stands on A only.
-
-    absent: what a client that lacks a component counts as: "zero" as nothing there, so that what no update carries
-    is gone; "skip" leaves it out of the mean, component by component, and what no update carries is as in `old`.
-    """
-    found = updates.total(lambda update: update.adapter.only(""), weight)
-
-    def parts() -> Iterator[Adapter]:
-        for _, update in updates:
-            blocks = {}
-            for name, block in update.adapter.blocks.items():
-                left, right = halves(name, block)
-                carried = found.weights[name][np.searchsorted(found.sums.blocks[name].ids, block.ids)]
-                share = weight(update) / (carried if absent == "skip" else np.full(block.rank, found.weight))
-                blocks[name] = Block(block.ids, left, None, right * share[:, None])
-            yield Adapter(blocks, update.adapter.scale, {})
-        if absent == "skip":
-            yield old.without(found.sums.ids).only("BeA")
-
-    return total_increment(parts(), old.scale)
-
-
-def residual(mean: Adapter, updates: Updates, weight: Callable[[Update], float] = examples) -> Adapter:
-    """What the product of the means lacks of the mean of the products: sum_k p_k B_k A_k - B A, B and A from `mean`.
-
-    As sum_k p_k (B_k - B)(A_k - A_1), which is the same because sum_k p_k (B_k - B) = 0: so it is small without
-    cancelling, and of |S| - 1 ranks where the three-term form has |S| + 1. Clients must hold the same components.
-    """
-    whole = updates.total(lambda update: update.adapter.only(""), weight).weight
-
-    def parts() -> Iterator[Adapter]:
-        first: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        for client, update in updates:
-            blocks = {}
-            for name, block in update.adapter.blocks.items():
-                b, a = (half.astype(np.float64) for half in halves(name, block))
-                centre = mean.blocks[name]
-                if not np.array_equal(block.ids, centre.ids):
-                    raise ValueError(f"client {client!r} holds {block.rank} of {centre.rank} components of {name!r}")
-                if name in first:
-                    left = (b - halves(name, centre)[0]) * (weight(update) / whole)
-                    blocks[name] = Block(block.ids, left, None, a - first[name][1])
-                else:
-                    first[name] = b, a
-            yield Adapter(blocks, update.adapter.scale, {})
-
-    return total_increment(parts(), mean.scale)
-
-
-def promise(state: State, increment: Adapter) -> dict[int, Adapter]:
-    """The base updates after a merge that adds this increment: those of `state`, and it as factors.
-
-    Once all the factors that are kept have more numbers than the matrices of their modules, everything promised so
-    far becomes one whole increment of this round, so that neither the state nor what a new client is sent goes on
-    growing. The dtype is the adapter's.
-    """
-    round, shapes = state.round + 1, state.adapter.shapes
-    kind = np.result_type(*(halves(*item)[1] for item in state.adapter.blocks.items()))
-    kept = dict(state.base_updates)
-    if increment.blocks:
-        kept[round] = increment.astype(kind)
-    numbers = sum(block.rank * sum(shapes[name]) for update in kept.values() for name, block in update.blocks.items())
-    if numbers <= sum(out * in_ for out, in_ in shapes.values()):
-        return kept
-    whole: dict[str, np.ndarray] = {}
-    for update in (*state.base_updates.values(), increment):
-        for name, matrix in {**update.dense, **update.astype(np.float64).delta()}.items():
-            whole[name] = whole.get(name, 0.0) + matrix
-    return {round: Adapter({}, increment.scale, whole).astype(kind)}

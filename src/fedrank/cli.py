@@ -7,6 +7,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,16 +88,18 @@ def cost(
     from fedrank.training.models import hush
 
     hush()
-    with _mistakes():
-        found = forecast(settings.load(config, overrides or []))
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    with _mistakes(), views.rounds(errors) as watch:
+        found = forecast(settings.load(config, overrides or []), watch=watch)
     if as_json:
         print(json.dumps(found, indent=1))
         return
     console = Console()
     console.print("Per client and round:", views.costs(found), "", views.totals(found), "", sep="\n")
     console.print(
-        f"By the model of the devices, in cohorts of {found['cohort']} of {found['clients']} clients, with every round like "
-        "the first; methods whose plans or downloads change as they go on will differ. Evaluation and failures are left out.",
+        f"Every round was played on the model of the devices, in cohorts of {found['cohort']} of {found['clients']} "
+        "clients, with nothing trained: exact, unless what is sent or trained hangs on what was learnt. Evaluation and "
+        "failures are left out.",
         highlight=False,
     )  # fmt: skip
 
@@ -115,7 +118,7 @@ def import_(
         resolved = settings.load(config, overrides or [])
         found = read_peft(adapter)
         where = experiment.default_out(resolved) if out is None else out
-    _follow(lambda: experiment.start(resolved, where, first=lambda state: adopt(state, found)), where, output, False)
+    _follow(lambda: experiment.start(resolved, where, first=partial(adopt, imported=found)), where, output, False)
 
 
 @app.command()

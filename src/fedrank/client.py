@@ -71,8 +71,11 @@ def handle(frame: bytes, site: Site, deadline: float | None = None) -> bytes:
             raise
         except Exception as error:  # whatever it is, the round goes on without this client, and says why
             where = traceback.extract_tb(error.__traceback__)[-1]
-            log.warning("client %s failed: %s: %s (%s, line %s)", request.client, type(error).__name__, error,
-                        Path(where.filename).name, where.lineno)  # fmt: skip
+            level = (
+                logging.INFO if isinstance(error, DeviceError) else logging.WARNING
+            )  # a device's limits are no fault
+            log.log(level, "client %s failed: %s: %s (%s, line %s)", request.client, type(error).__name__, error,
+                    Path(where.filename).name, where.lineno)  # fmt: skip
             # Other libraries' messages may quote the client's own text, which must not leave it.
             ours = type(error).__module__.startswith("fedrank")
             text = f"{type(error).__name__}: {error if ours else 'the message stays with the client'}"
@@ -82,18 +85,21 @@ def handle(frame: bytes, site: Site, deadline: float | None = None) -> bytes:
 def _train(request: Request, site: Site, size: int, deadline: float | None) -> bytes:
     kept = _load(request, site)
     job = _job(request, site, kept)
-    cost = None if site.cost is None else _within(site.cost(request.round, request.plan, size), site, deadline)
+    cost = None if site.cost is None else _fitting(site.cost(request.round, request.plan, size))
+    selects = request.plan.select is not None  # then it may answer with fewer components than it might
+    if cost is not None and not site.measured and not selects:  # nothing is trained that nobody would wait for
+        _in_time(cost, deadline)
     started = time.perf_counter()
     update = next(iter(site.method.train([job])))
     if cost is not None:
         if site.measured:
             seconds = time.perf_counter() - started
             forward = update.metrics.get("forward_seconds", 0.0)
-            cost = _in_time(cost.timed(forward, seconds - forward), deadline)
-        if request.plan.select is not None:  # it may have chosen fewer components than it might
+            cost = cost.timed(forward, seconds - forward)
+        if selects:
             wire = site.wire
             cost = cost.sent(up(update.adapter, request.plan, len(wire.spec.modules), wire.dtype).frame)
-        update = replace(update, metrics={**update.metrics, **cost.metrics})
+        update = replace(update, metrics={**update.metrics, **_in_time(cost, deadline).metrics})
     arrays = _keep(job, update, kept, site.wire.start)
     arrays |= {f"private/{name}": array for name, array in update.private.items()}
     site.private.save_base({round: update for round, update in request.base_updates.items() if update is not None})
@@ -103,12 +109,12 @@ def _train(request: Request, site: Site, size: int, deadline: float | None) -> b
     return site.wire.update(request, update)
 
 
-def _within(cost: Cost, site: Site, deadline: float | None) -> Cost:
-    """The cost, where the device can bear it; so nothing is trained that nobody would wait for."""
-    needed, has = cost.peak_memory_bytes, cost.device.memory_bytes
-    if needed > has > 0:
+def _fitting(cost: Cost) -> Cost:
+    """The cost, where the device has the memory."""
+    if not cost.fits:
+        needed, has = cost.peak_memory_bytes, cost.device.memory_bytes
         raise DeviceError(f"out of memory: needs {needed / 1e9:.3g} GB, {cost.device.kind} has {has / 1e9:.3g} GB")
-    return cost if site.measured else _in_time(cost, deadline)
+    return cost
 
 
 def _in_time(cost: Cost, deadline: float | None) -> Cost:

@@ -133,6 +133,8 @@ class FleetSettings(BaseModel, extra="forbid", frozen=True):
     def _one_source(self) -> "FleetSettings":
         if bool(self.devices) == (self.csv is not None):
             raise ValueError("give one of devices (kind: share) and csv")
+        if self.csv is not None and self.redraw:
+            raise ValueError("redraw draws the presets' power modes, and devices of a csv have none; leave it out")
         return self
 
 

@@ -193,8 +193,9 @@ def peak_memory(spec: ModelSpec, start: Adapter, plan: Plan, load: Load) -> int:
 
     The base, the head and the components; a gradient and AdamW's two moments of all that learns; and the activations
     that backward needs, which are those above the lowest map that learns. Attention is reckoned as the plain product
-    over all pairs of tokens; fused kernels hold less. Left out: dropout's masks, the gradients on their way,
-    second-order terms, and what the runtime itself takes.
+    over all pairs of tokens; fused kernels hold less. Base updates, and components folded into the base, are reckoned
+    as merged in place. Left out: dropout's masks, the gradients on their way, second-order terms, and what the runtime
+    itself takes.
     """
     forms = _forms(start)
     held = spec.parameters + sum(tensor.size for tensor in spec.dense.values())
@@ -247,6 +248,11 @@ class Cost:
         return self.download_seconds + self.forward_seconds + self.backward_seconds + self.upload_seconds
 
     @property
+    def fits(self) -> bool:
+        """Whether the device has the memory; where that is unknown it has."""
+        return not self.peak_memory_bytes > self.device.memory_bytes > 0
+
+    @property
     def metrics(self) -> dict[str, float]:
         """The clock's part, by the names that it has in an update's metrics and in the ledger."""
         return {
@@ -266,8 +272,17 @@ class Cost:
     def timed(self, forward_seconds: float, backward_seconds: float) -> "Cost":
         """The same work, its training timed otherwise; energy follows."""
         computing, moving = forward_seconds + backward_seconds, self.download_seconds + self.upload_seconds
-        joules = self.device.busy_watts * computing + self.device.idle_watts * moving
+        joules = self._joules(computing, moving)
         return replace(self, forward_seconds=forward_seconds, backward_seconds=backward_seconds, joules=joules)
+
+    def joules_by(self, seconds: float) -> float:
+        """What it has taken so many seconds after its start, if it stops then."""
+        ahead = max(min(seconds, self.seconds) - self.download_seconds, 0.0)
+        computing = min(ahead, self.forward_seconds + self.backward_seconds)
+        return self._joules(computing, min(seconds, self.seconds) - computing)
+
+    def _joules(self, computing: float, moving: float) -> float:
+        return self.device.busy_watts * computing + self.device.idle_watts * moving
 
 
 def predict(

@@ -80,11 +80,14 @@ def resume(
 
 
 def start(
-    config: Config, path: Path, method: Method | None = None, first: Callable[[State], State] = lambda state: state
+    config: Config,
+    path: Path,
+    method: Method | None = None,
+    first: Callable[[Method, State], State] = lambda method, state: state,
 ) -> Iterator[Event]:
     """Set up a new run directory and play. first: what to make of the method's first state (an import)."""
     parts = prepare(config, method)  # before anything is written: most mistakes show here
-    parts = replace(parts, begin=first(parts.begin))
+    parts = replace(parts, begin=first(parts.method, parts.begin))
     store = Store.create(path)
     with store.locked():
         store.save_state(parts.begin, parts.numerics)

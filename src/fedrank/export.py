@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save
 from fedrank.adapter import Adapter, Block, from_arrays, recompress, stack
 from fedrank.client import complete
 from fedrank.config import hint
-from fedrank.protocol import ClientId, Plan, State
+from fedrank.products import Increment
+from fedrank.protocol import ClientId, Method, Plan, State
 from fedrank.store import Store, StoreError, write
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ def export(run: Path, out: Path, round: int | None = None, client: ClientId | No
         state = replace(state, adapter=_adapted(Store(run), state, facts, client))
     elif why := obstacle(run):
         raise StoreError(f"{run}: {why}")
+    elif limit := _limit(facts):
+        log.warning("%s: %s", out, limit)
     state = replace(state, adapter=whole(state))
     ranks = {name: block.rank for name, block in state.adapter.blocks.items()}
     if not ranks:
@@ -68,7 +71,7 @@ def export(run: Path, out: Path, round: int | None = None, client: ClientId | No
         write(out / "head.safetensors", save(head))
     write(out / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
     write(out / "adapter_config.json", json.dumps(settings, indent=1).encode())
-    write(out / "README.md", _readme(model, bool(head) and not inside, state.round).encode())
+    write(out / "README.md", _readme(model, bool(head) and not inside, state.round, _limit(facts, client)).encode())
     return out
 
 
@@ -78,6 +81,15 @@ def obstacle(run: Path) -> str | None:
         parts = ", ".join("the head" if f == "h" else f for f in own)
         return f"each client keeps {parts} to itself, so there is no one function to export; name a client (--client)"
     return None
+
+
+def _limit(facts: Mapping[str, Any], client: ClientId | None = None) -> str:
+    """What an exported adapter is not; empty where clients predict with just this one."""
+    if client is not None or not facts.get("adapts"):
+        return ""
+    if facts.get("private"):
+        return "the common adapter alone; each client predicts with one of its own beside it (fedrank export --client)"
+    return "the common start; each client predicts after training of its own from it"
 
 
 def _adapted(store: Store, state: State, facts: Mapping[str, Any], client: ClientId) -> Adapter:
@@ -108,7 +120,7 @@ def whole(state: State) -> Adapter:
     return replace(recompress(stack(parts)), dense=state.adapter.dense)
 
 
-def _readme(model: dict[str, Any], beside: bool, rounds: int) -> str:
+def _readme(model: dict[str, Any], beside: bool, rounds: int, limit: str) -> str:
     kind = {"generate": "AutoModelForCausalLM", "classify": "AutoModelForSequenceClassification"}[model["task"]]
     kind, classes = ("AutoModel", "") if beside else (kind, ", num_labels=N" if model["task"] == "classify" else "")
     tail = (
@@ -116,8 +128,9 @@ def _readme(model: dict[str, Any], beside: bool, rounds: int) -> str:
         if beside
         else ""
     )
+    limit = f"This is {limit}.\n\n" if limit else ""
     return (
-        f"# Adapter trained with fedrank, {rounds} rounds\n\nBase model: `{model['name']}`\n\n```python\n"
+        f"# Adapter trained with fedrank, {rounds} rounds\n\n{limit}Base model: `{model['name']}`\n\n```python\n"
         f"from peft import PeftModel\nfrom transformers import {kind}\n\n"
         f"base = {kind}.from_pretrained({model['source']!r}{classes})\n"
         f'model = PeftModel.from_pretrained(base, "PATH OF THIS FOLDER")\n```\n{tail}'
@@ -165,37 +178,24 @@ def _pattern(pattern: dict[str, Any] | None, name: str, default: float) -> float
     return default
 
 
-def adopt(state: State, imported: Adapter) -> State:
+def adopt(method: Method, state: State, imported: Adapter) -> State:
     """A method's first state with an imported adapter in it, its increment kept exactly.
 
     Each module's increment is rewritten as rank-one components by its SVD, in the method's own form
-    (with or without e); components beyond its rank stay as the method began them, but add nothing.
+    (with or without e); components beyond its rank stay as the method began them, but add nothing. A method
+    that defines ``adopt(state, increment) -> State`` is given the increment instead, as B and A at its scale.
     StoreError where a module is unknown or the increment needs more components than there are.
     """
-    blocks = dict(state.adapter.blocks)
+    blocks, shapes = dict(state.adapter.blocks), state.adapter.shapes
     if unknown := sorted(imported.blocks.keys() - blocks.keys()):
         raise StoreError(f"the adapter has modules that this run does not adapt: {unknown[:3]}; see adapter.targets")
-    for name, found in recompress(imported).blocks.items():
-        begun = blocks[name]
-        assert begun.B is not None
-        assert begun.A is not None
-        assert found.B is not None
-        assert found.e is not None
-        assert found.A is not None
-        if found.B.shape[0] != begun.B.shape[0] or found.A.shape[1] != begun.A.shape[1]:
-            raise StoreError(f"module {name!r} has other sizes in the adapter than in the model")
-        if found.rank > begun.rank:
-            raise StoreError(f"module {name!r} needs {found.rank} components; set adapter.rank={found.rank} or more")
-        size = found.e * (imported.scale / state.adapter.scale)
-        b, a, r = begun.B.copy(), begun.A.copy(), found.rank
-        a[:r] = found.A
-        if begun.e is None:
-            b[:, :r] = found.B * size
-            blocks[name] = Block(begun.ids, b, None, a)
-        else:
-            e = begun.e.copy()
-            b[:, :r], e[:r] = found.B, size
-            blocks[name] = Block(begun.ids, b, e, a)
+    if odd := [name for name, shape in imported.shapes.items() if shape != shapes[name]]:
+        raise StoreError(f"modules have other sizes in the adapter than in the model: {odd[:3]}")
+    if (own := getattr(method, "adopt", None)) is not None:
+        state = own(state, Increment(state.adapter.scale).add(imported).adapter())
+    else:
+        for name, found in recompress(imported).blocks.items():
+            blocks[name] = _begun(name, blocks[name], found, imported.scale / state.adapter.scale)
     dense = dict(state.adapter.dense)
     for name, tensor in imported.dense.items():
         if name in dense and dense[name].shape == tensor.shape:
@@ -203,3 +203,23 @@ def adopt(state: State, imported: Adapter) -> State:
         else:
             log.warning("the adapter's %s %s is not this run's, and not imported", name, list(tensor.shape))
     return replace(state, adapter=Adapter(blocks, state.adapter.scale, dense))
+
+
+def _begun(name: str, begun: Block, found: Block, scale: float) -> Block:
+    """A module's first components with a function in SVD form for their own."""
+    left, size, right, b, a = found.B, found.e, found.A, begun.B, begun.A
+    assert left is not None
+    assert size is not None
+    assert right is not None
+    assert b is not None
+    assert a is not None
+    if (r := found.rank) > begun.rank:
+        raise StoreError(f"module {name!r} needs {r} components; set adapter.rank={r} or more")
+    b, a, size = b.copy(), a.copy(), size * scale
+    a[:r] = right
+    if begun.e is None:
+        b[:, :r] = left * size
+        return Block(begun.ids, b, None, a)
+    e = begun.e.copy()
+    b[:, :r], e[:r] = left, size
+    return Block(begun.ids, b, e, a)

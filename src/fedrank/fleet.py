@@ -252,7 +252,11 @@ def _row(
     if rank is not None and rank != int(rank):
         raise ConfigError(f"{where}: rank: it must be a whole number, got {cells['rank']!r}")
     share = _number(where, "count", cells["count"]) if cells.get("count") else 1.0
+    if client is not None and cells.get("count"):
+        raise ConfigError(f"{where}: count: a device of one client has no share of the others; leave it empty")
     numbers = {field: _number(where, name, cells[name]) * unit for name, (field, unit) in NUMBERS.items()}
+    if numbers["idle_watts"] > numbers["busy_watts"]:
+        raise ConfigError(f"{where}: idle_watts: {cells['idle_watts']} is more than busy_watts, {cells['busy_watts']}")
     return Row(Device("", 0, cells["kind"], None if rank is None else int(rank), None, **numbers), share, client)
 
 

@@ -1,93 +1,120 @@
-"""What a run will cost, before anything runs: the plans of its first round, priced on every client's device."""
+"""What a run will cost, before anything runs: the real server plays every round, with clients that train nothing."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from fedrank.client import Site
 from fedrank.config import Config
-from fedrank.cost import Cost, down
+from fedrank.cost import Cost
 from fedrank.parts import Parts, prepare
-from fedrank.protocol import ClientId, Method
-from fedrank.server import planned
+from fedrank.protocol import ClientId, Method, Plan, State
+from fedrank.server import Event, Server
+from fedrank.store import Store
+from fedrank.wire import Wire
+
+SUMS = ("bytes_down", "bytes_up", "adapter_bytes_down", "adapter_bytes_up", "clients_ok", "clients_failed",
+        "clients_out")  # fmt: skip
+MEANS = ("parameters", "flops", "bytes_down", "bytes_up", "forward_seconds", "backward_seconds", "download_seconds",
+         "upload_seconds", "device_seconds", "device_joules")  # fmt: skip
 
 
-def costs(parts: Parts) -> dict[ClientId, Cost]:
-    """What the first round would cost each client that it plans for; a client that would sit it out is absent.
+class ForecastError(ValueError):
+    """A method that does not get through its rounds without training."""
 
-    Plans are made as the server makes them, for one cohort after another in the clients' order.
+
+def forecast(
+    config: Config, method: Method | None = None, watch: Callable[[Event], None] = lambda event: None
+) -> dict[str, Any]:
+    """Bytes, seconds, joules and memory: of the run, of a round in the mean, and of a client by kind of device.
+
+    By the model of the devices, whatever `engine.timing` says: the ledger's numbers, unless the method's plans hang on
+    what its clients learn. Failures and evaluation are left out. A kind's means are over the clients of it that were
+    asked to train, None where none was. watch: called with every event of the rounds.
     """
-    config, begin = parts.config, parts.begin
-    result = {}
-    clients, size = list(parts.devices), config.rounds.cohort
-    for at in range(0, len(clients), size):
-        cohort = {client: parts.devices[client] for client in clients[at : at + size]}
-        plans = planned(parts.method, begin, cohort, config.seed, config.adapter.head, training=True)
-        for client, plan in plans.items():
-            sent = down(begin.adapter, plan, len(parts.spec.modules), config.wire.dtype)
-            result[client] = parts.cost(client, begin.adapter, begin.round + 1, plan, sent.frame)
-    return result
-
-
-def forecast(config: Config, method: Method | None = None) -> dict[str, Any]:
-    """Bytes, seconds, joules and memory: of a client by kind of device, of a round, and of all rounds.
-
-    The model's, whatever `engine.timing` says. Rounds are taken to be like the first: what a method changes in its
-    plans as it goes on is not foreseen, nor are failures, nor evaluation. A client that is late or lacks the memory
-    counts as sending nothing and taking no energy.
-    """
-    parts = prepare(config, method)
-    config, found = parts.config, costs(parts)
-    deadline = config.rounds.deadline
-    clients, size = len(parts.devices), min(config.rounds.cohort, len(parts.devices))
-    late = {client for client, cost in found.items() if deadline is not None and cost.seconds > deadline}
-    small = {client for client, cost in found.items() if cost.peak_memory_bytes > cost.device.memory_bytes > 0}
-    ok = [cost for client, cost in found.items() if client not in late | small]
+    engine = config.engine.model_copy(update={"failure_rate": 0.0, "timing": "modelled", "threads": 1})
+    rounds = config.rounds.model_copy(update={"exactness": False})
+    parts = prepare(config.model_copy(update={"engine": engine, "rounds": rounds}), method)
+    kind_of = {client: device.kind for client, device in parts.devices.items()}
+    drawn, asked, played = Counter[str](), dict[str, list[Event]](), list[Event]()
+    for event in rehearse(parts):
+        match event["event"]:
+            case "cohort":
+                drawn.update(kind_of[client] for client in event["clients"])
+            case "client":
+                asked.setdefault(kind_of[event["client"]], []).append(event)
+            case "round":
+                played.append(event)
+        watch(event)
 
     kinds = []
-    for kind in dict.fromkeys(device.kind for device in parts.devices.values()):
-        names = [client for client, device in parts.devices.items() if device.kind == kind]
-        mine = [found[client] for client in names if client in found]
+    for kind, count in Counter(kind_of.values()).items():
+        mine, memory = asked.get(kind, []), next(d.memory_bytes for d in parts.devices.values() if d.kind == kind)
+        small = sum(event["peak_memory_bytes"] > memory > 0 for event in mine)
         kinds.append({
-            "kind": kind, "clients": len(names), "memory_bytes": parts.devices[names[0]].memory_bytes,
-            "sitting_out": len(names) - len(mine), "late": len(late.intersection(names) - small),
-            "too_small": len(small.intersection(names)),
-            "parameters": _mean(mine, lambda cost: cost.parameters),
-            "bytes_down": _mean(mine, lambda cost: cost.bytes_down),
-            "bytes_up": _mean(mine, lambda cost: cost.bytes_up),
-            "flops": _mean(mine, lambda cost: cost.forward_flops + cost.backward_flops),
-            "compute_seconds": _mean(mine, lambda cost: cost.forward_seconds + cost.backward_seconds),
-            "link_seconds": _mean(mine, lambda cost: cost.download_seconds + cost.upload_seconds),
-            "seconds": _mean(mine, lambda cost: cost.seconds), "joules": _mean(mine, lambda cost: cost.joules),
-            "peak_memory_bytes": max((cost.peak_memory_bytes for cost in mine), default=0),
+            "kind": kind, "clients": count, "memory_bytes": memory, "drawn": drawn[kind],
+            "sitting_out": drawn[kind] - len(mine), "too_small": small,
+            "late": sum(not event["ok"] for event in mine) - small,
+            **{name: _mean([event.get(name, 0.0) for event in mine]) for name in MEANS},
+            "peak_memory_bytes": max((event["peak_memory_bytes"] for event in mine), default=None),
         })  # fmt: skip
-
-    share = size / clients
-    lengths = [cost.seconds for cost in ok]
-    if deadline is not None:
-        lengths += [deadline] * len(late - small)
-    round = {
-        "clients": share * len(found),
-        "bytes_down": share * sum(cost.bytes_down for cost in found.values()),
-        "bytes_up": share * sum(cost.bytes_up for cost in ok),
-        "seconds": expected_maximum([*lengths, *[0.0] * (clients - len(lengths))], size),
-        "slowest_seconds": max((cost.seconds for cost in found.values()), default=0.0),
-        "joules": share * math.fsum(cost.joules for cost in ok),
-        "peak_memory_bytes": max((cost.peak_memory_bytes for cost in found.values()), default=0),
+    run = {name: sum(row[name] for row in played) for name in SUMS}
+    run |= {"seconds": played[-1]["clock_seconds"], "joules": math.fsum(row["device_joules"] for row in played)}
+    round = {name: total / len(played) for name, total in run.items()} | {
+        "slowest_seconds": max((event["device_seconds"] for mine in asked.values() for event in mine), default=0.0),
+        "waiting_seconds": _mean([row["waiting_seconds"] for row in played if row["waiting_seconds"] is not None]),
+        "peak_memory_bytes": max(row["peak_memory_bytes"] for row in played),
+    }
+    return {
+        "method": parts.config.method["name"], "clients": len(parts.devices),
+        "cohort": min(config.rounds.cohort, len(parts.devices)), "rounds": config.rounds.count, "kinds": kinds,
+        "round": round, "run": run,
     }  # fmt: skip
-    rounds = config.rounds.count
-    run = {name: rounds * round[name] for name in ("bytes_down", "bytes_up", "seconds", "joules")}
-    return {"method": config.method["name"], "clients": clients, "cohort": size, "rounds": rounds, "kinds": kinds,
-            "round": round, "run": run}  # fmt: skip
 
 
-def expected_maximum(values: Sequence[float], size: int) -> float:
-    """The mean, over all subsets of this size, of their largest value."""
-    total, share = [], size / len(values)  # of the subsets: those in which this value, in falling order, is the largest
-    for left, value in zip(range(len(values), 0, -1), sorted(values, reverse=True), strict=True):
-        total.append(value * share)
-        share *= (left - size) / (left - 1) if left > 1 else 0.0
-    return math.fsum(total)
+def rehearse(parts: Parts) -> Iterator[Event]:
+    """The events of a run whose clients train nothing, without its evaluations; nothing of it stays on disk.
+
+    A client's event has its `parameters` and `flops` beside the ledger's numbers. ForecastError where one fails.
+    """
+    from fedrank.training import rehearsal  # torch is slow to import
+
+    costs: dict[ClientId, Cost] = {}
+
+    def site(client: ClientId, wire: Wire, store: Store) -> Site:
+        real = parts.site(client, wire, store)
+
+        def cost(round: int, plan: Plan, bytes_down: int) -> Cost:
+            costs[client] = parts.cost(client, wire.start, round, plan, bytes_down)
+            return costs[client]
+
+        return replace(real, fit=rehearsal.fit, cost=cost)
+
+    with TemporaryDirectory(prefix="fedrank-") as folder:
+        for event in _rounds(replace(parts, site=site).server(Store.create(Path(folder))), parts.begin):
+            if event["event"] == "client":
+                if not (event["ok"] or "device_seconds" in event):
+                    raise ForecastError(
+                        f"{parts.config.method['name']} cannot be played without its training: round {event['round']}, "
+                        f"client {event['client']}: {event['error']}"
+                    )
+                cost = costs[event["client"]]
+                event |= {"parameters": cost.parameters, "flops": cost.forward_flops + cost.backward_flops}
+            yield event
 
 
-def _mean(costs: Sequence[Cost], of: Callable[[Cost], float]) -> float:
-    return math.fsum(map(of, costs)) / len(costs) if costs else 0.0
+def _rounds(server: Server, state: State) -> Iterator[Event]:
+    clock = 0.0
+    while state.round < state.rounds:
+        state, row, _ = yield from server.train(state, clock)
+        server.store.clear_spool()
+        clock = row["clock_seconds"]
+        yield {"event": "round", "rounds": state.rounds, **row}
+
+
+def _mean(values: Sequence[float | int]) -> float | None:
+    return math.fsum(values) / len(values) if values else None

@@ -57,25 +57,13 @@ class Parts:
         )
         return Server(
             self.method, engine, wire, store, config.rounds, config.seed, config.adapter.head, self.evaluate,
-            config.server,
+            config.server, self.cost if config.engine.timing == "modelled" else None,
         )  # fmt: skip
 
 
 def prepare(config: Config, method: Method | None = None) -> Parts:
     """Load the data and the model, share the rows out, and build what the config names."""
-    if method is not None:  # recorded, so that it is not resumed as another one
-        config = config.model_copy(update={"method": {"name": type(method).__name__, "object": repr(method)}})
-    try:
-        chosen = methods.build(config.method) if method is None else method
-        methods.check(type(chosen))
-    except (TypeError, AttributeError) as error:  # what an entry point named is not there, or is no method
-        raise ConfigError(f"method.name={config.method['name']}: {error}") from None
-    if config.server.optimizer != "none" and not getattr(getattr(chosen, "about", None), "averages", False):
-        raise ConfigError(
-            f"server.optimizer={config.server.optimizer}: {config.method['name']} makes no mean of its updates "
-            "(or does not say so in about.averages), so there is no change to step by"
-        )
-    config = _resolved(config, chosen)
+    config, chosen = _chosen(config, method)
     # torch is slow to import: a typo above should not wait for it
     from fedrank.training import data, local, models, partition, tasks
 
@@ -132,20 +120,14 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
             return trainer.evaluate(adapter, test, np.arange(len(test)), base)
 
     spec = model.spec
-    try:
-        begin = chosen.begin(spec, config.rounds.count, config.seed)
-        plans = chosen.plan(begin, dict([*devices.items()][:1]), config.seed)
-    except ValueError as error:  # hyper-parameters that do not fit the adapter
-        raise ConfigError(f"method {config.method['name']}: {error}") from None
-    own = {f for plan in plans.values() if plan for f in plan.own} | set("h" * (config.adapter.head == "own"))
+    begin, kept = _first(config, chosen, spec, devices)
     facts = {
         "data": dataset.name, "rows": {"train": len(dataset.train), "test": len(dataset.test)},
         "hash": {"train": dataset.train.digest(), "test": dataset.test.digest()}, "labels": list(dataset.labels),
         "model": {"name": config.model.name, "fingerprint": spec.fingerprint, "pooling": model.pooling,
                   "source": model.source, "base_class": type(model.base).__name__, "task": config.task,
                   "conv1d": any(type(m).__name__ == "Conv1D" for m in model.modules.values())},
-        "partition": shares.summary(), "own": "".join(f for f in begin.adapter.factors if f in own),
-        "private": max((plan.private for plan in plans.values() if plan), default=0),
+        "partition": shares.summary(), **kept,
         "fleet": {"kinds": dict(Counter(device.kind for device in devices.values())), "hash": _digest(machines)},
     }  # fmt: skip
     about = {
@@ -161,6 +143,38 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
     return Parts(
         config, chosen, spec, begin, run_id, devices, site, cost, evaluate, numerics, drawn, facts, about,
     )  # fmt: skip
+
+
+def _chosen(config: Config, method: Method | None) -> tuple[Config, Method]:
+    """The method that a config names, or the one given; and the config with all it leaves open written out."""
+    if method is not None:  # recorded, so that it is not resumed as another one
+        config = config.model_copy(update={"method": {"name": type(method).__name__, "object": repr(method)}})
+    try:
+        chosen = methods.build(config.method) if method is None else method
+        methods.check(type(chosen))
+    except (TypeError, AttributeError) as error:  # what an entry point named is not there, or is no method
+        raise ConfigError(f"method.name={config.method['name']}: {error}") from None
+    if config.server.optimizer != "none" and not getattr(getattr(chosen, "about", None), "averages", False):
+        raise ConfigError(
+            f"server.optimizer={config.server.optimizer}: {config.method['name']} makes no mean of its updates "
+            "(or does not say so in about.averages), so there is no change to step by"
+        )
+    return _resolved(config, chosen), chosen
+
+
+def _first(
+    config: Config, method: Method, spec: ModelSpec, devices: Mapping[ClientId, Device]
+) -> tuple[State, dict[str, Any]]:
+    """The method's first state, and what of a client's function stays with the client."""
+    try:
+        begin = method.begin(spec, config.rounds.count, config.seed)
+        plans = method.plan(begin, dict([*devices.items()][:1]), config.seed)
+    except ValueError as error:  # hyper-parameters that do not fit the adapter
+        raise ConfigError(f"method {config.method['name']}: {error}") from None
+    own = {f for plan in plans.values() if plan for f in plan.own} | set("h" * (config.adapter.head == "own"))
+    private = max((plan.private for plan in plans.values() if plan), default=0)
+    kept = {"own": "".join(f for f in begin.adapter.factors if f in own), "private": private}
+    return begin, kept | {"adapts": hasattr(method, "adapt")}
 
 
 def _digest(machines: fleet.Fleet) -> str:

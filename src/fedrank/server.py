@@ -13,6 +13,7 @@ from fedrank import exactness, ledger, optimizer
 from fedrank import frame as frames
 from fedrank.adapter import Adapter
 from fedrank.config import Rounds, ServerSettings
+from fedrank.cost import Cost
 from fedrank.frame import EXACT, Refused, Sizes
 from fedrank.protocol import ClientId, Device, Engine, Method, Plan, State, Update, rng
 from fedrank.selection import everything
@@ -26,7 +27,10 @@ Evaluate = Callable[[Adapter, tuple[Adapter, ...]], Mapping[str, float]]
 
 @dataclass(frozen=True, eq=False)
 class Server:
-    """The parts of one run. evaluate: adapter and base updates, the global model on the server's test set; None where there is neither."""
+    """The parts of one run. evaluate: adapter and base updates, the global model on the server's test set; None where there is neither.
+
+    cost: client, first adapter, round, plan and bytes down -> what that round takes on its device, where that is modelled.
+    """
 
     method: Method
     engine: Engine
@@ -37,47 +41,71 @@ class Server:
     head: str
     evaluate: Evaluate | None
     optimizer: ServerSettings = ServerSettings()
+    cost: Callable[[ClientId, Adapter, int, Plan, int], Cost] | None = None
 
     def play(self, state: State) -> Iterator[Event]:
         """Play the rounds that are left, one event per client and round; each round is committed by its State."""
-        fleet = self.engine.fleet()
-        clients = tuple(fleet)
         self.store.clear_spool()  # of a round that a kill left unfinished
         played = reversed(ledger.read(self.store.path / "rounds.jsonl"))
         clock = next((row["clock_seconds"] for row in played if row["round"] <= state.round), 0.0)
         while state.round < state.rounds:
-            state, event = yield from self._round(state, fleet, clients, clock)
-            clock = event["clock_seconds"]
-            yield event
-        yield {"event": "end", "round": state.round, **self._personal(state, fleet, clients)}
+            started = time.perf_counter()
+            state, row, rows = yield from self.train(state, clock)
+            clock = row["clock_seconds"]
+            row |= self._scores(state, self._cohort(row["round"]))
+            row["wall_seconds"] = round(time.perf_counter() - started, 4)
+            ledger.append(self.store.path / "clients.jsonl", rows)
+            ledger.append(self.store.path / "rounds.jsonl", [row])
+            self.store.save_state(state, self.wire.numerics)
+            self.store.clear_spool()
+            yield {"event": "round", "rounds": state.rounds, **row}
+        fleet = self.engine.fleet()
+        yield {"event": "end", "round": state.round, **self._personal(state, fleet, tuple(fleet))}
 
-    def _round(
-        self, state: State, fleet: Mapping[ClientId, Device], clients: tuple[ClientId, ...], clock: float
-    ) -> Generator[Event, None, tuple[State, Event]]:
-        started, t = time.perf_counter(), state.round + 1
-        size = min(self.rounds.cohort, len(clients))
-        drawn = rng(self.seed, "cohort", t).choice(len(clients), size, replace=False)
-        cohort = {clients[i]: fleet[clients[i]] for i in sorted(drawn)}
+    def train(self, state: State, clock: float) -> Generator[Event, None, tuple[State, Event, list[Event]]]:
+        """One round, neither evaluated nor saved: the state after it, its row, and its clients' rows.
+
+        clock: the simulated seconds before it.
+        """
+        t, cohort = state.round + 1, self._cohort(state.round + 1)
         plans = self._plans(state, cohort, training=True)
         yield {"event": "cohort", "round": t, "rounds": state.rounds, "clients": list(cohort)}
         rows = []
         for row in self._exchange("train", state, plans):
+            if not row["ok"]:
+                row |= self._needed(row, plans[row["client"]])
             rows.append(row)
             yield {**row, "event": "client"}
         arrived = tuple(sorted(row["client"] for row in rows if row["ok"]))
         merged = self._merge(state, plans, arrived) if arrived else replace(state, metrics={})
         after = replace(merged, round=t, seen={**merged.seen, **dict.fromkeys(arrived, t)})
-        row = self._row(t, rows, after) | self._clock(rows, clock) | self._scores(after, cohort)
-        row["clients_out"] = len(cohort) - len(plans)
-        row["wall_seconds"] = round(time.perf_counter() - started, 4)
-        ledger.append(self.store.path / "clients.jsonl", rows)
-        ledger.append(self.store.path / "rounds.jsonl", [row])
-        self.store.save_state(after, self.wire.numerics)
-        self.store.clear_spool()
-        return after, {"event": "round", "rounds": state.rounds, **row}
+        out = {"clients_out": len(cohort) - len(plans)}
+        return after, self._row(t, rows, after) | self._clock(rows, clock) | out, rows
+
+    def _cohort(self, round: int) -> dict[ClientId, Device]:
+        fleet = self.engine.fleet()
+        clients = tuple(fleet)
+        size = min(self.rounds.cohort, len(clients))
+        drawn = rng(self.seed, "cohort", round).choice(len(clients), size, replace=False)
+        return {clients[i]: fleet[clients[i]] for i in sorted(drawn)}
 
     def _plans(self, state: State, cohort: Mapping[ClientId, Device], training: bool = False) -> dict[ClientId, Plan]:
-        return planned(self.method, state, cohort, self.seed, self.head, training)
+        """The method's plans, with what the server knows: the last round merged, and whose the head is."""
+        plans = self.method.plan(state, cohort, self.seed)
+        if missing := sorted(cohort.keys() - plans.keys()):
+            raise ValueError(f"{type(self.method).__name__}.plan left out clients {missing[:5]}")
+        result = {}
+        for client in cohort:
+            given = plans[client]
+            if given is None and training:  # it sits this round out
+                continue
+            plan = replace(given or Plan({}), since=state.seen.get(client, -1))
+            if self.head != "train":  # it stays where it is: trained there, or as begin() made it
+                learn = plan.learn if self.head == "own" else plan.learn.replace("h", "")
+                up, down = plan.up.replace("h", ""), plan.down.replace("h", "")
+                plan = replace(plan, learn=learn, up=up, down=down, own=plan.own + "h")
+            result[client] = plan
+        return result
 
     def _exchange(self, kind: Kind, state: State, plans: Mapping[ClientId, Plan]) -> Iterator[dict[str, Any]]:
         """Send every plan and check what comes back; one row per client, those that stayed silent last."""
@@ -119,7 +147,7 @@ class Server:
         for client in plans:
             if client not in answered:
                 down = self._down(sizes[client]) if client in sizes else {}
-                what = "no answer" if deadline is None else f"late: no answer within the deadline of {deadline:g} s"
+                what = "no answer" if deadline is None else f"no answer within the deadline of {deadline:g} s"
                 yield {"round": t, "client": client, "ok": False, **down, "error": what}
 
     def _down(self, size: Sizes) -> dict[str, int]:
@@ -171,10 +199,25 @@ class Server:
             "train_seconds": round(sum(row.get("seconds", 0.0) for row in ok), 4),
         }  # fmt: skip
 
+    def _needed(self, row: Event, plan: Plan) -> dict[str, float]:
+        """What the round would have taken a client that was late or lacks the memory, and the joules it did take.
+
+        A late client stops at the deadline, one without the memory once the request is there. Nothing is known of one
+        that failed otherwise, or where no device is modelled.
+        """
+        if self.cost is None or "bytes_down" not in row:
+            return {}
+        cost = self.cost(row["client"], self.wire.start, row["round"], plan, row["bytes_down"])
+        deadline = math.inf if self.rounds.deadline is None else self.rounds.deadline
+        if not cost.fits:
+            return cost.metrics | {"device_joules": cost.joules_by(min(cost.download_seconds, deadline))}
+        return cost.metrics | {"device_joules": cost.joules_by(deadline)} if cost.seconds > deadline else {}
+
     def _clock(self, rows: list[dict[str, Any]], clock: float) -> dict[str, Any]:
         """The round on the simulated clock, in which the server's own work takes no time; clients' waits go into rows.
 
         It lasts as long as the slowest that answered, or until the deadline where one is set and someone did not.
+        Joules are those of all clients, as far as known; waits and memory are of those that answered.
         """
         timed = [row for row in rows if row["ok"] and "device_seconds" in row]
         lengths = [row["device_seconds"] for row in timed]
@@ -188,7 +231,7 @@ class Server:
         return {
             "round_seconds": seconds, "clock_seconds": clock + seconds,
             "waiting_seconds": math.fsum(waits) / len(waits) if waits else None,
-            "device_joules": math.fsum(row.get("device_joules", 0.0) for row in timed),
+            "device_joules": math.fsum(row.get("device_joules", 0.0) for row in rows),
             "peak_memory_bytes": max((row.get("peak_memory_bytes", 0.0) for row in timed), default=0.0),
         }  # fmt: skip
 
@@ -230,27 +273,6 @@ class Server:
                 "mean_loss": sum(row["loss"] * row["rows"] for row in scored) / total,
             }
         return result
-
-
-def planned(
-    method: Method, state: State, cohort: Mapping[ClientId, Device], seed: int, head: str, training: bool = False
-) -> dict[ClientId, Plan]:
-    """The method's plans, with what the server knows: the last round merged, and whose the head is."""
-    plans = method.plan(state, cohort, seed)
-    if missing := sorted(cohort.keys() - plans.keys()):
-        raise ValueError(f"{type(method).__name__}.plan left out clients {missing[:5]}")
-    result = {}
-    for client in cohort:
-        given = plans[client]
-        if given is None and training:  # it sits this round out
-            continue
-        plan = replace(given or Plan({}), since=state.seen.get(client, -1))
-        if head != "train":  # it stays where it is: trained there, or as begin() made it
-            learn = plan.learn if head == "own" else plan.learn.replace("h", "")
-            up, down = plan.up.replace("h", ""), plan.down.replace("h", "")
-            plan = replace(plan, learn=learn, up=up, down=down, own=plan.own + "h")
-        result[client] = plan
-    return result
 
 
 BYTES = tuple(f"{part}bytes_{way}" for way in ("up", "down") for part in ("", "adapter_", "head_"))

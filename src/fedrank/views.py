@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any
 
@@ -198,10 +199,27 @@ def summary(summary: dict[str, Any]) -> Table:
     return table
 
 
-def costs(found: dict[str, Any]) -> Table:
-    """What a round costs on each kind of device: means over its clients, the largest memory of any.
+@contextmanager
+def rounds(console: Console) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A bar of the rounds played while the block runs, on a terminal; what to call with every event."""
+    bars = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console,
+        transient=True, disable=not console.is_terminal,
+    )  # fmt: skip
+    with bars:
+        task = bars.add_task("rounds", total=None)
 
-    lost: clients that would sit it out, be late, or lack the memory; shown where there are any.
+        def watch(event: dict[str, Any]) -> None:
+            if event["event"] == "round":
+                bars.update(task, total=event["rounds"], completed=event["round"])
+
+        yield watch
+
+
+def costs(found: dict[str, Any]) -> Table:
+    """What a round costs on each kind of device: means over its clients as asked in the run, the largest memory of any.
+
+    lost: the share of those drawn that sat out, were late, or lacked the memory; shown where there are any.
     """
     lost = [kind["sitting_out"] + kind["late"] + kind["too_small"] for kind in found["kinds"]]
     result = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
@@ -209,21 +227,29 @@ def costs(found: dict[str, Any]) -> Table:
     for name in ("#", "down", "up", "FLOP", "train", "link", "energy", "memory", "of", *["lost"] * any(lost)):
         result.add_column(name, justify="right", no_wrap=True)  # fits 80 columns
     for kind, missing in zip(found["kinds"], lost, strict=True):
+        numbers = ["–"] * 7
+        if kind["peak_memory_bytes"] is not None:
+            numbers = [
+                memory(kind["bytes_down"]), memory(kind["bytes_up"]), f"{kind['flops']:.0e}".replace("e+", "e"),
+                duration(kind["forward_seconds"] + kind["backward_seconds"]),
+                duration(kind["download_seconds"] + kind["upload_seconds"]), energy(kind["device_joules"]),
+                memory(kind["peak_memory_bytes"]),
+            ]  # fmt: skip
         result.add_row(
-            kind["kind"], str(kind["clients"]), memory(kind["bytes_down"]), memory(kind["bytes_up"]),
-            f"{kind['flops']:.0e}".replace("e+", "e"), duration(kind["compute_seconds"]), duration(kind["link_seconds"]),
-            energy(kind["joules"]), memory(kind["peak_memory_bytes"]),
-            f"{kind['memory_bytes'] / 1e9:.3g} GB" if kind["memory_bytes"] else "–", *[str(missing)] * any(lost),
+            kind["kind"], str(kind["clients"]), *numbers,
+            f"{kind['memory_bytes'] / 1e9:.3g} GB" if kind["memory_bytes"] else "–",
+            *[f"{100 * missing / kind['drawn']:.0f} %" if kind["drawn"] else "–"] * any(lost),
         )  # fmt: skip
     return result
 
 
 def totals(found: dict[str, Any]) -> Table:
-    """What a round and the whole run cost, all clients of a cohort together."""
-    table = Table("", "a round", f"{found['rounds']} rounds", box=None, pad_edge=False)
+    """What a round, in the mean, and the whole run cost, all clients of a cohort together."""
+    table = Table("", "a round, mean", f"{found['rounds']} rounds", box=None, pad_edge=False)
     one, run = found["round"], found["run"]
     rows = [
-        ("simulated time, expected", duration(one["seconds"]), duration(run["seconds"])),
+        ("simulated time", duration(one["seconds"]), duration(run["seconds"])),
+        ("  wait of a client, mean", duration(one["waiting_seconds"]), ""),
         ("  of the slowest client", duration(one["slowest_seconds"]), ""),
         ("bytes down", size(one["bytes_down"]), size(run["bytes_down"])),
         ("bytes up", size(one["bytes_up"]), size(run["bytes_up"])),

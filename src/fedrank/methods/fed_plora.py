@@ -6,6 +6,7 @@ scale is one for all, clients and server (the paper's alpha = rank is s = 1: set
 with alpha / rank of each client, none would start from the global function. There is no dropout on the adapter,
 under which folded and frozen modules would differ. Which modules a client trains is drawn by the server and
 travels as bits. The head is averaged as the rest is; the authors' habit, a frozen random one, is adapter.head: frozen.
+The start error and the three figures of aggregation noise are the server's, by rounds.exactness.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,6 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from fedrank.aggregation import WEIGHTS, average
-from fedrank.exactness import covariance, errors
 from fedrank.protocol import About, ClientId, Device, Job, ModelSpec, Plan, State, Update, Updates
 from fedrank.selection import everything, largest, leading, sampled
 
@@ -26,8 +26,8 @@ class FedPLoRA:
 
     selection: afresh for every round, client and matrix ("random"), the first r_i ("fixed"), or those of the
     largest norm, ties drawn ("weight_norm"). rest: what a client does not train stays in its forward pass
-    ("freeze"), goes into its copy of the base ("fold": the same function and gradients), or does not travel and
-    is missing ("drop", an ablation). weights: of the clients, in the mean over those who trained a module.
+    ("freeze"), goes into its copy of the base ("fold": the same function and gradients, and costed as the same), or
+    does not travel and is missing ("drop", an ablation). weights: of the clients, in the mean over those who trained a module.
     """
 
     selection: Literal["random", "fixed", "weight_norm"] = "random"
@@ -71,11 +71,4 @@ class FedPLoRA:
             yield job.fit(job)
 
     def merge(self, state: State, updates: Updates) -> State:
-        weight = WEIGHTS[self.weights]
-        after = state.next(average(state.adapter, updates, weight))
-
-        def present(_: ClientId, update: Update) -> dict[str, np.ndarray]:
-            return update.adapter.ids if self.rest == "drop" else state.adapter.ids
-
-        noise = {"agg_cov": covariance(updates, weight), **errors(state, after, updates, present, weight)}
-        return replace(after, metrics=noise)
+        return state.next(average(state.adapter, updates, WEIGHTS[self.weights]))

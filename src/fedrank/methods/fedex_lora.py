@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedrank.aggregation import average, promise, residual
+from fedrank.aggregation import average
+from fedrank.products import promise, residual
 from fedrank.protocol import About, ClientId, Device, Job, ModelSpec, Plan, State, Update, Updates
 from fedrank.selection import everything
 

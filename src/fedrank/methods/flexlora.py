@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fedrank.adapter import truncate
-from fedrank.aggregation import WEIGHTS, average, product_mean
+from fedrank.aggregation import WEIGHTS, average
+from fedrank.products import product_mean
 from fedrank.protocol import About, ClientId, Device, Job, ModelSpec, Plan, State, Update, Updates
 from fedrank.selection import leading
 

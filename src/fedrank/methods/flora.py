@@ -10,8 +10,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedrank.adapter import kaiming
-from fedrank.aggregation import average, product_mean, promise
+from fedrank.adapter import Adapter, kaiming
+from fedrank.aggregation import average
+from fedrank.products import product_mean, promise
 from fedrank.protocol import About, ClientId, Device, Job, ModelSpec, Plan, State, Update, Updates, rng
 from fedrank.selection import leading
 
@@ -34,6 +35,10 @@ class FLoRA:
 
     def begin(self, spec: ModelSpec, rounds: int, seed: int) -> State:
         return State(0, rounds, spec.lora(seed), arrays={"seed": np.array(seed), "rank": np.array(spec.rank)})
+
+    def adopt(self, state: State, increment: Adapter) -> State:
+        """An import goes into everyone's base, as a merge's increment does."""
+        return replace(state, base_updates=promise(replace(state, round=-1), increment))
 
     def plan(self, state: State, cohort: Mapping[ClientId, Device], seed: int) -> dict[ClientId, Plan]:
         # B is zero whenever a round begins: it goes down once, on first contact, and stays so.

@@ -56,6 +56,11 @@ class HetLoRA:
         """What a client counts by."""
         return "norm" if self.form == "full" else "uniform"
 
+    @property
+    def prunes(self) -> bool:
+        """Whether a client's model may lose components in a round."""
+        return self.form == "full"
+
     def begin(self, spec: ModelSpec, rounds: int, seed: int) -> State:
         return State(0, rounds, spec.lora(seed))
 

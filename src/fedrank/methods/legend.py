@@ -7,7 +7,9 @@ Estimates: seconds of a whole round, so local steps are in them; the compute tha
 first measured round replaces what its machine promised; one of which nothing is known gets the least depth. The
 seconds of a transfer are shared out by bytes between the components, which grow with depth, and the rest of the
 frame. Where no client is able to train all blocks, the deadline lets the deepest reach what it can; the blocks
-below keep their start. Bytes are counted as float32.
+below keep their start. Bytes are counted as float32, and in max_bytes with the head. A client that is fast, but
+capped by its memory or by bytes, has no part in the blocks below: where all fast ones are, these may stay untrained.
+Left out of what the reconstruction offers as ablations: ranks of each device's own, random depths, prefixes.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

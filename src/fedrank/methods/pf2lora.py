@@ -3,8 +3,8 @@
 Only the abstract and public reviews were available; these points were open. Hypergradient: through one SGD
 step, exact for that step. Batches: the levels draw theirs apart. Scale: one for both adapters. The optimizer's
 moments stay on the client between rounds. Clients count the same, as in the objective. The head is part of
-the common level. Rank: nothing is pruned; a client's rank is the numerical one of the sum of both adapters,
-anywhere from r - r~ to r + r~.
+the common level. Rank: nothing is pruned; a client's rank is the numerical one of the sum of both adapters as it
+trained them, before the common ones are averaged, anywhere from r - r~ to r + r~.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from fedrank import levels
-from fedrank.adapter import Adapter, from_arrays
+from fedrank.adapter import Adapter, from_arrays, to_arrays
 from fedrank.aggregation import WEIGHTS, average
 from fedrank.protocol import About, ClientId, Device, Job, Lower, ModelSpec, Plan, State, Update, Updates
 from fedrank.selection import everything
@@ -71,12 +71,14 @@ class PF2LoRA:
             kept = levels.moments(job.private) if self.keep_moments else {}
             lower = Lower(self.rate, levels.private(job, self.private_rank), self.derivative, kept)
             update = job.fit(job, lower=lower)
-            whole = update.adapter.union(from_arrays(update.private, job.spec.scale))
-            yield replace(update, arrays={"ranks": levels.effective_ranks(whole, job.spec, self.threshold)})
+            own = from_arrays(update.private, job.spec.scale)
+            ranks = levels.effective_ranks(update.adapter.union(own), job.spec, self.threshold)
+            private = update.private if self.keep_moments else to_arrays(own)
+            yield replace(update, private=private, arrays={"ranks": ranks})
 
     def merge(self, state: State, updates: Updates) -> State:
         adapter = average(state.adapter, updates, weight=WEIGHTS[self.weights])
-        # Of the clients' models as they trained them; the ranks are all that the server learns of the private ones.
+        # All that the server learns of the private adapters.
         ranks = {f"ranks/{client}": update.arrays["ranks"] for client, update in updates}
         found = np.stack(list(ranks.values()))
         metrics = {"effective_rank": float(found.mean()), "rank_spread": float(found.mean(axis=1).std())}

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedrank.adapter import truncate
-from fedrank.aggregation import average, product_mean
+from fedrank.aggregation import average
+from fedrank.products import product_mean
 from fedrank.protocol import About, ClientId, Device, Job, ModelSpec, Plan, State, Update, Updates
 from fedrank.selection import leading
 
