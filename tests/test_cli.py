@@ -355,9 +355,12 @@ def test_methods(fed: Fed) -> None:
     found = fed("methods")
     assert found.exit_code == 0
     assert "target_rank=3" in found.stdout
-    (line,) = [line for line in found.stdout.splitlines() if line.split()[:1] == ["ffa_lora"]]
-    assert "freeze the random A" in line
-    assert " ".join(line.split()).endswith("data start, aggregation global")
+    text = " ".join(found.stdout.split())
+    assert (
+        "ffa_lora FFA-LoRA: freeze the random A, learn and average only B clients differ in data; exact start and "
+        in text
+    )
+    assert "exact start and aggregation; one global model; a_rate=1.0" in text
     listed = {m["name"]: m for m in json.loads(fed("methods", "--json").stdout)}
     assert listed["fedara"]["hyper_parameters"]["settle"] == 0.3
     assert listed["hetlora"] | {"summary": "", "travels": ""} == {

@@ -171,15 +171,18 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="For scripts.")
     if as_json:
         print(json.dumps(listed, indent=1))
         return
-    table = Table("method", "what it does, and its hyper-parameters", "differ in", "exact", "model", box=None)
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
     for m in listed:
         exact = [what for what in ("start", "aggregation") if m[f"exact_{what}"]]
-        model = {None: "", False: "global", True: "personal"}[m["personal"]]
-        values = ", ".join(f"{key}={value}" for key, value in m["hyper_parameters"].items())
-        text = escape(m["summary"].rpartition(" (")[0] or m["summary"]) + (
-            f"\n[dim]{escape(values)}[/]" if values else ""
-        )
-        table.add_row(m["name"], text, *(", ".join(cell) or "–" for cell in (m["differs"] or (), exact, [model])))
+        facts = [
+            f"clients differ in {', '.join(m['differs'])}" if m["differs"] else "",
+            f"exact {' and '.join(exact)}" if exact else "",
+            {None: "", False: "one global model", True: "personal models"}[m["personal"]],
+            ", ".join(f"{key}={value}" for key, value in m["hyper_parameters"].items()),
+        ]
+        text = f"{escape(m['summary'].rpartition(' (')[0] or m['summary'])}\n[dim]{escape('; '.join(filter(None, facts)))}[/]"
+        table.add_row(f"[bold]{m['name']}[/]", text)
     Console().print(table)
 
 
