@@ -90,6 +90,14 @@ def test_overrides_go_on_top_the_last_one_wins() -> None:
     assert raw == {**DATA, "local": {"lr": 0.5, "epochs": 2}}  # what was given is left alone
 
 
+@pytest.mark.parametrize("overrides", [["method.name=fedprox", "method.mu=1"], ["method.mu=1", "method.name=fedprox"]])
+def test_another_method_has_its_own_hyper_parameters(overrides: list[str]) -> None:
+    raw = {**DATA, "method": {"name": "fedara", "target_rank": 2}}
+    assert load(raw, overrides).method == {"name": "fedprox", "mu": 1}
+    assert load(raw, ["method.name=fedara"]).method == raw["method"]
+    assert raw["method"] == {"name": "fedara", "target_rank": 2}
+
+
 def test_an_override_keeps_the_method_it_does_not_name() -> None:
     assert load({**DATA, "method": {"name": "fedara"}}, ["method.target_rank=2"]).method == {
         "name": "fedara",

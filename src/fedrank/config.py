@@ -206,8 +206,16 @@ class Config(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants
 
 
 def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Config:
-    """The config of a YAML file, a preset ("quickstart") or a mapping, with ``key=value`` overrides on top."""
+    """The config of a YAML file, a preset ("quickstart") or a mapping, with ``key=value`` overrides on top.
+
+    Where an override names another method, the hyper-parameters of the one before it are gone.
+    """
     where, raw = _read(source)
+    overrides = list(overrides)
+    names = [item.removeprefix("method.name=") for item in overrides if item.startswith("method.name=")]
+    method = raw.get("method")
+    if names and isinstance(method, dict) and method.get("name") != names[-1]:
+        raw["method"] = {}
     for item in overrides:
         override(raw, item)
     try:

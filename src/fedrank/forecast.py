@@ -67,7 +67,7 @@ def forecast(
     round = {name: total / len(played) for name, total in run.items()} | {
         "slowest_seconds": max((event["device_seconds"] for mine in asked.values() for event in mine), default=0.0),
         "waiting_seconds": _mean([row["waiting_seconds"] for row in played if row["waiting_seconds"] is not None]),
-        "peak_memory_bytes": max(row["peak_memory_bytes"] for row in played),
+        "peak_memory_bytes": max((kind["peak_memory_bytes"] or 0.0 for kind in kinds), default=0.0),
     }
     return {
         "method": parts.config.method["name"], "clients": len(parts.devices),
