@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -396,6 +397,29 @@ def test_stopped_by_a_signal(what: signal.Signals, texts: Path, tmp_path: Path, 
     assert not (path / "summary.json").exists()
     fedrank.resume(path)
     equal(path, undisturbed("fedara", 12))
+
+
+def test_a_forecast_stops_by_sigterm_where_sigint_is_ignored(texts: Path, tmp_path: Path) -> None:
+    """As in the background of a script; and nothing of it stays on disk."""
+    config, said = tmp_path / "config.yaml", tmp_path / "said"
+    config.write_text(json.dumps(settings(texts, rounds=10**6)))
+    (tmp_path / "scratch").mkdir()
+
+    def work() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        tempfile.tempdir = str(tmp_path / "scratch")
+        sys.stdout = sys.stderr = said.open("w")
+        app(["cost", str(config)])
+
+    pid = child(work)
+    for _ in range(6000):
+        if any((tmp_path / "scratch").rglob("spool/*")):
+            break
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGTERM)
+    assert ended(pid) == 130
+    assert said.read_text().strip() == "stopped."
+    assert not any((tmp_path / "scratch").iterdir())
 
 
 def test_stopped_before_anything_began(texts: Path, tmp_path: Path) -> None:

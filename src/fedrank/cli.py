@@ -88,9 +88,13 @@ def cost(
     from fedrank.training.models import hush
 
     hush()
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    with _mistakes(), views.rounds(errors) as watch:
-        found = forecast(settings.load(config, overrides or []), watch=watch)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with _mistakes(), views.rounds(errors) as watch:
+            found = forecast(settings.load(config, overrides or []), watch=watch)
+    except KeyboardInterrupt:
+        errors.print("\nstopped.")
+        raise typer.Exit(130) from None
     if as_json:
         print(json.dumps(found, indent=1))
         return
@@ -208,10 +212,15 @@ class _mistakes:
             raise typer.Exit(2) from None
 
 
+def _interrupt(*_: Any) -> None:
+    """SIGTERM as Ctrl-C, even where SIGINT is ignored (as in the background of a script)."""
+    raise KeyboardInterrupt
+
+
 def _follow(start: Callable[[], Iterator[dict[str, Any]]], path: Path, output: views.Output, baselines: bool) -> None:
     level = logging.ERROR if output is views.Output.quiet else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False, show_time=False)])  # fmt: skip
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, _interrupt)
     last: dict[str, Any] = {}
     go_on = f"every finished round is saved. Go on with: [bold]fedrank resume {escape(str(path))}[/]"
 

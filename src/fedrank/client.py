@@ -71,9 +71,8 @@ def handle(frame: bytes, site: Site, deadline: float | None = None) -> bytes:
             raise
         except Exception as error:  # whatever it is, the round goes on without this client, and says why
             where = traceback.extract_tb(error.__traceback__)[-1]
-            level = (
-                logging.INFO if isinstance(error, DeviceError) else logging.WARNING
-            )  # a device's limits are no fault
+            # A device's limits are no fault.
+            level = logging.INFO if isinstance(error, DeviceError) else logging.WARNING
             log.log(level, "client %s failed: %s: %s (%s, line %s)", request.client, type(error).__name__, error,
                     Path(where.filename).name, where.lineno)  # fmt: skip
             # Other libraries' messages may quote the client's own text, which must not leave it.

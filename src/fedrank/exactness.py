@@ -40,9 +40,9 @@ def factor_distance(one: Adapter, two: Adapter) -> float:
 def covariance(updates: Updates, weight: Callable[[Update], float] = uniform) -> float:
     """|sum_j mean_i (B_ij - mean B_j)(A_ij - mean A_j)|_F times the scale, means over those who trained j.
 
-    What a mean of factors lacks of the mean of products: Fed-PLoRA's own figure of its aggregation noise, and the
-    distance to the clients' mean function where all of them trained every component. A module of which only one
-    factor came adds nothing: the other was the same for all.
+    How far apart the clients' factors went, and what a mean of factors over contributors loses of the mean of products:
+    Fed-PLoRA's own figure of its aggregation noise. A method that merges otherwise loses something else, or nothing
+    (`errors`). A module of which only one factor came adds nothing: the other was the same for all.
     """
     found, total = Increment(), updates.total(lambda update: update.adapter, weight)
     for _, update in updates:
@@ -69,8 +69,8 @@ def errors(
     start_error: |what a client starts from - the global function|_F, mean over clients. n_init: the same between
     factors, summed over them, while no base update holds a part of the global function. agg_eq3: |mean of what
     clients trained - the new global function|_F (the paper's eq. 3). agg_fullmodel: the same with the mean of the
-    clients' whole functions. Heads, and low precision on the wire, are left out. Memory: all updates stacked, or one
-    matrix per adapted module where that is smaller.
+    clients' whole functions. Heads, and low precision on the wire, are left out. Memory: all updates stacked, until
+    their ranks sum up to a side of the module's matrix, and from there on that matrix.
     """
     old, mean, starts, n_init, total = before.adapter, Increment(), list[float](), 0.0, 0.0
     rest = {name: np.zeros(block.rank) for name, block in old.blocks.items()}

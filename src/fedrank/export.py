@@ -214,7 +214,10 @@ def _begun(name: str, begun: Block, found: Block, scale: float) -> Block:
     assert b is not None
     assert a is not None
     if (r := found.rank) > begun.rank:
-        raise StoreError(f"module {name!r} needs {r} components; set adapter.rank={r} or more")
+        raise StoreError(
+            f"module {name!r} needs {r} components and has {begun.rank} here; set adapter.rank={r} or more, "
+            "and where the method gives its modules unequal ranks, its own settings"
+        )
     b, a, size = b.copy(), a.copy(), size * scale
     a[:r] = right
     if begun.e is None:

@@ -12,7 +12,7 @@ from fedrank.client import Site
 from fedrank.config import Config
 from fedrank.cost import Cost
 from fedrank.parts import Parts, prepare
-from fedrank.protocol import ClientId, Method, Plan, State
+from fedrank.protocol import ClientId, Device, Method, Plan, State
 from fedrank.server import Event, Server
 from fedrank.store import Store
 from fedrank.wire import Wire
@@ -51,20 +51,16 @@ def forecast(
                 played.append(event)
         watch(event)
 
-    kinds = []
-    for kind, count in Counter(kind_of.values()).items():
-        mine, memory = asked.get(kind, []), next(d.memory_bytes for d in parts.devices.values() if d.kind == kind)
-        small = sum(event["peak_memory_bytes"] > memory > 0 for event in mine)
-        kinds.append({
-            "kind": kind, "clients": count, "memory_bytes": memory, "drawn": drawn[kind],
-            "sitting_out": drawn[kind] - len(mine), "too_small": small,
-            "late": sum(not event["ok"] for event in mine) - small,
-            **{name: _mean([event.get(name, 0.0) for event in mine]) for name in MEANS},
-            "peak_memory_bytes": max((event["peak_memory_bytes"] for event in mine), default=None),
-        })  # fmt: skip
+    kinds = [
+        _kind(kind, [d for d in parts.devices.values() if d.kind == kind], drawn[kind], asked.get(kind, []))
+        for kind in Counter(kind_of.values())
+    ]
     run = {name: sum(row[name] for row in played) for name in SUMS}
-    run |= {"seconds": played[-1]["clock_seconds"], "joules": math.fsum(row["device_joules"] for row in played)}
-    round = {name: total / len(played) for name, total in run.items()} | {
+    run["device_joules"] = math.fsum(row["device_joules"] for row in played)
+    run["clock_seconds"] = played[-1]["clock_seconds"]
+    mean = {name: total / len(played) for name, total in run.items()}
+    mean["round_seconds"] = mean.pop("clock_seconds")
+    round = mean | {
         "slowest_seconds": max((event["device_seconds"] for mine in asked.values() for event in mine), default=0.0),
         "waiting_seconds": _mean([row["waiting_seconds"] for row in played if row["waiting_seconds"] is not None]),
         "peak_memory_bytes": max((kind["peak_memory_bytes"] or 0.0 for kind in kinds), default=0.0),
@@ -76,10 +72,22 @@ def forecast(
     }  # fmt: skip
 
 
+def _kind(kind: str, devices: Sequence[Device], drawn: int, asked: Sequence[Event]) -> dict[str, Any]:
+    """The row of a kind of device: how often its clients were drawn, and what those that were asked went through."""
+    small = sum(not event["fits"] for event in asked)
+    return {
+        "kind": kind, "clients": len(devices), "memory_bytes": min(device.memory_bytes for device in devices),
+        "drawn": drawn, "sitting_out": drawn - len(asked), "too_small": small,
+        "late": sum(not event["ok"] for event in asked) - small,
+        **{name: _mean([event.get(name, 0.0) for event in asked]) for name in MEANS},
+        "peak_memory_bytes": max((event["peak_memory_bytes"] for event in asked), default=None),
+    }  # fmt: skip
+
+
 def rehearse(parts: Parts) -> Iterator[Event]:
     """The events of a run whose clients train nothing, without its evaluations; nothing of it stays on disk.
 
-    A client's event has its `parameters` and `flops` beside the ledger's numbers. ForecastError where one fails.
+    A client's event has `parameters`, `flops` and whether it `fits` its device's memory beside the ledger's numbers. ForecastError where one fails.
     """
     from fedrank.training import rehearsal  # torch is slow to import
 
@@ -103,7 +111,8 @@ def rehearse(parts: Parts) -> Iterator[Event]:
                         f"client {event['client']}: {event['error']}"
                     )
                 cost = costs[event["client"]]
-                event |= {"parameters": cost.parameters, "flops": cost.forward_flops + cost.backward_flops}
+                flops = cost.forward_flops + cost.backward_flops
+                event |= {"parameters": cost.parameters, "flops": flops, "fits": cost.fits}
             yield event
 
 

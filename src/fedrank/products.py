@@ -60,7 +60,7 @@ class _Sum:
 
 @dataclass(eq=False)
 class Increment:
-    """A running weighted sum of increments, all modules, exact in float64; no matrix while the stacked rank is small.
+    """A running weighted sum of increments, all modules, exact in float64; kept as factors while the stacked rank is small.
 
     scale: of the sum as an adapter.
     """

@@ -73,7 +73,7 @@ class Server:
         rows = []
         for row in self._exchange("train", state, plans):
             if not row["ok"]:
-                row |= self._needed(row, plans[row["client"]])
+                row |= self._unanswered(row, plans[row["client"]])
             rows.append(row)
             yield {**row, "event": "client"}
         arrived = tuple(sorted(row["client"] for row in rows if row["ok"]))
@@ -199,11 +199,11 @@ class Server:
             "train_seconds": round(sum(row.get("seconds", 0.0) for row in ok), 4),
         }  # fmt: skip
 
-    def _needed(self, row: Event, plan: Plan) -> dict[str, float]:
+    def _unanswered(self, row: Event, plan: Plan) -> dict[str, float]:
         """What the round would have taken a client that was late or lacks the memory, and the joules it did take.
 
         A late client stops at the deadline, one without the memory once the request is there. Nothing is known of one
-        that failed otherwise, or where no device is modelled.
+        that failed otherwise, that would have selected what it sends, or where no device is modelled.
         """
         if self.cost is None or "bytes_down" not in row:
             return {}
@@ -211,7 +211,8 @@ class Server:
         deadline = math.inf if self.rounds.deadline is None else self.rounds.deadline
         if not cost.fits:
             return cost.metrics | {"device_joules": cost.joules_by(min(cost.download_seconds, deadline))}
-        return cost.metrics | {"device_joules": cost.joules_by(deadline)} if cost.seconds > deadline else {}
+        late = plan.select is None and cost.seconds > deadline
+        return cost.metrics | {"device_joules": cost.joules_by(deadline)} if late else {}
 
     def _clock(self, rows: list[dict[str, Any]], clock: float) -> dict[str, Any]:
         """The round on the simulated clock, in which the server's own work takes no time; clients' waits go into rows.

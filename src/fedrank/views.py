@@ -248,12 +248,12 @@ def totals(found: dict[str, Any]) -> Table:
     table = Table("", "a round, mean", f"{found['rounds']} rounds", box=None, pad_edge=False)
     one, run = found["round"], found["run"]
     rows = [
-        ("simulated time", duration(one["seconds"]), duration(run["seconds"])),
+        ("simulated time", duration(one["round_seconds"]), duration(run["clock_seconds"])),
         ("  wait of a client, mean", duration(one["waiting_seconds"]), ""),
         ("  of the slowest client", duration(one["slowest_seconds"]), ""),
         ("bytes down", size(one["bytes_down"]), size(run["bytes_down"])),
         ("bytes up", size(one["bytes_up"]), size(run["bytes_up"])),
-        ("energy", energy(one["joules"]), energy(run["joules"])),
+        ("energy", energy(one["device_joules"]), energy(run["device_joules"])),
         ("largest memory of a client", memory(one["peak_memory_bytes"]), ""),
     ]
     for row in rows:
