@@ -15,7 +15,7 @@ import yaml
 import fedrank
 import toy
 from fedrank import experiment, ledger
-from fedrank.config import load
+from fedrank.config import ConfigError, load
 from fedrank.engines.local import Local
 from fedrank.export import adopt, read_peft
 from fedrank.frame import sizes
@@ -390,6 +390,13 @@ def test_generate(tmp_path: Path) -> None:
 # ---- imports
 
 
+@dataclass(frozen=True)
+class Odd(FedAvg):
+    """Its clients count by something that no one knows."""
+
+    weights: ClassVar[str] = "age"
+
+
 def play(config: dict[str, Any], path: Path, folder: Path) -> list[dict[str, Any]]:
     found = read_peft(folder)
     return list(experiment.start(load(config), path, first=partial(adopt, imported=found)))
@@ -444,6 +451,26 @@ def test_what_stays_with_the_clients_starts_from_the_import_too(
     assert len(heads) == 4
     for head in heads:
         assert all(np.array_equal(head[name], tensor) for name, tensor in run.state.adapter.dense.items())
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [("fedavg", None), ("pf2lora", "the common adapter alone"), ("per_fedavg_lora", "the common start; each client")],
+)
+def test_what_is_exported_says_what_it_is_not(method: str, says: str | None, texts: Path, tmp_path: Path) -> None:
+    run = fedrank.run(settings(texts, f"method.name={method}", "rounds.count=1"), out=tmp_path / "run")
+    text = (run.path / "adapter" / "README.md").read_text()
+    assert ("This is the common" in text) == (says is not None)
+    assert (says or "") in text
+
+
+def test_an_unknown_weight_is_found_before_anything_is_trained(texts: Path, tmp_path: Path) -> None:
+    config = settings(texts, "rounds.exactness=true")
+    with pytest.raises(
+        ConfigError, match=r"rounds.exactness: Odd weighs clients by 'age'; known are examples, uniform"
+    ):
+        fedrank.run(config, out=tmp_path / "run", method=Odd())
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_import_that_does_not_fit_leaves_nothing(played: Any, texts: Path, tmp_path: Path) -> None:

@@ -82,12 +82,14 @@ def settings(texts: Path, kind: str = "fedara", rounds: int = 4, **sections: Any
     }  # fmt: skip
     if kind == "fedara":
         base["method"] = {"name": "fedara", "target_rank": 1, "warmup": 0.0, "settle": 0.0}
-    else:
+    elif kind == "recalling":
         base["adapter"]["head"] = "own"
+    else:
+        base["method"] = {"name": kind}
     return base | sections
 
 
-METHODS: dict[str, Any] = {"fedara": None, "recalling": Recalling()}
+METHODS: dict[str, Any] = {"recalling": Recalling()}
 
 
 def held(run: Path) -> dict[str, Any]:
@@ -208,7 +210,7 @@ def undisturbed(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     def run(kind: str, rounds: int) -> Path:
         if (kind, rounds) not in done:
             path = tmp_path_factory.mktemp("undisturbed") / f"{kind}-{rounds}"
-            fedrank.run(settings(texts, kind, rounds), out=path, method=METHODS[kind])
+            fedrank.run(settings(texts, kind, rounds), out=path, method=METHODS.get(kind))
             done[kind, rounds] = path
         return done[kind, rounds]
 
@@ -222,11 +224,31 @@ def test_killed_at(point: str, texts: Path, tmp_path: Path, undisturbed: Callabl
 
     def work() -> None:
         POINTS[point]()
-        play(path, config, METHODS[kind])
+        play(path, config, METHODS.get(kind))
 
     assert ended(child(work)) == -signal.SIGKILL
     assert not (path / "adapter" / "README.md").exists()
-    play(path, config, METHODS[kind])
+    play(path, config, METHODS.get(kind))
+    equal(path, undisturbed(kind, 4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["flora", "legend", "pf2lora"])  # base updates, capacities, moments
+@pytest.mark.parametrize("point", [
+    "a client's private state is written", "in the middle of a round's row", "before the state is renamed",
+    "the state is renamed, old ones not yet removed",
+])  # fmt: skip
+def test_killed_with_more_than_an_adapter_to_keep(
+    point: str, kind: str, texts: Path, tmp_path: Path, undisturbed: Callable[[str, int], Path]
+) -> None:
+    path, config = tmp_path / "run", settings(texts, kind)
+
+    def work() -> None:
+        POINTS[point]()
+        play(path, config, None)
+
+    assert ended(child(work)) == -signal.SIGKILL
+    play(path, config, None)
     equal(path, undisturbed(kind, 4))
 
 
@@ -253,12 +275,12 @@ def test_killed_at_random(kind: str, texts: Path, tmp_path: Path, undisturbed: A
     draw, kills, runs, config = random.Random(kind), 0, 0, settings(texts, kind, 12)
     whole = undisturbed(kind, 12)
     started = time.perf_counter()
-    fedrank.run(config, out=tmp_path / "timed", method=METHODS[kind])
+    fedrank.run(config, out=tmp_path / "timed", method=METHODS.get(kind))
     seconds = time.perf_counter() - started
     while kills < 11:
         path, runs = tmp_path / f"{runs}", runs + 1
         for _ in range(40):
-            pid = child(lambda path=path: play(path, config, METHODS[kind]))  # type: ignore[misc]
+            pid = child(lambda path=path: play(path, config, METHODS.get(kind)))  # type: ignore[misc]
             time.sleep(draw.uniform(0.1, 0.7) * seconds)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -17,6 +17,7 @@ from fedrank import config as settings
 from fedrank import cost as costs
 from fedrank import fleet, methods
 from fedrank.adapter import Adapter
+from fedrank.aggregation import WEIGHTS
 from fedrank.client import MIN_TEST_ROWS, Site
 from fedrank.config import Config, ConfigError
 from fedrank.engines.local import Local as LocalEngine
@@ -159,6 +160,10 @@ def _chosen(config: Config, method: Method | None) -> tuple[Config, Method]:
             f"server.optimizer={config.server.optimizer}: {config.method['name']} makes no mean of its updates "
             "(or does not say so in about.averages), so there is no change to step by"
         )
+    counted = getattr(chosen, "weights", "examples")
+    if config.rounds.exactness and counted not in WEIGHTS:
+        known = ", ".join(WEIGHTS)
+        raise ConfigError(f"rounds.exactness: {config.method['name']} weighs clients by {counted!r}; known are {known}")
     return _resolved(config, chosen), chosen
 
 
