@@ -66,8 +66,10 @@ def summary(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "summary.json").read_text()))
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"mean": statistics.mean(values), "deviation": statistics.stdev(values) if len(values) > 1 else 0.0}
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation in percent; of one seed its value."""
+    deviation = f"± {100 * statistics.stdev(values):.1f} %" if len(values) > 1 else "% (one seed)"
+    return f"{100 * statistics.mean(values):.1f} {deviation}"
 
 
 def paired(ours: list[float], theirs: list[float]) -> dict[str, Any]:
@@ -214,7 +216,7 @@ def main() -> None:
             one = list(seeds.values())
             late = spread([run["last_five"] for run in one])
             traffic = statistics.mean(run["adapter_bytes_up"] + run["adapter_bytes_down"] for run in one)
-            print(f"  {arm:24} {study['score']} {100 * late['mean']:.1f} ± {100 * late['deviation']:.1f} %, "
+            print(f"  {arm:24} {study['score']} {late}, "
                   f"{traffic / 1e6:.0f} MB of adapter, {one[0].get('clock_seconds', 0):.0f} simulated seconds")  # fmt: skip
 
 
