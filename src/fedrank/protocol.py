@@ -329,11 +329,15 @@ class About:
 class Method(Protocol):
     """A frozen dataclass of hyper-parameters with pure hooks: nothing is mutated, nothing kept in self.
 
-    In `plan`, None for a client lets it sit the round out. A method may also define ``adapt(job) -> Adapter``, what
-    this client predicts with; without it, that is the received adapter; and ``adopt(state, increment) -> State``,
-    its first state with an imported adapter's B and A in it, where its own adapter is not the place for them.
-    ``default_lr`` is used where the config names no rate. ``about`` may say what the method is, ``weights`` what clients count by in its means ("examples"
-    where it does not say), and ``prunes`` that what a client does not return of its components is gone from its model.
+    In `plan`, None for a client lets it sit the round out. ``default_lr`` is used where the config names no rate.
+    What a method may define beside:
+
+    - ``about``: what it is, an `About`.
+    - ``weights``: what clients count by in its means; "examples" where it does not say.
+    - ``prunes``: what a client does not return of its components is gone from its model.
+    - ``adapt(job) -> Adapter``: what this client predicts with; else the received adapter.
+    - ``adopt(state, increment) -> State``: its first state with an imported adapter's B and A in it, where its own
+      adapter is not the place for them.
     """
 
     default_lr: float

@@ -27,9 +27,11 @@ Evaluate = Callable[[Adapter, tuple[Adapter, ...]], Mapping[str, float]]
 
 @dataclass(frozen=True, eq=False)
 class Server:
-    """The parts of one run. evaluate: adapter and base updates, the global model on the server's test set; None where there is neither.
+    """The parts of one run.
 
-    cost: client, first adapter, round, plan and bytes down -> what that round takes on its device, where that is modelled.
+    evaluate: adapter and base updates -> the global model's scores on the server's test set; None where there is
+    neither. cost: client, first adapter, round, plan and bytes down -> what that round takes on its device, where
+    devices are modelled.
     """
 
     method: Method

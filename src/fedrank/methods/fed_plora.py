@@ -27,7 +27,8 @@ class FedPLoRA:
     selection: afresh for every round, client and matrix ("random"), the first r_i ("fixed"), or those of the
     largest norm, ties drawn ("weight_norm"). rest: what a client does not train stays in its forward pass
     ("freeze"), goes into its copy of the base ("fold": the same function and gradients, and costed as the same), or
-    does not travel and is missing ("drop", an ablation). weights: of the clients, in the mean over those who trained a module.
+    does not travel and is missing ("drop", an ablation). weights: of the clients, in the mean over those who trained
+    a module.
     """
 
     selection: Literal["random", "fixed", "weight_norm"] = "random"
