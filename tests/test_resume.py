@@ -127,6 +127,7 @@ def child(work: Callable[[], object]) -> int:
         pid = os.fork()
     if pid:
         return pid
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a script it is ignored
     status = 1
     if tracer := coverage.Coverage.current():
         tracer.stop()  # what it sees here is never saved, and a signal inside its lock would leave that taken

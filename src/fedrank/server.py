@@ -205,7 +205,8 @@ class Server:
         """What the round would have taken a client that was late or lacks the memory, and the joules it did take.
 
         A late client stops at the deadline, one without the memory once the request is there. Nothing is known of one
-        that failed otherwise, that would have selected what it sends, or where no device is modelled.
+        that failed otherwise, or where no device is modelled. Where a client selects what it sends, it is taken for
+        its longest answer.
         """
         if self.cost is None or "bytes_down" not in row:
             return {}
@@ -213,8 +214,7 @@ class Server:
         deadline = math.inf if self.rounds.deadline is None else self.rounds.deadline
         if not cost.fits:
             return cost.metrics | {"device_joules": cost.joules_by(min(cost.download_seconds, deadline))}
-        late = plan.select is None and cost.seconds > deadline
-        return cost.metrics | {"device_joules": cost.joules_by(deadline)} if late else {}
+        return cost.metrics | {"device_joules": cost.joules_by(deadline)} if cost.seconds > deadline else {}
 
     def _clock(self, rows: list[dict[str, Any]], clock: float) -> dict[str, Any]:
         """The round on the simulated clock, in which the server's own work takes no time; clients' waits go into rows.
