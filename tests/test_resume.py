@@ -5,8 +5,8 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
-import tempfile
 import time
 import traceback
 import warnings
@@ -428,21 +428,22 @@ def test_a_forecast_stops_by_sigterm_where_sigint_is_ignored(texts: Path, tmp_pa
     config.write_text(json.dumps(settings(texts, rounds=10**6)))
     (tmp_path / "scratch").mkdir()
 
-    def work() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        tempfile.tempdir = str(tmp_path / "scratch")
-        sys.stdout = sys.stderr = said.open("w")
-        app(["cost", str(config)])
-
-    pid = child(work)
-    for _ in range(6000):
-        if any((tmp_path / "scratch").rglob("spool/*")):
-            break
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGTERM)
-    assert ended(pid) == 130
+    work = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from fedrank.cli import app; app()"
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "scratch")}
+    with said.open("w") as out, subprocess.Popen(
+        [sys.executable, "-c", work, "cost", str(config)], env=environment, stdout=out, stderr=subprocess.STDOUT
+    ) as found:  # fmt: skip
+        for _ in range(6000):
+            if any((tmp_path / "scratch").glob("fedrank-*/spool/*")) or found.poll() is not None:
+                break
+            time.sleep(0.01)
+        found.send_signal(signal.SIGTERM)
+        try:
+            assert found.wait(60) == 130
+        finally:
+            found.kill()
     assert said.read_text().strip() == "stopped."
-    assert not any((tmp_path / "scratch").iterdir())
+    assert not list((tmp_path / "scratch").glob("fedrank-*"))
 
 
 def test_stopped_before_anything_began(texts: Path, tmp_path: Path) -> None:
