@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fedrank import config
+from fedrank import config, methods
 from fedrank.config import Config, ConfigError, load
 
 DATA = {"data": {"name": "docstrings"}}
@@ -188,3 +188,17 @@ def test_the_readme_lists_every_key() -> None:
     for key in words:
         section, _, word = key.rpartition(".")
         assert f"`{key}`" in text or (f"`{section}." in text and f"`.{word}`" in text) or key == "method", key
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"slack": -1}, "method: slack must not be negative, got -1.0"),
+        ({"slack": "wide"}, "method.slack: input should be a valid number, unable to parse string as a number, got 'wide'"),
+        ({"ranks": "increasin"}, "method.ranks: input should be 'increasing', 'uniform' or 'decreasing', got 'increasin'; did you mean 'increasing'?"),
+    ],
+)  # fmt: skip
+def test_a_wrong_hyper_parameter_is_explained_as_any_key(given: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError) as found:
+        methods.build({"name": "legend", **given})
+    assert str(found.value) == why

@@ -221,7 +221,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{where}: {_explain(e)}" for e in error.errors())) from None
+        raise ConfigError("\n".join(f"{where}: {explain(e)}" for e in error.errors())) from None
 
 
 def dump(config: Config) -> str:
@@ -298,13 +298,17 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     return keys
 
 
-def _explain(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+def explain(error: Any, section: str = "") -> str:
+    """One of pydantic's errors in a line: the key, what it must be, what was given, and the nearest word.
+
+    section: where the key is from.
+    """
+    key = ".".join(map(str, (*filter(None, [section]), *error["loc"])))
     if error["type"] == "extra_forbidden":
         return f"unknown key {key!r}{_near_key(key)}"
     message = str(error["msg"]).removeprefix("Value error, ")
-    if not key:
-        return message
+    if not error["loc"]:  # it is about several keys, and names them
+        return f"{section}: {message}" if section else message
     got = repr(error["input"])
     near = ""
     if error["type"] == "literal_error" and isinstance(error["input"], str):

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from fedrank.config import ConfigError, hint
+from fedrank.config import ConfigError, explain, hint
 
 HOOKS = ("begin", "plan", "train", "merge")
 NEEDS = (*HOOKS, "default_lr")
@@ -48,9 +48,7 @@ def build(settings: Mapping[str, Any]) -> Any:
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(["method", *map(str, first["loc"])])
-        raise ConfigError(f"{key}: {first['msg'].removeprefix('Value error, ')}, got {first['input']!r}") from None
+        raise ConfigError(explain(error.errors()[0], "method")) from None
 
 
 def values(method: Any) -> dict[str, Any]:
