@@ -20,6 +20,7 @@ from fedrank.methods.hetlora import HetLoRA
 from fedrank.methods.local_only import LocalOnly
 from fedrank.methods.rolora import RoLoRA
 from fedrank.protocol import Device, Job, State, Update
+from test_contract import build
 
 
 def lora(b: Any, a: Any, head: float = 0.0) -> Adapter:
@@ -91,7 +92,33 @@ def test_where_one_factor_is_common_the_mean_is_that_of_the_products(method, rou
     assert method.about.exact_aggregation
 
 
-# ---- FFA-LoRA, FedSA-LoRA, local training: what travels
+# ---- what travels
+
+# On first contact, down later on, and up; whether only a client's own rank of it; the rank of a round's base update,
+# of four clients of the ranks 1, 2, 4 and 4 and an adapter of 4. RoLoRA's and LoRA-A2's are further below.
+TRAVELS: dict[str, tuple[str, str, str, bool, int]] = {
+    **dict.fromkeys(("fedavg", "fedprox"), ("BA", "BA", "BA", False, 0)), "ffa_lora": ("BA", "B", "B", False, 0),
+    "fedsa_lora": ("A", "A", "A", False, 0), "local_only": ("", "", "", False, 0),
+    **dict.fromkeys(("hetlora-uniform", "hetlora-contributor", "flexlora", "raflora"), ("BA", "BA", "BA", True, 0)),
+    "flora": ("BA", "A", "BA", True, 1 + 2 + 4 + 4), "fedex_lora": ("BA", "BA", "BA", False, (4 - 1) * 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRAVELS)
+def test_the_adapters_bytes_are_the_tables(name, tmp_path):
+    """d r for B and k r for A; the factors of one round's base update are fewer than d k, those of two are more."""
+    first, later, up, own, rank = TRAVELS[name]
+    f = toy.federation(build(name), tmp_path / "run", rounds=3)
+    rows, size = travelled(f)
+    matrices = sum(4 * out * in_ for out, in_ in f.begin.adapter.shapes.values())
+    factors = rank * (size["B"] + size["A"]) // 4
+    assert not rank or factors < matrices < 2 * factors
+    base = {1: 0, 2: factors, 3: matrices if rank else 0}
+    for row in rows:
+        r = toy.RANKS[toy.CLIENTS.index(row["client"])] if own else 4
+        down = first if row["round"] == 1 else later
+        assert row["adapter_bytes_up"] == r * sum(size[x] for x in up) // 4
+        assert row["adapter_bytes_down"] == r * sum(size[x] for x in down) // 4 + base[row["round"]]
 
 
 def travelled(f: toy.Federation) -> tuple[list[dict], dict[str, int]]:
@@ -326,7 +353,7 @@ def pruning(method: HetLoRA, tail: float, adapter: Adapter) -> Update:
 
     def fit(job: Job, observe: Any = None) -> Update:
         blocks = {
-            name: replace(block, B=block.B * np.where(np.arange(block.rank) < 2, 2, tail))
+            name: replace(block, B=block.B * np.where(np.arange(block.rank) < 2, 2, tail).astype(block.B.dtype))
             for name, block in job.adapter.blocks.items()
         }
         return Update(replace(job.adapter, blocks=blocks), 4)
@@ -338,18 +365,22 @@ def pruning(method: HetLoRA, tail: float, adapter: Adapter) -> Update:
 
 @pytest.mark.parametrize(
     ("gamma", "min_rank", "tail", "rank"),
-    [(0.5, 1, 0.9, 2), (0.5, 1, 1.1, 4), (0.99, 1, 0.9, 3), (0.5, 3, 0.9, 3), (0.5, 4, 0.9, 4), (0.1, 1, 0.9, 4)],
-)
+    [
+        (0.5, 1, 0.9, 2), (0.5, 1, 1.0, 4), (0.5, 1, 1.1, 4), (0.99, 1, 0.9, 3), (0.5, 3, 0.9, 3), (0.5, 4, 0.9, 4),
+        (0.1, 1, 0.9, 4),
+    ],
+)  # fmt: skip
 def test_a_client_prunes_its_tail_where_that_got_smaller(gamma, min_rank, tail, rank):
     """To floor(gamma r), not below min_rank; with gamma = 0.1 the tail holds what grew, and stays."""
     method, adapter = HetLoRA(gamma=gamma, min_rank=min_rank), plain(4)
     update = pruning(method, tail, adapter)
     assert {tuple(block.ids) for block in update.adapter.blocks.values()} == {tuple(range(rank))}
-    after = method.merge(State(0, 9, adapter), toy.Arrived({"c0": update}))
+    before = State(0, 9, adapter, arrays={"rank/c2": np.array(1)})  # of a client that is away
+    after = method.merge(before, toy.Arrived({"c0": update}))
     assert after.arrays["rank/c0"] == after.metrics["mean_rank"] == rank
-    plan = method.plan(after, toy.cohort("c0", "c1"), 0)  # and so it stays, for this client only
-    assert [len(ids) for ids in plan["c0"].train.values()] == [rank, rank]
-    assert [len(ids) for ids in plan["c1"].train.values()] == [4, 4]
+    plan = method.plan(after, toy.cohort("c0", "c1", "c2"), 0)  # and so it stays, for each client
+    for client, kept in (("c0", rank), ("c1", 4), ("c2", 1)):
+        assert [len(ids) for ids in plan[client].train.values()] == [kept, kept]
     assert HetLoRA("uniform").merge(State(0, 9, adapter), toy.Arrived({"c0": update})).arrays == {}
 
 

@@ -167,6 +167,14 @@ def test_presets_load(name: str) -> None:
     assert load(name, ["seed=5"]).seed == 5
 
 
+def test_centralized_is_the_quickstart_with_one_client() -> None:
+    """As many rows are seen, on the same model and data."""
+    one, many = load("centralized"), load("quickstart")
+    assert (one.clients.count, one.rounds.cohort, one.method["name"], one.server.optimizer) == (1, 1, "fedavg", "none")
+    assert (one.model, one.data.name, one.adapter) == (many.model, many.data.name, many.adapter)
+    assert one.rounds.count * many.clients.count == many.rounds.count * many.rounds.cohort
+
+
 def test_dump_and_load_give_the_same_config(tmp_path: Path) -> None:
     for source in [DATA, *config.presets()]:
         once = load(source, ["adapter.targets=[q, v]", "local.lr=1e-3", "data.train_limit=9", "rounds.deadline=1.5"])

@@ -77,6 +77,7 @@ class Watched:
     inner: Any
     seen: list[str]
     merged: list[tuple[State, dict[str, Update], State]]
+    jobs: list[Job]
 
     @property
     def default_lr(self) -> float:
@@ -97,7 +98,9 @@ class Watched:
         return self._pure("plan", state, cohort, seed)
 
     def train(self, jobs: Iterable[Job]) -> Any:
-        return self._pure("train", list(jobs))
+        jobs = list(jobs)
+        self.jobs.extend(jobs)
+        return self._pure("train", jobs)
 
     def merge(self, state: State, updates: Any) -> State:
         arrived = toy.Arrived(dict(updates))
@@ -124,7 +127,7 @@ def played(method: Any, tmp_path_factory: pytest.TempPathFactory) -> SimpleNames
     left: the run directory as each round left it. predicts: what each client was last evaluated with. merged: the
     state before each merge, the updates, and the state after it.
     """
-    folder, watched = tmp_path_factory.mktemp("contract"), Watched(method, [], [])
+    folder, watched = tmp_path_factory.mktemp("contract"), Watched(method, [], [], [])
     left: dict[int, Path] = {}
     predicts: dict[str, Adapter] = {}
 
@@ -256,6 +259,65 @@ def test_whoever_comes_back_is_merged(method, tmp_path):
     assert partial.last.seen == {"c1": 3, "c3": 3}
     assert toy.same(partial.last.adapter, partial.begin.adapter) == (not plan_of(method).up)
     assert {e["error"] for e in events["client"] if not e["ok"]} == {"no answer"}
+
+
+def test_clients_start_where_the_server_is_however_long_they_were_away(method, tmp_path):
+    """Two of four a round: some come late, some after a pause, and an answer of c1 is lost. The cohorts are the seed's,
+    whatever the method."""
+
+    def lose(name: str, frame: bytes) -> list[tuple[str, bytes]]:
+        meta, _ = unpack(frame)
+        return [] if (name, meta["round"], meta["kind"]) == ("c1", 2, "update") else [(name, frame)]
+
+    watched = Watched(method, [], [], [])
+    f = toy.federation(
+        watched, tmp_path / "run", rounds=5, cohort=2, seed=7, carry=lambda engine: toy.Tampering(engine, lose)
+    )
+    before: dict[int, State] = {}
+    events = f.play(watch=lambda e: before.update({e["round"]: f.last}) if e["event"] == "cohort" else None)
+    assert ["".join(e["clients"]) for e in events["cohort"]] == ["c0c1", "c1c2", "c0c3", "c0c2", "c1c3"]
+    assert [(job.round, job.plan.since) for job in watched.jobs if job.device.id == "c1"] == [(1, -1), (2, 1), (5, 1)]
+    assert len(watched.jobs) == 10
+    for job in watched.jobs:
+        state, plan = before[job.round], job.plan
+        common = "".join(factor for factor in "BeAh" if factor not in plan.own)
+        expected = state.adapter.take(plan.train).union(state.adapter.take(plan.frozen))
+        assert toy.same(job.adapter.only(common), expected.only(common))
+        assert job.adapter.scale == f.begin.adapter.scale  # one for all ranks, never alpha / r_i
+        ours, theirs = (
+            [{name: array.tobytes() for name, array in toy.arrays(update).items()} for update in updates]
+            for updates in (state.base_updates.values(), job.base_updates)
+        )
+        assert ours == theirs
+
+
+@core
+def test_whether_merges_are_means_of_factors(method, played):
+    """Only then is all that a round did a change of the factors, of which a server optimizer can make a step."""
+    for before, updates, after in played.merged:
+        moved = not toy.same(before.adapter, after.adapter)
+        mean = within(before.adapter, [update.adapter for update in updates.values()], after.adapter)
+        assert method.about.averages == (moved and mean and not after.base_updates)
+
+
+def within(before: Adapter, came: list[Adapter], after: Adapter) -> bool:
+    """Whether every number is between those that came for it; where some did not, the old one and 0 count too."""
+
+    def component(adapter: Adapter, name: str, j: int) -> dict[str, np.ndarray]:
+        block = adapter.blocks.get(name)
+        found = {} if block is None else {f: getattr(block.at(block.ids == j), f) for f in FACTORS}
+        return {f: part for f, part in found.items() if part is not None and part.size}
+
+    for name, j in ((name, j) for name, ids in after.ids.items() for j in ids):
+        old, new = component(before, name, j), component(after, name, j)
+        sent = [component(adapter, name, j) for adapter in came]
+        for f, part in new.items():
+            parts = [s[f] for s in sent if f in s]
+            parts += [old[f], 0 * old[f]] * (len(parts) < len(sent))
+            near = 1e-6 * np.abs(parts).max(axis=0)
+            if np.any(part < np.min(parts, axis=0) - near) or np.any(part > np.max(parts, axis=0) + near):
+                return False
+    return True
 
 
 def test_where_nobody_comes_back_the_round_is_recorded_and_skipped(method, tmp_path):

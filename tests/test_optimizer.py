@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import dataclass, replace
+from itertools import product
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -140,8 +141,14 @@ def federation(method: Any, path: Path, settings: ServerSettings, **more: Any) -
     return replace(f, server=replace(f.server, optimizer=settings))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["fedavg", "fedara", "fedsa_lora", "hetlora"])
+EACH = ("fedavg", "fedara", "fedsa_lora", "hetlora")  # with every optimizer; all others that average with one
+OTHERS = [name for name in methods.names() if methods.find(name).about.averages and name not in EACH]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*product(EACH, KINDS), *(pytest.param(name, "fedadam", marks=pytest.mark.slow) for name in OTHERS)],
+)
 def test_a_run_learns_and_resumes_to_the_same_bits(name, kind, tmp_path):
     method = methods.build({"name": name, **({"target_rank": 1} if name == "fedara" else {})})
     settings = ServerSettings(optimizer=kind)
@@ -222,10 +229,10 @@ class Silent(FedAvg):
     about = None
 
 
-@pytest.mark.parametrize("method", ["local_only", Silent()])
+@pytest.mark.parametrize("method", ["fedex_lora", "flexlora", "flora", "local_only", "raflora", Silent()])
 def test_a_method_without_a_mean_takes_none(method, base, tmp_path):
     named, given = ({"name": method}, None) if isinstance(method, str) else ({"name": "fedavg"}, method)
-    with pytest.raises(ValueError, match=r"server.optimizer=fedyogi: (local_only|Silent) makes no mean of its updates"):
+    with pytest.raises(ValueError, match=r"server.optimizer=fedyogi: \w+ makes no mean of its updates"):
         fedrank.run({**base, "method": named}, "server.optimizer=fedyogi", out=tmp_path / "run", method=given)
     assert not (tmp_path / "run").exists()
 

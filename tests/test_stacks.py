@@ -486,7 +486,8 @@ def work(method: LoRAA2, factor: str, rank: int, **local: Any) -> tuple[list[Any
             else:
                 blocks[name] = replace(block, A=block.A + shift[:, None] * np.eye(block.A.shape[1])[0])
         loss, steps = float(len(jobs)), 2.0 * len(jobs)
-        return Update(replace(adapter, blocks=blocks), 4, {"loss": loss, "steps": steps, "seconds": 1.0})
+        dense = {name: tensor + 1 for name, tensor in job.adapter.dense.items()}
+        return Update(replace(adapter, blocks=blocks, dense=dense), 4, {"loss": loss, "steps": steps, "seconds": 1.0})
 
     plan = Plan(adapter.ids, learn=factor + "h", up=factor + "h", select=rank * 2)
     job = replace(toy.job(SPEC, adapter, plan, fit), local=Local(batch_size=2, **local), device=Device("c0", 5))
@@ -536,6 +537,8 @@ def test_a2_scores_in_the_first_epoch_and_trains_only_what_it_chose_after(local,
     for name, block in update.adapter.blocks.items():
         (j,) = block.ids
         np.testing.assert_allclose(block.B[0, 0], begun.blocks[name].B[0, j] + moved[name][j])
+    for name, tensor in update.adapter.dense.items():  # the head learns through both
+        np.testing.assert_array_equal(tensor, OLD.dense[name] + len(parts))
     if len(jobs) == 1:
         assert update.metrics["steps"] == 2.0
         return

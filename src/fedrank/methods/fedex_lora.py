@@ -22,7 +22,7 @@ class FedExLoRA:
 
     default_lr: ClassVar[float] = 3e-3
     about: ClassVar[About] = About(
-        paper="FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Large Language Models", year=2024,
+        paper="FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation Models", year=2024,
         url="https://arxiv.org/abs/2410.09432", differs=("data",),
         travels="A, B and head, both ways; down also the residuals of the rounds since the client's last",
         exact_start=True, exact_aggregation=True, averages=False,
