@@ -18,6 +18,7 @@ from fedrank.config import ConfigError, load
 from fedrank.frame import unpack
 from fedrank.methods.fedavg import FedAvg
 from fedrank.protocol import Job, Load, Plan, Update
+from fedrank.selection import suffix
 from fedrank.store import Store, StoreError
 from fedrank.training.tasks import Encoded
 
@@ -373,6 +374,34 @@ def test_what_does_not_fit_a_device_fails_there(texts: Path, tmp_path: Path) -> 
     )  # it is refused once it is there
     assert all(row["clients_ok"] == 3 and row["round_seconds"] > 0 for row in run.rounds)
     assert experiment.prepare(run.config).devices[client].rank == 2
+
+
+def test_legend_asks_of_a_device_what_it_has_the_memory_for(tmp_path: Path) -> None:
+    """A client of nine rows trains on eight and one, and needs less where the longest is alone; it cannot count on it."""
+    long = toy.texts(64, 0)
+    long = replace(long, text=[text * (3 if at % 16 == 5 else 1) for at, text in enumerate(long.text)])
+    (texts := tmp_path / "texts").mkdir()
+    toy.write(texts, train=long, test=toy.texts(24, 1))
+    options = ("seed=1", "rounds.count=3", "local.max_length=32", "method={name: legend, depth: full}")
+    parts = experiment.prepare(load(settings(texts, *options)))
+    layer, layers = parts.begin.arrays["layer"], (3, 2, 1, 0)
+    held, lines = {}, [CSV.strip()]
+    for (client, device), depth in zip(parts.devices.items(), layers, strict=True):
+        plan = Plan(suffix(parts.begin.adapter, layer, min(depth + 1, 3)))
+        needs = [parts.cost(client, parts.begin.adapter, round, plan, 0).peak_memory_bytes for round in range(1, 21)]
+        held[client] = max(needs) + (1 if depth == 3 else -1)  # all but a byte of what another block would take
+        lines.append(f"box,,10,{held[client] / 1e9!r},8,8,1,2,{client}")
+        if depth == 1:
+            assert (device.examples, min(needs) < max(needs)) == (9, True)
+    (tmp_path / "boxes.csv").write_text("\n".join(lines))
+    boxes = f"engine.fleet={{csv: {tmp_path / 'boxes.csv'}}}"
+    run = fedrank.run(settings(texts, *options, boxes), out=tmp_path / "run")
+    assert [(r["clients_ok"], r["clients_failed"], r["clients_out"]) for r in run.rounds] == [(3, 0, 1)] * 3
+    sigma = 4 * float(parts.begin.arrays["sigma"])
+    ranks = dict(zip(parts.devices, (12, 10, 6, 0), strict=True))
+    for row in rows(run):
+        assert row["adapter_bytes_up"] / sigma == ranks[row["client"]]
+        assert row["peak_memory_bytes"] <= held[row["client"]]
 
 
 # ---- resuming

@@ -37,7 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fed_plora-weight_norm": {"selection": "weight_norm"}, "fedara-threshold": {"arbitration": "threshold"},
     "feddpa-narrow": {"private_rank": 1}, "flexlora-even": {"split": "even"}, "hetlora-contributor": {"form": "contributor"},
     "hetlora-pruned": {"gamma": 0.5, "penalty": 1.0}, "hetlora-uniform": {"form": "uniform"},
-    "legend-full": {"download": "full"},
+    "legend-capped": {"max_bytes": 42000.0}, "legend-deep": {"depth": "full"}, "legend-full": {"download": "full"},
     "pf2lora-finite": {"derivative": "finite"}, "pf2lora-first": {"derivative": "first"},
 }  # fmt: skip
 core = pytest.mark.parametrize(

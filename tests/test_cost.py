@@ -163,6 +163,16 @@ def test_flops_of_bert_base(depth, ids, ends):
     assert found == pytest.approx(step(model, adapter, given, 2, 32), rel=0.002)
 
 
+@pytest.mark.parametrize("ends", [(), QV])
+def test_depth_alone_saves_less_than_half_of_the_compute(ends):
+    """Backward costs what forward does, and only in the blocks that learn: (L + k) / 2L of full depth."""
+    spec = built("bert-base").spec
+    plans = {k: Plan(chosen(spec, k, [0, 1], ends)) for k in (1, 3, 6, 9, 12)}
+    found = {k: sum(cost.flops(spec, start(spec), plan, load(2, 64))) for k, plan in plans.items()}
+    for k, flops in found.items():
+        assert flops / found[12] == pytest.approx((12 + k) / 24, abs=0.015)
+
+
 def test_flops_of_a_larger_llama():
     model = built("llama-1b")
     given, adapter = Plan(chosen(model.spec, 2, [0, 1])), start(model.spec)

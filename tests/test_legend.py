@@ -2,8 +2,10 @@
 
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +20,17 @@ import toy
 from fedrank import cost, methods
 from fedrank.adapter import Adapter, Block
 from fedrank.client import Site
+from fedrank.config import Local, Rounds
+from fedrank.engines import local
 from fedrank.frame import CHECKSUM, HEADER, sizes
 from fedrank.methods import legend
 from fedrank.methods.fedavg import FedAvg
+from fedrank.methods.hetlora import HetLoRA
 from fedrank.methods.legend import LEGEND
 from fedrank.protocol import Attention, Device, Job, Linear, Load, ModelSpec, Module, Plan, State, Update, rng
 from fedrank.selection import arithmetic, depths, everything, suffix
+from fedrank.server import Server
+from fedrank.store import Store
 from fedrank.training import tasks
 from fedrank.training.hooks import live, mounted
 from fedrank.wire import Wire
@@ -91,6 +98,14 @@ def test_01_ranks_are_whole_rise_and_sum_up_to_the_budget(layers, more, least):
 def test_01_less_than_one_rank_per_layer_is_refused():
     with pytest.raises(ValueError, match="11 ranks cannot give each of 12 layers one"):
         arithmetic(12, 11)
+
+
+def test_01_the_budget_and_the_first_rank_are_settings():
+    """Ranks 17 to 28, of which the last 6, 9 and 12 blocks hold 153, 216 and 270."""
+    state = LEGEND(budget=270, least=17).begin(model(), 3, 0)
+    assert [state.adapter.blocks[f"{at}.v"].rank for at in range(12)] == list(range(17, 29))
+    assert state.arrays["units"][[5, 8, 11]].tolist() == [153, 216, 270]
+    assert state.arrays["sigma"] == 4
 
 
 # ---- 2, 3: depths under a common deadline
@@ -266,6 +281,54 @@ def test_worked_fleets(fleet):
     assert planned(everyone, knowing(everyone.begin(spec, 3, 0), known), *clients) == [12] * 6
 
 
+def on_the_clock(method: Any, path: Path, speeds: tuple[float, ...], links: tuple[float, ...]) -> dict[str, Any]:
+    """Two rounds of clients that send real frames and take so many seconds for them; the last round's row.
+
+    Of no one anything is known before. Blocks have as many numbers as BERT-base's query and value together, so
+    that frames are little else than components.
+    """
+    spec = model(width=1536, parts="q")
+    begin = method.begin(spec, 2, 0)
+    tiers = {1: 8, 2: 6, 5: 4}  # ranks by link, for methods that cut them
+    devices = {f"c{at}": Device(f"c{at}", 4, rank=tiers[link]) for at, link in enumerate(links)}
+    wire, store = Wire(spec, begin.adapter, "f32", "toy", 0, {}), Store.create(path)
+
+    def fit(job: Job, observe: Any = None) -> Update:
+        at = int(job.device.id[1:])
+        transfer = links[at] / 100 * sum(map(len, job.plan.train.values()))
+        seconds = (speeds[at], speeds[at] * depth_of(job.plan) / 12, 0.7 * transfer, 0.3 * transfer)
+        update = timed(Update(job.adapter.take(job.plan.train), 4), *seconds)
+        return replace(update, metrics={**update.metrics, "device_seconds": sum(seconds)})
+
+    sites = {
+        name: Site(device, method, wire, store.private, Local(), 0, fit, None, nullcontext)
+        for name, device in devices.items()
+    }
+    engine = local.Local(devices, sites.__getitem__, 0.0, 0)
+    server = Server(method, engine, wire, store, Rounds(count=2, cohort=6), 0, "train", None)
+    return [event for event in server.play(begin) if event["event"] == "round"][-1]
+
+
+@pytest.mark.parametrize("fleet", FLEETS, ids=lambda fleet: "-".join(map(str, fleet[2])))
+def test_worked_fleets_in_the_server_s_ledger(fleet, tmp_path):
+    """Estimated from rounds at depth 1; and HetLoRA, which only sends less, is in between."""
+    speeds, links, expected, full_round, round_, full_wait, wait, share = fleet
+    full, cut, mine = (
+        on_the_clock(method, tmp_path / type(method).__name__, speeds, links)
+        for method in (FedAvg(), HetLoRA(), LEGEND(slack=0.0))
+    )
+    assert (round(full["round_seconds"], 2), round(mine["round_seconds"], 2)) == (full_round, round_)
+    assert (round(full["waiting_seconds"], 2), round(mine["waiting_seconds"], 2)) == (full_wait, wait)
+    assert round(mine["adapter_bytes_up"] / full["adapter_bytes_up"], 2) == share
+    assert (mine["lowest_depth"], mine["mean_depth"]) == (min(expected), np.mean(expected))
+    assert mine["estimated_deadline_seconds"] == pytest.approx(round_, abs=0.01)
+    for name in ("round_seconds", "waiting_seconds"):
+        if len({*zip(speeds, links, strict=True)}) == 1:
+            assert mine[name] == pytest.approx(cut[name]) == full[name]
+        else:
+            assert mine[name] < cut[name] <= full[name]
+
+
 # ---- 4: aggregation over the holders of a block
 
 
@@ -407,15 +470,17 @@ def test_05_memory_and_compute_grow_by_as_much_with_every_layer():
 
 
 @pytest.mark.parametrize(
-    ("k", "held", "params", "compute"),
-    [(1, 14, 43_008, 0.542), (3, 39, 119_808, 0.625), (6, 69, 211_968, 0.750), (9, 87, 267_264, 0.875),
-     (12, 96, 294_912, 1)],
+    ("k", "held", "params", "share", "compute"),
+    [(1, 14, 43_008, 0.146, 0.542), (3, 39, 119_808, 0.406, 0.625), (6, 69, 211_968, 0.719, 0.750),
+     (9, 87, 267_264, 0.906, 0.875), (12, 96, 294_912, 1, 1)],
 )  # fmt: skip
-def test_06_bytes_of_a_depth(k, held, params, compute):
+def test_06_bytes_of_a_depth(k, held, params, share, compute):
     """sigma = 2 (768 + 768) = 3,072 numbers per rank; 4 sigma R(k) bytes each way, and what full_down adds."""
     spec = model(width=768)
     state = LEGEND().begin(spec, 3, 0)
     assert (float(state.arrays["sigma"]), state.arrays["units"][k - 1]) == (3072, held)
+    uniform = FedAvg().begin(spec, 3, 0).adapter
+    assert round(4 * params / cost.up(uniform, Plan(everything(uniform)), 24, "f32").adapter, 3) == share
     wire = Wire(spec, state.adapter, "f32", "toy", 0, {})
     for download, down in (("suffix", 4 * params), ("full", 4 * 294_912)):
         plan = LEGEND(download=download)._suffix(state, k)
@@ -427,6 +492,17 @@ def test_06_bytes_of_a_depth(k, held, params, compute):
         assert sizes(wire.update(request, update)).adapter == 4 * params
     time = legend._seconds(state, np.array([[1.0, 1.0, 0.0, 0.0]]))[0]
     assert round(time[k - 1] / time[-1], 3) == compute
+
+
+def test_06_blocks_of_other_sizes_count_by_their_bytes():
+    modules = (Module("0.q", 3, 5, 0), Module("1.q", 3, 5, 1), Module("1.f", 7, 2, 1), Module("2.f", 7, 4, 2))
+    state = LEGEND().begin(replace(model(layers=3), modules=modules), 3, 0)
+    ranks = arithmetic(3, 24).tolist()
+    assert state.arrays["sigma"] == (8 * ranks[0] + 17 * ranks[1] + 11 * ranks[2]) / 24
+    for k in (1, 2, 3):
+        plan = LEGEND()._suffix(state, k)
+        bytes_up = cost.up(state.adapter, plan, 4, "f32").adapter
+        assert 4 * state.arrays["sigma"] * state.arrays["units"][k - 1] == pytest.approx(bytes_up)
 
 
 # ---- 7: the start
@@ -494,8 +570,9 @@ def test_08_without_a_head_on_the_wire_there_is_none_in_the_rest():
     assert found[3] / found[2] == pytest.approx(EMPTY / 32)
 
 
-def test_08_estimates_are_moving_averages():
-    method = LEGEND()  # rho = 0.8
+@pytest.mark.parametrize(("settings", "rho"), [({}, 0.8), ({"smoothing": 0.5}, 0.5), ({"smoothing": 0.0}, 0.0)])
+def test_08_estimates_are_moving_averages(settings, rho):
+    method = LEGEND(**settings)
     state = method.begin(model(layers=4), 9, 0)
 
     def seen(state: State, seconds: float, *names: str) -> State:
@@ -507,7 +584,7 @@ def test_08_estimates_are_moving_averages():
     after = first
     for t in range(1, 6):  # the step from 1 to 2, of which 1 - rho^t is seen after t rounds
         after = seen(after, 2, "a")
-        np.testing.assert_allclose(capacity(after), capacity(first) * (2 - 0.8**t))
+        np.testing.assert_allclose(capacity(after), capacity(first) * (2 - rho**t))
         np.testing.assert_array_equal(capacity(after, "b"), capacity(first, "b"))  # absent: unchanged
 
 
@@ -529,11 +606,12 @@ def test_08_a_machine_is_taken_at_its_word_until_it_is_measured():
     state = method.begin(spec, 9, 0)
     load = Load(steps=1, tokens=10, pairs=30, peak_tokens=10, peak_pairs=30)
     machine = Device("a", 4, load=load, flops_per_second=100.0, up_bytes_per_second=1e4, down_bytes_per_second=2e4)
-    rest = (EMPTY + 16) / 32
-    link = 32 / 1e4 + 32 / 2e4
+    rest, frame = (EMPTY + 16) / 32, EMPTY + 16 + 4 * 8 * 16
+    up, down = frame / 1e4, (frame + 6) / 2e4  # which of 8 * 6 components, in a bit each
+    link = (up + down) / (16 + rest)
     np.testing.assert_allclose(method._capacity(state, machine), [4, 4, link, link * rest])
     full = LEGEND(download="full")._capacity(state, machine)
-    np.testing.assert_allclose(full, [4, 4, 0.0032, 0.0032 * rest + 0.0016 * (16 + rest)])
+    np.testing.assert_allclose(full, [4, 4, 0.0032, 0.0032 * rest + down])
     # b takes 5 s a block, so 20 + 5 k and 0.4 for its frames, until the 32.4 of a's full round and 5 % more
     slow = replace(machine, id="b", flops_per_second=80.0, load=replace(load, pairs=10, tokens=20))
     plans = method.plan(state, {"a": machine, "b": slow}, 0)
@@ -545,6 +623,20 @@ def test_08_a_machine_is_taken_at_its_word_until_it_is_measured():
         assert [depth_of(plans[c]) for c in "ab"] == [4, 1]
     flat = LEGEND().begin(replace(spec, flow=(), attention=Attention(0, 0)), 9, 0)
     assert np.isnan(method._capacity(flat, machine)).all()  # a model of unknown costs
+
+
+@pytest.mark.parametrize(
+    ("settings", "seconds"),
+    [({}, 10.5), ({"slack": 0.0}, 10), ({"slack": 0.0, "min_depth": 2}, 12), ({"slack": 0.0, "quantile": 1.0}, 16),
+     ({"depth": "full"}, None)],
+)  # fmt: skip
+def test_08_the_deadline_that_follows_from_the_estimates(settings, seconds):
+    """Four blocks in 4 + k seconds, and in twice that: full rounds of 8 and 16, at depth 1 the slower takes 10."""
+    method = LEGEND(**settings)
+    state = method.begin(model(layers=4), 9, 0)
+    updates = {"a": timed(held(state, 4, 1), 4, 4, 0, 0), "b": timed(held(state, 2, 1), 8, 4, 0, 0)}
+    found = method.merge(state, toy.Arrived(updates)).metrics.get("estimated_deadline_seconds")
+    assert found == (None if seconds is None else pytest.approx(seconds))
 
 
 # ---- 9: the modelled clock alone decides
@@ -572,6 +664,14 @@ def test_slack_and_quantile_lengthen_the_round(knobs, found):
     assert planned(method, state, "a", "b") == [4, found]
 
 
+def travel(spec: ModelSpec, state: State, plan: Plan) -> tuple[bytes, bytes]:
+    """The frames of a client's round, there and back."""
+    wire = Wire(spec, state.adapter, "f32", "toy", 0, {})
+    frame = wire.request("train", "a", plan, state)
+    request = wire.open_request(frame)
+    return frame, wire.update(request, Update(request.adapter.take(plan.train), 1))
+
+
 def test_caps_on_memory_seconds_and_bytes():
     """Memory as the costs have it, by which a client would refuse what it cannot hold."""
     spec = model(layers=4, width=2, rank=4, head=True)
@@ -580,24 +680,27 @@ def test_caps_on_memory_seconds_and_bytes():
     load = Load(steps=3, tokens=30, pairs=90, peak_tokens=10, peak_pairs=30)
     held_ranks = {1: 6, 2: 11, 3: 14, 4: 16}
     for k, ranks in held_ranks.items():
-        need = float(cost.peak_memory(spec, state.adapter, Plan(suffix(state.adapter, state.arrays["layer"], k)), load))
-        assert planned(LEGEND(), known, "a", memory_bytes=need + 1, load=load) == [k]
-        assert planned(LEGEND(), known, "a", memory_bytes=need - 1, load=load) == [k - 1]
         assert planned(LEGEND(max_seconds=4 + 0.5 * k), known, "a") == [k]
         assert planned(LEGEND(max_seconds=3.99 + 0.5 * k), known, "a") == [k - 1]
-        frame = float(EMPTY + 16 + 4 * 8 * ranks)
-        assert planned(LEGEND(max_bytes=2 * frame), known, "a") == [k]
-        assert planned(LEGEND(max_bytes=2 * frame - 1), known, "a") == [k - 1]
-        whole = frame + EMPTY + 16 + 4 * 8 * 16
-        assert planned(LEGEND(download="full", max_bytes=whole), known, "a") == [k]
-        assert planned(LEGEND(download="full", max_bytes=whole - 1), known, "a") == [k - 1]
+        for download, more in (("suffix", 0), ("full", 4 * 8 * (16 - ranks))):
+            method = LEGEND(download=download)
+            begin = method.begin(spec, 3, 0)
+            frames = float(sum(map(len, travel(spec, begin, method._suffix(begin, k)))))
+            assert frames == pytest.approx(2 * (EMPTY + 16 + 4 * 8 * ranks) + more, abs=2 * 6)  # and which these are
+            aware = knowing(begin, {"a": (1.0, 0.5, 0.0, 0.0)})
+            need = float(cost.peak_memory(spec, state.adapter, method._suffix(begin, k), load))
+            assert planned(method, aware, "a", memory_bytes=need + 1, load=load) == [k]
+            assert planned(method, aware, "a", memory_bytes=need - 1, load=load) == [k - 1]
+            assert planned(replace(method, max_bytes=frames), aware, "a") == [k]
+            assert planned(replace(method, max_bytes=frames - 1), aware, "a") == [k - 1]
     # the other's plan is not touched by one that sits out; an unknown speed is no cap; depth "full" keeps to caps
     plans = LEGEND().plan(known, {"a": Device("a", 4, memory_bytes=10.0), "b": Device("b", 4)}, 0)
     assert (plans["a"], depth_of(plans["b"])) == (None, 4)
     assert planned(LEGEND(max_seconds=1e-9), state, "a") == [1]
     assert planned(LEGEND(max_seconds=5.0, depth="full"), known, "a") == [2]
     assert planned(LEGEND(depth="full"), state, "a", memory_bytes=10.0) == [0]
-    assert planned(LEGEND(min_depth=3, max_seconds=5.0), known, "a") == [0]
+    for depth in ("adaptive", "full"):
+        assert planned(LEGEND(depth=depth, min_depth=3, max_seconds=5.0), known, "a") == [0]
     assert planned(LEGEND(min_depth=3), state, "a") == [3]
 
 
@@ -692,6 +795,8 @@ def test_full_depth_and_uniform_ranks_are_fedavg_to_the_bit(tmp_path):
     assert toy.same(ours.begin.adapter, theirs.begin.adapter)
     assert toy.same(ours.last.adapter, theirs.last.adapter)
     assert not toy.same(ours.last.adapter, ours.begin.adapter)
+    one, two = (method.begin(toy.encoder().spec, 3, 1).adapter for method in (LEGEND(ranks="uniform"), FedAvg()))
+    assert toy.same(one, two)
 
 
 @pytest.mark.parametrize(

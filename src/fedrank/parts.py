@@ -92,10 +92,15 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
         draw = partial(rng, config.seed, "job", round, client, "batches")  # the address of a job's
         return local.workload(shares.train[index[client]], lengths, config.local, draw)
 
+    def expected(client: ClientId) -> Load:
+        """A round that is never played stands for those to come, but any rows may meet in their largest batch."""
+        rows = shares.train[index[client]]
+        size, length = min(config.local.batch_size, len(rows)), int(lengths[rows].max())
+        return replace(load(client, 0), peak_tokens=size * length, peak_pairs=size * length**2)
+
     sizes = {name: len(rows) for name, rows in zip(shares.names, shares.train, strict=True)}
     machines = fleet.build(config.engine.fleet, sizes, config.seed)
-    # A round that is never played stands for those to come.
-    devices = {client: replace(device, load=load(client, 0)) for client, device in machines.devices.items()}
+    devices = {client: replace(device, load=expected(client)) for client, device in machines.devices.items()}
 
     def personal(rows: np.ndarray, adapter: Adapter, base: tuple[Adapter, ...]) -> dict[str, float]:
         found = trainer.evaluate(adapter, own_set, rows, base)

@@ -112,7 +112,8 @@ class Device:
     """A client as the server knows it: its id, its number of training rows, and the machine it registered.
 
     rank: the largest LoRA rank it can train; None: the adapter's. load: a round of its local training, as
-    it expects it. Rates are nominal and in FLOP, bytes and seconds; power in watts; 0 means unknown.
+    it expects it, with the largest batch there may be. Rates are nominal and in FLOP, bytes and seconds; power in watts;
+    0 means unknown.
     """
 
     id: ClientId

@@ -96,6 +96,7 @@ class LEGEND:
         }
         state = State(0, rounds, adapter, arrays=arrays)
         memory = []  # bytes at the peak by depth: in any case, per token and per pair of the largest batch
+        frames = []  # bytes up and down by depth
         for depth in range(1, layers + 1):
             plan = self._suffix(state, depth) or Plan({})
             loads = [
@@ -103,7 +104,8 @@ class LEGEND:
             ]
             fixed, *more = (cost.peak_memory(spec, adapter, plan, load) for load in loads)
             memory.append([fixed, *((held - fixed) / 1000 for held in more)])
-        return replace(state, arrays={**arrays, "memory": np.array(memory)})
+            frames.append([way(adapter, plan, len(spec.modules), "f32").frame for way in (cost.up, cost.down)])
+        return replace(state, arrays={**arrays, "memory": np.array(memory), "frames": np.array(frames)})
 
     def plan(self, state: State, cohort: Mapping[ClientId, Device], seed: int) -> dict[ClientId, Plan | None]:
         capacities = np.array([self._capacity(state, device) for device in cohort.values()])
@@ -128,9 +130,9 @@ class LEGEND:
         rates = (device.flops_per_second, device.up_bytes_per_second, device.down_bytes_per_second)
         if load is None or min(rates) <= 0 or not flops.any():
             return np.full(4, np.nan)
-        layers, (up, down) = len(state.arrays["units"]), self._bytes(state)
+        layers, (up, down) = len(state.arrays["units"]), state.arrays["frames"][-1]
         forward = layers * float(flops @ [load.tokens, load.pairs]) / rates[0]  # and backward costs as much: no
-        timings = (forward, forward, up[-1] / rates[1], down[-1] / rates[2])  # gradients of the frozen weights
+        timings = (forward, forward, up / rates[1], down / rates[2])  # gradients of the frozen weights
         return self._observed(state, layers, state.adapter, timings)
 
     def _observed(self, state: State, depth: int, adapter: Adapter, timings: Sequence[float]) -> Float[np.ndarray, "4"]:
@@ -142,11 +144,6 @@ class LEGEND:
         fixed = link * rest + (0 if self.download == "suffix" else down)
         return np.array([forward / len(units), backward / depth, link, fixed])
 
-    def _bytes(self, state: State) -> tuple[Float[np.ndarray, "layers"], Float[np.ndarray, "layers"]]:
-        """Bytes of the frames up and down, by depth."""
-        up = 4 * state.arrays["sigma"] * state.arrays["units"] + cost.up(state.adapter, Plan({}), 0, "f32").frame
-        return up, up if self.download == "suffix" else np.full_like(up, up[-1])
-
     def _caps(self, state: State, devices: list[Device], capacities: Float[np.ndarray, "n 4"]) -> Int[np.ndarray, "n"]:
         """The largest depth within a device's memory and the caps on seconds and bytes; what is unknown is no cap."""
         units = state.arrays["units"]
@@ -157,7 +154,7 @@ class LEGEND:
         if self.max_seconds is not None:
             fits &= ~(capacities[:, :1] * len(units) + capacities[:, 1:2] * k > self.max_seconds)
         if self.max_bytes is not None:
-            fits &= np.add(*self._bytes(state)) <= self.max_bytes
+            fits &= state.arrays["frames"].sum(axis=1) <= self.max_bytes
         return np.asarray(fits.sum(axis=1))
 
     def train(self, jobs: Iterable[Job]) -> Iterable[Update]:
