@@ -1,11 +1,13 @@
 """The algebra of components: what one operation does, another undoes, and the increment stays what it was."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedrank.adapter import Adapter, Block, gaussian, kaiming, norms, recompress, split, stack
+from fedrank.adapter import Adapter, Block, gaussian, kaiming, norms, recompress, split
 from fedrank.protocol import rng as addressed
 from toy import drawn, same, small
 
@@ -49,9 +51,8 @@ def test_no_increment_without_both_sides(missing: str) -> None:
     part = drawn(SPEC).only("BeA".replace(missing, ""))
     with pytest.raises(ValueError, match="needs both B and A"):
         part.delta()
-    for operation in (recompress, lambda adapter: stack([adapter])):
-        with pytest.raises(ValueError, match=r"module 'm': .* needs both B and A"):
-            operation(part)
+    with pytest.raises(ValueError, match=r"module 'm': .* needs both B and A"):
+        recompress(part)
 
 
 # ---- sets of components
@@ -150,28 +151,7 @@ def test_fill_keeps_ours_where_both_have_it() -> None:
     assert list(filled.blocks) == ["m"]
 
 
-# ---- stack and recompress
-
-
-@given(st.lists(st.tuples(seeds, st.sampled_from([0.5, 1.0, 4.0])), min_size=1, max_size=4))
-def test_the_increment_of_a_stack_is_the_sum(parts: list[tuple[int, float]]) -> None:
-    """Scales may differ: they are folded into B."""
-    adapters = [Adapter(low_rank(seed).blocks, scale, {}) for seed, scale in parts]
-    stacked = stack(adapters)
-    assert stacked.scale == parts[0][1]
-    assert stacked.ids["m"].tolist() == list(range(4 * len(parts)))
-    np.testing.assert_allclose(stacked.delta()["m"], sum(a.delta()["m"] for a in adapters), rtol=1e-4, atol=1e-4)
-
-
-def test_stack_of_two_components() -> None:
-    one = Adapter({"m": block(([1, 0], 2, [1, 1]))}, 1.0, {})
-    two = Adapter({"m": block(([0, 1], 1, [3, 4])), "n": block(([5], 1, [6]))}, 0.5, {})
-    found = stack([one, two])
-    assert found.blocks["m"].B.tolist() == [[2, 0], [0, 0.5]]
-    assert found.blocks["m"].A.tolist() == [[1, 1], [3, 4]]
-    assert found.blocks["n"].B.tolist() == [[2.5]]
-    with pytest.raises(ValueError, match="nothing to stack"):
-        stack([])
+# ---- recompress
 
 
 @given(seeds)
@@ -188,17 +168,6 @@ def test_recompress_keeps_the_increment(seed: int) -> None:
     )
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3])
-def test_recompress_truncates_to_the_best_approximation(rank: int) -> None:
-    """Eckart-Young: the dense SVD's first `rank` directions."""
-    adapter = low_rank(5)
-    u, s, vt = np.linalg.svd(adapter.delta()["m"].astype(float))
-    best = u[:, :rank] * s[:rank] @ vt[:rank]
-    found = recompress(adapter, rank)
-    assert found.components == rank
-    np.testing.assert_allclose(found.delta()["m"], best, atol=1e-5)
-
-
 def test_recompress_drops_directions_that_are_nothing() -> None:
     """Two equal components are one direction; a module of zeros is no module."""
     twice = block(([1, 0, 1], 1, [1, 2, 0]), ([1, 0, 1], 1, [1, 2, 0]), ([1, 1, 1], 0, [5, 5, 5]))
@@ -207,7 +176,9 @@ def test_recompress_drops_directions_that_are_nothing() -> None:
     assert {name: b.rank for name, b in found.blocks.items()} == {"m": 1}
     np.testing.assert_allclose(found.delta()["m"], [[2, 4, 0], [0, 0, 0], [2, 4, 0]], atol=1e-6)
     assert list(found.dense) == ["h"]
-    assert recompress(stack([low_rank(1), low_rank(1)])).components == low_rank(1).components
+    one = low_rank(1)
+    again = replace(one, blocks={"m": replace(one.blocks["m"], ids=np.arange(4, 8))})
+    assert recompress(one.union(again)).components == one.components
 
 
 # ---- norms, splits and starts

@@ -149,7 +149,7 @@ class Adapter:
     def union(self, other: "Adapter") -> "Adapter":
         """The components of both; an id that is in both is refused. Dense tensors: ours win."""
         if other.scale != self.scale:
-            raise ValueError(f"adapters of scale {self.scale} and {other.scale} have no union; stack folds scales")
+            raise ValueError(f"adapters of scale {self.scale} and {other.scale} have no union")
         blocks = dict(self.blocks)
         for name, theirs in other.blocks.items():
             if name not in blocks:
@@ -210,40 +210,17 @@ def kaiming(shapes: Shapes, rank: int | Mapping[str, int], scale: float, rng: np
     return Adapter(blocks, scale, {})
 
 
-def stack(adapters: Iterable[Adapter]) -> Adapter:
-    """Side by side: the increment is the sum of the increments; ids are new, 0, 1, ... per module.
-
-    Scales may differ: they are folded into B against the first one's. Dense tensors are left out.
-    """
-    adapters = list(adapters)
-    if not adapters:
-        raise ValueError("nothing to stack")
-    scale = adapters[0].scale
-    lefts: dict[str, list[np.ndarray]] = {}
-    rights: dict[str, list[np.ndarray]] = {}
-    for adapter in adapters:
-        for name, block in adapter.blocks.items():
-            left, right = halves(name, block)
-            lefts.setdefault(name, []).append(left * (adapter.scale / scale))
-            rights.setdefault(name, []).append(right)
-    blocks = {}
-    for name in lefts:
-        a = np.concatenate(rights[name])
-        blocks[name] = Block(np.arange(len(a)), np.concatenate(lefts[name], axis=1), None, a)
-    return Adapter(blocks, scale, {})
-
-
-def recompress(adapter: Adapter, rank: int | None = None) -> Adapter:
-    """The same increment as its truncated SVD: B and A orthonormal, e = singular values / scale, descending.
+def recompress(adapter: Adapter) -> Adapter:
+    """The same increment as its SVD: B and A orthonormal, e = singular values / scale, descending.
 
     QR of the factors and an SVD of the small core; no (out, in) matrix is formed. Singular values
-    below the round-off of the largest are dropped, and all beyond `rank` where it is given.
+    below the round-off of the largest are dropped.
     """
     blocks = {}
     for name, block in adapter.blocks.items():
         left, right = halves(name, block)
         kind = right.dtype
-        u, s, vt = _truncated(*_svd(left, right), rank, kind)
+        u, s, vt = _truncated(*_svd(left, right), block.rank, kind)
         if len(s):
             blocks[name] = Block(np.arange(len(s)), u.astype(kind), s.astype(kind), vt.astype(kind))
     return Adapter(blocks, adapter.scale, adapter.dense)
@@ -285,10 +262,9 @@ def _svd(left: Float[np.ndarray, "out r"], right: Float[np.ndarray, "r in"]) -> 
     return q_left @ u, s, vt @ q_right.T
 
 
-def _truncated(u: np.ndarray, s: np.ndarray, vt: np.ndarray, rank: int | None, kind: np.dtype) -> Svd:
+def _truncated(u: np.ndarray, s: np.ndarray, vt: np.ndarray, rank: int, kind: np.dtype) -> Svd:
     """The first `rank` of them, without those below the round-off of the largest in this dtype."""
-    keep = int((s > s[0] * np.finfo(kind).eps).sum()) if len(s) else 0
-    keep = keep if rank is None else min(keep, rank)
+    keep = min(int((s > s[0] * np.finfo(kind).eps).sum()), rank) if len(s) else 0
     return u[:, :keep], s[:keep], vt[:keep]
 
 

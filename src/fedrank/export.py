@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from fedrank.adapter import Adapter, Block, from_arrays, recompress, stack
+from fedrank.adapter import Adapter, Block, from_arrays, recompress
 from fedrank.client import complete
 from fedrank.config import hint
 from fedrank.products import Increment
@@ -112,12 +112,8 @@ def whole(state: State) -> Adapter:
     """The adapter that gives a pristine base the function of this state: base updates become components."""
     if not state.base_updates:
         return state.adapter
-    parts = [state.adapter, *state.base_updates.values()]
-    for name, tensor in {n: t for update in state.base_updates.values() for n, t in update.dense.items()}.items():
-        u, s, vt = np.linalg.svd(tensor.astype(np.float64), full_matrices=False)
-        block = Block(np.arange(len(s)), (u * s).astype(np.float32), None, vt.astype(np.float32))
-        parts.append(Adapter({name: block}, 1.0, {}))
-    return replace(recompress(stack(parts)), dense=state.adapter.dense)
+    found = Increment(state.adapter.scale).add(state.adapter).add_base(state.base_updates.values()).adapter()
+    return replace(recompress(found.astype(np.float32)), dense=state.adapter.dense)
 
 
 def _readme(model: dict[str, Any], beside: bool, rounds: int, limit: str) -> str:

@@ -162,8 +162,5 @@ def promise(state: State, increment: Adapter) -> dict[int, Adapter]:
     numbers = sum(block.rank * sum(shapes[name]) for update in kept.values() for name, block in update.blocks.items())
     if numbers <= sum(out * in_ for out, in_ in shapes.values()):
         return kept
-    whole: dict[str, np.ndarray] = {}
-    for update in (*state.base_updates.values(), increment):
-        for name, matrix in {**update.dense, **update.astype(np.float64).delta()}.items():
-            whole[name] = whole.get(name, 0.0) + matrix
+    whole = Increment().add_base([*state.base_updates.values(), increment]).adapter().delta()
     return {round: Adapter({}, increment.scale, whole).astype(kind)}
