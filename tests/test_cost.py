@@ -340,6 +340,17 @@ def test_joules_of_a_client_that_stops_before_its_end():
     assert found.joules == 29.0
 
 
+@pytest.mark.parametrize(
+    ("deadline", "has", "stop"),
+    [(None, 100.0, None), (10.0, 100.0, None), (9.9, 100.0, 9.9), (None, 99.0, 3.0), (2.0, 99.0, 2.0)],
+)
+def test_when_a_client_stops(deadline, has, stop):
+    """It downloads for 3 of 10 s, and needs 100 bytes."""
+    device = replace(NANO, memory_bytes=has)
+    found = cost.Cost(device, 0, 0, 0, 0.0, 0.0, 100, 0.0, 0.0, 3.0, 4.0, 0.0).timed(1.0, 2.0)
+    assert found.stop(deadline) == stop
+
+
 @pytest.mark.parametrize(("has", "fits"), [(0.0, True), (99.0, False), (100.0, True)])
 def test_what_fits_a_device(has, fits):
     device = replace(NANO, memory_bytes=has)

@@ -84,10 +84,10 @@ def handle(frame: bytes, site: Site, deadline: float | None = None) -> bytes:
 def _train(request: Request, site: Site, size: int, deadline: float | None) -> bytes:
     kept = _load(request, site)
     job = _job(request, site, kept)
-    cost = None if site.cost is None else _fitting(site.cost(request.round, request.plan, size))
     selects = request.plan.select is not None  # then it may answer with fewer components than it might
-    if cost is not None and not site.measured and not selects:  # nothing is trained that nobody would wait for
-        _in_time(cost, deadline)
+    # Where the seconds are known beforehand, nothing is trained that nobody would wait for.
+    known = None if site.measured or selects else deadline
+    cost = None if site.cost is None else _answering(site.cost(request.round, request.plan, size), known)
     started = time.perf_counter()
     update = next(iter(site.method.train([job])))
     if cost is not None:
@@ -98,7 +98,7 @@ def _train(request: Request, site: Site, size: int, deadline: float | None) -> b
         if selects:
             wire = site.wire
             cost = cost.sent(up(update.adapter, request.plan, len(wire.spec.modules), wire.dtype).frame)
-        update = replace(update, metrics={**update.metrics, **_in_time(cost, deadline).metrics})
+        update = replace(update, metrics={**update.metrics, **_answering(cost, deadline).metrics})
     arrays = _keep(job, update, kept, site.wire.start)
     arrays |= {f"private/{name}": array for name, array in update.private.items()}
     site.private.save_base({round: update for round, update in request.base_updates.items() if update is not None})
@@ -108,18 +108,14 @@ def _train(request: Request, site: Site, size: int, deadline: float | None) -> b
     return site.wire.update(request, update)
 
 
-def _fitting(cost: Cost) -> Cost:
-    """The cost, where the device has the memory."""
-    if not cost.fits:
-        needed, has = cost.peak_memory_bytes, cost.device.memory_bytes
-        raise DeviceError(f"out of memory: needs {needed / 1e9:.3g} GB, {cost.device.kind} has {has / 1e9:.3g} GB")
-    return cost
-
-
-def _in_time(cost: Cost, deadline: float | None) -> Cost:
-    if deadline is not None and cost.seconds > deadline:
+def _answering(cost: Cost, deadline: float | None) -> Cost:
+    """The cost, where the device has the memory and answers within the deadline."""
+    if cost.stop(deadline) is None:
+        return cost
+    if cost.fits:
         raise Late(f"{cost.seconds:.3g} s, with a deadline of {deadline:g} s")
-    return cost
+    needed, has = cost.peak_memory_bytes, cost.device.memory_bytes
+    raise DeviceError(f"out of memory: needs {needed / 1e9:.3g} GB, {cost.device.kind} has {has / 1e9:.3g} GB")
 
 
 def _evaluate(request: Request, site: Site) -> dict[str, float]:

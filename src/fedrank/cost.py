@@ -275,6 +275,13 @@ class Cost:
         joules = self._joules(computing, moving)
         return replace(self, forward_seconds=forward_seconds, backward_seconds=backward_seconds, joules=joules)
 
+    def stop(self, deadline: float | None) -> float | None:
+        """When it ends without an answer: at the deadline, or, lacking the memory, once the request is there; else None."""
+        deadline = math.inf if deadline is None else deadline
+        if not self.fits:
+            return min(self.download_seconds, deadline)
+        return deadline if self.seconds > deadline else None
+
     def joules_by(self, seconds: float) -> float:
         """What it has taken so many seconds after its start, if it stops then."""
         ahead = max(min(seconds, self.seconds) - self.download_seconds, 0.0)

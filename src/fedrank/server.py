@@ -204,17 +204,14 @@ class Server:
     def _unanswered(self, row: Event, plan: Plan) -> dict[str, float]:
         """What the round would have taken a client that was late or lacks the memory, and the joules it did take.
 
-        A late client stops at the deadline, one without the memory once the request is there. Nothing is known of one
-        that failed otherwise, or where no device is modelled. Where a client selects what it sends, it is taken for
-        its longest answer.
+        By the client's own rule (`Cost.stop`); where it selects what it sends, for its longest answer, as its own is not
+        known. Nothing is known of a client that failed otherwise, or where no device is modelled.
         """
         if self.cost is None or "bytes_down" not in row:
             return {}
         cost = self.cost(row["client"], self.wire.start, row["round"], plan, row["bytes_down"])
-        deadline = math.inf if self.rounds.deadline is None else self.rounds.deadline
-        if not cost.fits:
-            return cost.metrics | {"device_joules": cost.joules_by(min(cost.download_seconds, deadline))}
-        return cost.metrics | {"device_joules": cost.joules_by(deadline)} if cost.seconds > deadline else {}
+        stop = cost.stop(self.rounds.deadline)
+        return {} if stop is None else cost.metrics | {"device_joules": cost.joules_by(stop)}
 
     def _clock(self, rows: list[dict[str, Any]], clock: float) -> dict[str, Any]:
         """The round on the simulated clock, in which the server's own work takes no time; clients' waits go into rows.
