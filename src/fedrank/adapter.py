@@ -284,11 +284,14 @@ def norms(adapter: Adapter) -> dict[str, Float[np.ndarray, "r"]]:
 
 
 def to_arrays(adapter: Adapter) -> dict[str, np.ndarray]:
-    """The adapter as arrays by name: "B/<module>" and so on, "ids/<module>", "h/<dense tensor>"."""
+    """The adapter as arrays by name: "B/<module>" and so on, "ids/<module>", "h/<dense tensor>".
+
+    A module without factors is left out.
+    """
     arrays: dict[str, np.ndarray] = {}
     for name, block in adapter.blocks.items():
-        factors = {f: getattr(block, f) for f in FACTORS if getattr(block, f) is not None}
-        arrays |= {f"ids/{name}": block.ids} | {f"{f}/{name}": factor for f, factor in factors.items()}
+        if factors := {f"{f}/{name}": getattr(block, f) for f in FACTORS if getattr(block, f) is not None}:
+            arrays |= {f"ids/{name}": block.ids} | factors
     return arrays | {f"h/{name}": tensor for name, tensor in adapter.dense.items()}
 
 
@@ -301,6 +304,11 @@ def from_arrays(arrays: Mapping[str, np.ndarray], scale: float) -> Adapter:
             named[part][name] = array
     blocks = {name: Block(ids, *(named[f].get(name) for f in FACTORS)) for name, ids in named["ids"].items()}
     return Adapter(blocks, scale, named["h"])
+
+
+def below(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays whose names begin so, by the rest of their names."""
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
 
 def split(flat: np.ndarray, counts: Iterable[int]) -> list[np.ndarray]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fedrank.adapter import FACTORS, Adapter, Block
+from fedrank.adapter import Adapter, below, from_arrays, to_arrays
 from fedrank.cost import Cost, up
 from fedrank.frame import Refused
 from fedrank.protocol import Device, Fit, Job, Method, Plan, Update
@@ -142,14 +142,13 @@ def _load(request: Request, site: Site) -> dict[str, np.ndarray]:
 
 def _job(request: Request, site: Site, kept: Mapping[str, np.ndarray]) -> Job:
     adapter = complete(request.adapter, request.plan, kept, site.wire.start)
-    private = {name.split("/", 1)[1]: array for name, array in kept.items() if name.startswith("private/")}
     base = tuple(
         site.private.base(round, adapter.scale) if update is None else update
         for round, update in request.base_updates.items()
     )
     return Job(
-        request.plan, request.round, request.rounds, site.wire.spec, adapter, base, private, site.local, site.device,
-        site.seed, site.fit,
+        request.plan, request.round, request.rounds, site.wire.spec, adapter, base, below("private/", kept), site.local,
+        site.device, site.seed, site.fit,
     )  # fmt: skip
 
 
@@ -178,13 +177,7 @@ def _keep(job: Job, update: Update, kept: Mapping[str, np.ndarray], start: Adapt
     trained = update.adapter.only("".join(f for f in plan.own if f in plan.learn))
     now = trained.fill(job.adapter).union(job.adapter.without(trained.ids))
     held = now.union(_held(kept, start).without(now.ids).fill(start))
-    arrays: dict[str, np.ndarray] = {}
-    for name, block in held.blocks.items():
-        parts = {f: getattr(block, f) for f in FACTORS if f in factors and getattr(block, f) is not None}
-        arrays |= {f"{f}/{name}": factor for f, factor in parts.items()} | ({f"ids/{name}": block.ids} if parts else {})
-    if "h" in factors:
-        arrays |= {f"h/{name}": tensor for name, tensor in held.dense.items()}
-    return arrays
+    return to_arrays(held.only("".join(factors)))
 
 
 def _staying(plan: Plan, start: Adapter) -> str:
@@ -194,11 +187,6 @@ def _staying(plan: Plan, start: Adapter) -> str:
 
 def _held(kept: Mapping[str, np.ndarray], start: Adapter) -> Adapter:
     """What the client's store holds of the adapter."""
-    blocks = {}
-    for name, block in start.blocks.items():
-        if f"ids/{name}" in kept:
-            stored = Block(kept[f"ids/{name}"], *(kept.get(f"{f}/{name}") for f in FACTORS))
-            if (known := np.isin(stored.ids, block.ids)).any():
-                blocks[name] = stored.at(known)
-    dense = {name.split("/", 1)[1]: array for name, array in kept.items() if name.startswith("h/")}
-    return Adapter(blocks, start.scale, dense)
+    found = from_arrays(kept, start.scale)
+    known = {n: np.isin(block.ids, start.blocks[n].ids) for n, block in found.blocks.items() if n in start.blocks}
+    return replace(found, blocks={n: found.blocks[n].at(there) for n, there in known.items() if there.any()})

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from fedrank.adapter import Adapter, Block, from_arrays, recompress
+from fedrank.adapter import Adapter, Block, below, from_arrays, recompress
 from fedrank.client import complete
 from fedrank.config import hint
 from fedrank.products import Increment
@@ -104,8 +104,7 @@ def _adapted(store: Store, state: State, facts: Mapping[str, Any], client: Clien
         raise StoreError(f"{store.private.root} holds no version of round {since} of client {client!r}")
     plan = Plan(state.adapter.ids, own=own, since=since)
     adapter = complete(state.adapter.only(plan.sent), plan, kept, store.state(0)[0].adapter)
-    private = {name.removeprefix("private/"): array for name, array in kept.items() if name.startswith("private/")}
-    return adapter.union(from_arrays(private, adapter.scale))  # the second level, where there is one
+    return adapter.union(from_arrays(below("private/", kept), adapter.scale))  # the second level, where there is one
 
 
 def whole(state: State) -> Adapter:

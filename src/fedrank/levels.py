@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Int
 
-from fedrank.adapter import Adapter, from_arrays, kaiming, recompress
+from fedrank.adapter import Adapter, below, from_arrays, kaiming, recompress
 from fedrank.protocol import Job, ModelSpec, rng
 
 MOMENTS = "moments/"  # the upper optimizer's, beside the private adapter
@@ -32,7 +32,7 @@ def private(job: Job, rank: int) -> Adapter:
 
 def moments(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The upper optimizer's moments among a client's private arrays."""
-    return {name.removeprefix(MOMENTS): array for name, array in arrays.items() if name.startswith(MOMENTS)}
+    return below(MOMENTS, arrays)
 
 
 def effective_ranks(adapter: Adapter, spec: ModelSpec, tau: float) -> Int[np.ndarray, "modules"]:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from fedrank import aggregation
-from fedrank.adapter import Adapter, from_arrays, to_arrays
+from fedrank.adapter import Adapter, below, from_arrays, to_arrays
 from fedrank.protocol import ClientId, State, Total, Update
 
 KEEP_LAST, KEEP_EVERY = 3, 10
@@ -48,10 +48,6 @@ def _load(path: Path) -> dict[str, np.ndarray]:
         return dict(load_file(path))
     except SafetensorError as error:
         raise StoreError(f"{path} is damaged: {error}") from None
-
-
-def _below(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
 
 @dataclass(frozen=True)
@@ -193,12 +189,12 @@ class Store:
             with safe_open(path, "np") as file:
                 meta = json.loads(file.metadata()["fedrank"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            found = from_arrays(_below("adapter/", tensors), meta["scale"])
+            found = from_arrays(below("adapter/", tensors), meta["scale"])
             blocks = {name: found.blocks[name] for name in meta["modules"]}  # a file has an order of its own
             dense = {name: found.dense[name] for name in meta["dense"]}
-            updates = {n: from_arrays(_below(f"base/{n}/", tensors), meta["scale"]) for n in meta["base_updates"]}
+            updates = {n: from_arrays(below(f"base/{n}/", tensors), meta["scale"]) for n in meta["base_updates"]}
             state = State(
-                meta["round"], meta["rounds"], Adapter(blocks, meta["scale"], dense), arrays=_below("arrays/", tensors),
+                meta["round"], meta["rounds"], Adapter(blocks, meta["scale"], dense), arrays=below("arrays/", tensors),
                 metrics=meta["metrics"], seen=json.loads(tensors["seen"].tobytes()), base_updates=updates,
             )  # fmt: skip
             return state, meta["numerics"]
