@@ -102,8 +102,7 @@ def noted(method: Any, before: State, after: State, plans: Mapping[ClientId, Pla
     weight = WEIGHTS[getattr(method, "weights", "examples")]
 
     def present(client: ClientId, update: Update) -> tuple[Ids, Ids]:
-        train, frozen = plans[client].train, plans[client].frozen
-        here = {n: np.union1d(train.get(n, []), frozen.get(n, [])) for n in {**train, **frozen}}
+        here = plans[client].present
         return here, (update.adapter.ids if getattr(method, "prunes", False) else here)
 
     found = {}

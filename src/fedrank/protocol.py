@@ -195,6 +195,13 @@ class Plan:
                 raise ValueError(f"{sorted(odd)} are no factors; they are B, e, A and h")
 
     @cached_property
+    def present(self) -> dict[str, np.ndarray]:
+        """The components in the client's forward pass: those that learn and the frozen ones."""
+        none = np.empty(0, int)
+        pairs = {n: (self.train.get(n, none), self.frozen.get(n, none)) for n in {**self.train, **self.frozen}}
+        return {n: np.union1d(x, y) if len(x) and len(y) else x if len(x) else y for n, (x, y) in pairs.items()}
+
+    @cached_property
     def width(self) -> int:
         """One more than the largest component id: the bits per module in which its ids travel."""
         parts = (self.train, self.frozen)

@@ -81,7 +81,7 @@ class Wire:
     def request(self, kind: Kind, client: ClientId, plan: Plan, state: State) -> bytes:
         """The server's frame for the round after `state`: the plan, and what of the adapter travels by it."""
         round, adapter = state.round + 1, state.adapter
-        sent = adapter.take(_union(plan.train, plan.frozen)).only(plan.sent)
+        sent = adapter.take(plan.present).only(plan.sent)
         tensors = self._write(sent, self.start, "down", kind, round, client)
         for name, ids in (("plan.train", plan.train), ("plan.frozen", plan.frozen)):
             if any(map(len, ids.values())):
@@ -128,7 +128,7 @@ class Wire:
         if self.digest(kind, round, client, plan) != digest:
             raise Refused("the plan does not fit its digest")
         base = increments.read(tensors, self.spec, scale)
-        adapter = self._read(tensors, _union(train, frozen), plan.sent, self.start, scale)
+        adapter = self._read(tensors, plan.present, plan.sent, self.start, scale)
         return Request(kind, round, rounds, client, plan, adapter, base, numerics, digest)
 
     # ---- client to server
@@ -264,11 +264,10 @@ class Wire:
         scale: float,
     ) -> Adapter:  # fmt: skip
         """The adapter of exactly these components and factors; Refused where a tensor is missing, extra or odd."""
-        forms = {f for b in self.start.blocks.values() for f in FACTORS if getattr(b, f) is not None}
         ids = {m.name: np.asarray(ids[m.name]) for m in self.spec.modules if len(ids.get(m.name, ()))}
         if unknown := set(factors) - set("BeAh"):
             raise Refused(f"unknown factors {sorted(unknown)}")
-        lengths = {f: self._lengths(f, ids) for f in FACTORS if f in factors and f in forms and ids}
+        lengths = {f: self._lengths(f, ids) for f in FACTORS if f in factors and f in self.start.factors and ids}
         flat: dict[str, np.ndarray] = {}
         shapes = self.start.dense if "h" in factors else {}
         every = lengths | {f"h.{name}": _rows(tensor.shape) for name, tensor in shapes.items()}
@@ -347,12 +346,6 @@ class Wire:
 def _rows(shape: tuple[int, ...]) -> np.ndarray:
     """Row lengths of a dense tensor: its last axis; a vector is one row."""
     return np.full(math.prod(shape[:-1]), shape[-1]) if shape else np.array([1])
-
-
-def _union(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    none = np.empty(0, int)
-    pairs = {n: (a.get(n, none), b.get(n, none)) for n in dict.fromkeys([*a, *b])}
-    return {n: np.union1d(x, y) if len(x) and len(y) else x if len(x) else y for n, (x, y) in pairs.items()}
 
 
 def _plan(plan: Plan) -> dict[str, Any]:
