@@ -19,7 +19,7 @@ GOOD = [{"text": "a film", "label": 0}, {"text": "a good film", "label": 1}, {"t
 
 
 def get(path: Path | str, task: str = "classify", **options: Any) -> Dataset:
-    settings: dict[str, Any] = {"columns": {}, "train_limit": None, "test_limit": None, "seed": 0, **options}
+    settings: dict[str, Any] = {"columns": {}, "train_limit": None, "seed": 0, **options}
     return load(None, path, task, **settings)
 
 
@@ -212,7 +212,7 @@ def test_a_single_file_is_cut_in_two(tmp_path: Path) -> None:
 def test_limits_keep_the_order(tmp_path: Path) -> None:
     rows = jsonl([{"text": f"{i:03}", "label": 0} for i in range(50)])
     folder = write(tmp_path, {"train.jsonl": rows, "test.jsonl": rows})
-    data = get(folder, train_limit=20, test_limit=99)
+    data = get(folder, train_limit=20)
     assert len(set(data.train.text)) == 20
     assert data.train.text == sorted(data.train.text)
     assert len(data.test) == 50
@@ -251,7 +251,7 @@ def test_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
 
     def hub() -> Dataset:
-        return load("glue:sst2", None, "classify", {}, None, None, 0)
+        return load("glue:sst2", None, "classify", {}, None, 0)
 
     data = hub()
     assert asked == [("glue", "sst2")]
@@ -272,9 +272,9 @@ def test_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_name_or_path() -> None:
     for name, path in ((None, None), ("docstrings", "a")):
         with pytest.raises(DataError, match="give exactly one"):
-            load(name, path, "classify", {}, None, None, 0)
+            load(name, path, "classify", {}, None, 0)
     with pytest.raises(DataError, match="it has labels and no completions"):
-        load("docstrings", None, "generate", {}, None, None, 0)
+        load("docstrings", None, "generate", {}, None, 0)
 
 
 @pytest.mark.parametrize(

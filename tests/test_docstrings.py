@@ -16,7 +16,7 @@ Loaded = tuple[Rows, Rows, tuple[str, ...]]
 
 @pytest.fixture(scope="module")
 def loaded() -> Loaded:
-    found = load("docstrings", None, "classify", {}, None, None, 0)
+    found = load("docstrings", None, "classify", {}, None, 0)
     return found.train, found.test, found.labels
 
 
@@ -35,7 +35,7 @@ def test_size_and_split(loaded: Loaded) -> None:
 def test_the_same_every_time_and_whatever_the_seed(loaded: Loaded) -> None:
     train, test, labels = loaded
     for seed in (0, 7):
-        again = load("docstrings", None, "classify", {}, None, None, seed)
+        again = load("docstrings", None, "classify", {}, None, seed)
         assert (again.train.digest(), again.test.digest(), again.labels) == (train.digest(), test.digest(), labels)
 
 

@@ -15,6 +15,7 @@ from fedrank.training import docstrings
 from fedrank.training.sources import DataError, Record, Source, from_hub, from_path, nearest
 
 BUILT_IN = "docstrings"
+HELD_OUT = 0.2  # the share of rows that becomes the test, where a set has none
 
 Written = tuple[str, int | str]  # where a label stands, the label as written
 
@@ -68,9 +69,7 @@ def load(
     task: str,
     columns: Mapping[str, str],
     train_limit: int | None,
-    test_limit: int | None,
     seed: int,
-    test_fraction: float = 0.2,
 ) -> Dataset:
     """The dataset at ``path``, or the one called ``name``: docstrings, or a Hugging Face "name[:config]"."""
     if (name is None) == (path is None):
@@ -79,16 +78,15 @@ def load(
         dataset = built_in(task)
     else:
         source = from_hub(name, columns) if name is not None else from_path(Path(str(path)))
-        dataset = assemble(source, task, columns, test_fraction, seed)
-    train = limit(dataset.train, train_limit, seed, "train")
-    return replace(dataset, train=train, test=limit(dataset.test, test_limit, seed, "test"))
+        dataset = assemble(source, task, columns, seed)
+    return replace(dataset, train=limit(dataset.train, train_limit, seed, "train"))
 
 
 def configured(settings: Config) -> Dataset:
     """The dataset that a config names, with the split it is scored on in the place of test."""
     d = settings.data
     columns = d.columns.model_dump()
-    dataset = load(d.name, d.path, settings.task, columns, d.train_limit, None, settings.seed)
+    dataset = load(d.name, d.path, settings.task, columns, d.train_limit, settings.seed)
     if d.split == "validation":
         dataset = validation(dataset, settings.seed)
     return replace(dataset, test=limit(dataset.test, d.test_limit, settings.seed, "test"))
@@ -125,11 +123,14 @@ def built_in(task: str) -> Dataset:
     if task == "generate":
         raise DataError(f"{BUILT_IN}: it has labels and no completions; task generate needs another set")
     texts, label = docstrings.labelled()
-    rows, (train, test) = Rows(texts, label=label), stratified(label, 0.2, rng(docstrings.SEED, "docstrings", "split"))
+    rows, (train, test) = (
+        Rows(texts, label=label),
+        stratified(label, HELD_OUT, rng(docstrings.SEED, "docstrings", "split")),
+    )
     return Dataset(BUILT_IN, rows.take(train), rows.take(test), None, docstrings.LABELS)
 
 
-def assemble(source: Source, task: str, columns: Mapping[str, str], fraction: float, seed: int) -> Dataset:
+def assemble(source: Source, task: str, columns: Mapping[str, str], seed: int) -> Dataset:
     read = {split: collect(*place, task, columns) for split, place in source.splits.items()}
     splits = {split: rows for split, (rows, _) in read.items()}
     labels: tuple[str, ...] = ()
@@ -141,24 +142,24 @@ def assemble(source: Source, task: str, columns: Mapping[str, str], fraction: fl
             for split, (rows, written) in read.items()
         }
     if "all" in splits:
-        splits = cut(splits["all"], source.name, fraction, seed)
+        splits = cut(splits["all"], source.name, seed)
     for split, rows in splits.items():
         if (rows.text_b is None) != (splits["train"].text_b is None):
             raise DataError(f"{source.name}: train and {split} must both have the column text_b, or neither")
     return Dataset(source.name, splits["train"], splits["test"], splits.get("dev"), labels, source.notices)
 
 
-def cut(rows: Rows, name: str, fraction: float, seed: int) -> dict[str, Rows]:
+def cut(rows: Rows, name: str, seed: int) -> dict[str, Rows]:
     """Train and test from one file. Rows of one prompt stay together: the test must not repeat the train."""
     random = rng(seed, "data", "split")
     if rows.label is not None:
-        train, test = stratified(rows.label, fraction, random)
+        train, test = stratified(rows.label, HELD_OUT, random)
     else:
         prompts, prompt = np.unique(rows.text, return_inverse=True)
-        held_out = np.isin(prompt, stratified(np.zeros(len(prompts)), fraction, random)[1])
+        held_out = np.isin(prompt, stratified(np.zeros(len(prompts)), HELD_OUT, random)[1])
         train, test = np.flatnonzero(~held_out), np.flatnonzero(held_out)
     if not len(train) or not len(test):
-        raise DataError(f"{name}: {len(rows)} rows are too few to hold {fraction:g} out; give a folder")
+        raise DataError(f"{name}: {len(rows)} rows are too few to hold {HELD_OUT:g} out; give a folder")
     return {"train": rows.take(train), "test": rows.take(test)}
 
 
