@@ -465,6 +465,7 @@ ALIKE = dict.fromkeys(("flexlora", "flexlora-even", "raflora", "hetlora-uniform"
         *(((4, 4, 4, 4), name, expected) for name, expected in ALIKE.items()),
         ((1, 1, 1, 1), "flexlora", (False, True)),  # all of them together have the adapter's rank
         ((1, 1, 1, 1), "raflora", (False, False)),
+        (toy.RANKS, "legend-full", (True, False)),  # the blocks that do not learn are sent too
     ],
 )
 def test_the_small_print_of_the_table(ranks, name, expected):
