@@ -46,18 +46,24 @@ class Block:
         if self.A is not None:
             object.__setattr__(self, "A", np.ascontiguousarray(self.A))
 
+    @classmethod
+    def of(cls, ids: np.ndarray, rows: Mapping[str, np.ndarray]) -> "Block":
+        """The components of these `rows`."""
+        return cls(ids, rows["B"].T if "B" in rows else None, rows.get("e"), rows.get("A"))
+
+    @property
+    def rows(self) -> dict[str, np.ndarray]:
+        """The factors that are there, a row per component, so B as (r, out)."""
+        sides = (None if self.B is None else self.B.T, self.e, self.A)
+        return {f: side for f, side in zip(FACTORS, sides, strict=True) if side is not None}
+
     @property
     def rank(self) -> int:
         return len(self.ids)
 
     def at(self, index: np.ndarray) -> "Block":
         """The components at these positions (an index or a boolean mask)."""
-        return Block(
-            ids=self.ids[index],
-            B=None if self.B is None else self.B.T[index].T,
-            e=None if self.e is None else self.e[index],
-            A=None if self.A is None else self.A[index],
-        )
+        return Block.of(self.ids[index], {f: rows[index] for f, rows in self.rows.items()})
 
     def delta(self, scale: float) -> Float[np.ndarray, "out in"]:
         """The dense increment ``scale * B diag(e) A``."""
@@ -155,21 +161,12 @@ class Adapter:
             if name not in blocks:
                 blocks[name] = theirs
                 continue
-            mine = blocks[name]
-            ids = np.concatenate([mine.ids, theirs.ids])
+            ids = np.concatenate([blocks[name].ids, theirs.ids])
+            mine, added = blocks[name].rows, theirs.rows
+            if odd := [f for f in FACTORS if (f in mine) != (f in added)]:
+                raise ValueError(f"module {name!r}: factor {odd[0]} is in one of the two adapters only")
             order = np.argsort(ids, kind="stable")
-            parts: dict[str, np.ndarray | None] = {}
-            for f in FACTORS:
-                a, b = getattr(mine, f), getattr(theirs, f)
-                if (a is None) != (b is None):
-                    raise ValueError(f"module {name!r}: factor {f} is in one of the two adapters only")
-                if a is None:
-                    parts[f] = None
-                elif f == "B":
-                    parts[f] = np.concatenate([a.T, b.T])[order].T
-                else:
-                    parts[f] = np.concatenate([a, b])[order]
-            blocks[name] = Block(ids[order], parts["B"], parts["e"], parts["A"])
+            blocks[name] = Block.of(ids[order], {f: np.concatenate([mine[f], added[f]])[order] for f in mine})
         return Adapter(blocks, self.scale, {**other.dense, **self.dense})
 
     def astype(self, kind: DTypeLike) -> "Adapter":

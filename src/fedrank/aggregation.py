@@ -35,7 +35,7 @@ class _Sum:
             union = np.union1d(self.ids, block.ids)
             if len(union) != len(self.ids):
                 self.reindex(union)
-        parts = _rows(block)
+        parts = block.rows
         if parts.keys() != self.rows.keys():
             odd = ", ".join(sorted(parts.keys() ^ self.rows.keys()))
             raise ValueError(f"factor {odd} is in some updates of a module and not in others")
@@ -49,16 +49,6 @@ class _Sum:
                 self.rows[name] += part
             else:
                 self.rows[name][at] += part
-
-
-def _rows(block: Block) -> dict[str, np.ndarray]:
-    rows = {"B": None if block.B is None else block.B.T, "e": block.e, "A": block.A}
-    return {name: factor for name, factor in rows.items() if factor is not None}
-
-
-def _block(ids: np.ndarray, rows: dict[str, np.ndarray]) -> Block:
-    b = rows.get("B")
-    return Block(ids, None if b is None else b.T, rows.get("e"), rows.get("A"))
 
 
 def total(parts: Iterable[tuple[Adapter, float]]) -> Total:
@@ -77,7 +67,7 @@ def total(parts: Iterable[tuple[Adapter, float]]) -> Total:
         whole += weight
         for name, block in adapter.blocks.items():
             if name not in modules:
-                zeros = {f: np.zeros(rows.shape) for f, rows in _rows(block).items()}
+                zeros = {f: np.zeros(rows.shape) for f, rows in block.rows.items()}
                 modules[name] = _Sum(block.ids, zeros, np.zeros(block.rank))
             modules[name].add(block, weight)
         for name, tensor in adapter.dense.items():
@@ -85,7 +75,7 @@ def total(parts: Iterable[tuple[Adapter, float]]) -> Total:
             weights[name] = weights.get(name, 0.0) + weight
     if scale is None:
         raise ValueError("nothing to sum: no update arrived")
-    blocks = {name: _block(s.ids, s.rows) for name, s in modules.items()}
+    blocks = {name: Block.of(s.ids, s.rows) for name, s in modules.items()}
     by_part = {name: s.weights for name, s in modules.items()}
     return Total(Adapter(blocks, scale, dense), {**by_part, **{n: np.array(w) for n, w in weights.items()}}, whole)
 
@@ -155,8 +145,7 @@ def _blend(summed: np.ndarray, part: Float[np.ndarray, "*n"] | float, old: np.nd
 
 def _mean(old: Block | None, new: Block, weights: np.ndarray, whole: float, absent: Absent) -> Block:
     ids = new.ids if old is None else np.union1d(old.ids, new.ids)
-    fresh = _rows(new)
-    before = {} if old is None else _rows(old)
+    fresh, before = new.rows, {} if old is None else old.rows
     rows = {}
     for f in FACTORS:
         if f not in fresh:
@@ -173,7 +162,7 @@ def _mean(old: Block | None, new: Block, weights: np.ndarray, whole: float, abse
         share = weights.reshape(-1, *[1] * len(width))
         full[at] = _blend(fresh[f], share, full[at], whole, absent)
         rows[f] = full.astype(before[f].dtype if f in before else np.float32)
-    return _block(ids, rows)
+    return Block.of(ids, rows)
 
 
 def vote(updates: Updates, name: str, size: int) -> Float[np.ndarray, "n"]:

@@ -24,11 +24,9 @@ def factors(adapter: Adapter, sent: str, ranks: Mapping[str, int], dtype: Dtype)
     size, scale = np.dtype(DTYPES[dtype]).itemsize, 4 if dtype == "int8" else 0
     total = 0
     for name, rank in ranks.items():
-        for f in FACTORS:
-            factor = getattr(adapter.blocks[name], f)
-            if f in sent and factor is not None and rank:
-                vector = 1 if f == "e" else factor.shape[0 if f == "B" else 1]
-                total += rank * vector * size + scale * (1 if f == "e" else rank)
+        for f, rows in adapter.blocks[name].rows.items():
+            if f in sent and rank:
+                total += rank * math.prod(rows.shape[1:]) * size + scale * (1 if f == "e" else rank)
     return total
 
 

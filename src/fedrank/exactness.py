@@ -28,8 +28,8 @@ def factor_distance(one: Adapter, two: Adapter) -> float:
         for f in FACTORS:
             difference: np.ndarray | float = 0.0
             for sign, block in zip((1.0, -1.0), pair, strict=False):
-                if (factor := getattr(block, f)) is not None:
-                    rows = np.asarray(factor.T if f == "B" else factor, np.float64).reshape(block.rank, -1)
+                if f in block.rows:
+                    rows = np.asarray(block.rows[f], np.float64).reshape(block.rank, -1)
                     full = np.zeros((len(ids), rows.shape[1]))
                     full[np.searchsorted(ids, block.ids)] = sign * rows
                     difference = difference + full

@@ -30,11 +30,9 @@ def write(updates: Mapping[int, Adapter], since: int, spec: ModelSpec) -> dict[s
     for at, update in enumerate(sent.values()):
         for column, module in enumerate(spec.modules):
             if (block := update.blocks.get(module.name)) is not None:
-                assert block.B is not None
-                assert block.A is not None
                 ranks[at, column] = block.rank
-                flat["B.base"].append(block.B.T.astype(np.float32, copy=False))
-                flat["A.base"].append(block.A.astype(np.float32, copy=False))
+                for f in "BA":
+                    flat[f"{f}.base"].append(block.rows[f].astype(np.float32, copy=False))
             elif module.name in update.dense:
                 ranks[at, column] = WHOLE
                 flat["W.base"].append(update.dense[module.name].astype(np.float32, copy=False))

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedrank.adapter import FACTORS, Adapter, Block
+from fedrank.adapter import Adapter, Block
 from fedrank.config import ServerSettings
 from fedrank.protocol import State
 
@@ -60,15 +60,11 @@ def _rows(adapter: Adapter) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Every factor by name, one row per component, and the ids of the rows; a dense tensor is one row."""
     found = {f"h/{name}": (np.arange(1), tensor[None]) for name, tensor in adapter.dense.items()}
     for name, block in adapter.blocks.items():
-        rows = {f: getattr(block, f) for f in FACTORS}
-        found |= {f"{f}/{name}": (block.ids, r.T if f == "B" else r) for f, r in rows.items() if r is not None}
+        found |= {f"{f}/{name}": (block.ids, rows) for f, rows in block.rows.items()}
     return found
 
 
 def _adapter(like: Adapter, rows: dict[str, np.ndarray]) -> Adapter:
     """The inverse of `_rows`."""
-    blocks = {}
-    for name, block in like.blocks.items():
-        b, e, a = (rows.get(f"{f}/{name}") for f in FACTORS)
-        blocks[name] = Block(block.ids, None if b is None else b.T, e, a)
+    blocks = {n: Block.of(block.ids, {f: rows[f"{f}/{n}"] for f in block.rows}) for n, block in like.blocks.items()}
     return Adapter(blocks, like.scale, {name: rows[f"h/{name}"][0] for name in like.dense})

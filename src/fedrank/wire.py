@@ -288,9 +288,7 @@ class Wire:
         pieces = {f: split(flat[f], (self._vector(f, n) * r for n, r in counts.items())) for f in lengths}
         for at, (name, i) in enumerate(ids.items()):
             part = {f: pieces[f][at] for f in lengths}
-            b = part["B"].reshape(len(i), -1).T if "B" in part else None
-            a = part["A"].reshape(len(i), -1) if "A" in part else None
-            blocks[name] = Block(i, b, part.get("e"), a)
+            blocks[name] = Block.of(i, {f: p if f == "e" else p.reshape(len(i), -1) for f, p in part.items()})
         dense = {name: flat[f"h.{name}"].reshape(tensor.shape) for name, tensor in shapes.items()}
         return Adapter(blocks, scale, dense)
 
@@ -313,10 +311,7 @@ class Wire:
         ids = {name: block.ids for name, block in ordered.items()}
         result = []
         for f in FACTORS:
-            parts = [
-                getattr(b, f).T if f == "B" else getattr(b, f) for b in ordered.values() if getattr(b, f) is not None
-            ]
-            if parts:
+            if parts := [block.rows[f] for block in ordered.values() if f in block.rows]:
                 result.append((f, parts, self._lengths(f, ids)))
         for name, tensor in adapter.dense.items():
             result.append((f"h.{name}", [tensor.reshape(-1)], _rows(tensor.shape)))
@@ -333,10 +328,9 @@ class Wire:
             part = np.zeros((len(wanted), self._vector(name, module.name)), np.float32)
             for adapter in (self.start, reference):
                 block = adapter.blocks.get(module.name)
-                factor = None if block is None else getattr(block, name)
-                if block is None or factor is None:
+                if block is None or name not in block.rows:
                     continue
-                rows = (factor.T if name == "B" else factor).reshape(block.rank, -1)
+                rows = block.rows[name].reshape(block.rank, -1)
                 _, mine, theirs = np.intersect1d(wanted, block.ids, assume_unique=True, return_indices=True)
                 part[mine] = rows[theirs]
             parts.append(part.reshape(-1))

@@ -70,10 +70,8 @@ class Live:
         rows = {f: iter(_pieces(flat[f], like, f)) for f in FACTORS if f in flat}
         blocks = {}
         for name, block in like.blocks.items():
-            new = {f: next(rows[f]) if f in rows else getattr(block, f) for f in FACTORS}
-            if "B" in rows:
-                new["B"] = new["B"].T
-            blocks[name] = Block(block.ids, **new)
+            new = {f: next(rows[f]) if f in rows else part for f, part in block.rows.items()}
+            blocks[name] = Block.of(block.ids, new)
         dense = {n: flat[f"h.{n}"].reshape(t.shape) if f"h.{n}" in flat else t for n, t in like.dense.items()}
         return Adapter(blocks, like.scale, dense)
 
@@ -83,12 +81,12 @@ def live(train: Adapter, frozen: Adapter, learn: str, device: str) -> Live:
     result = Live(train.scale)
     views: dict[str, list[Tensor | None]] = {}
     for f in FACTORS:
-        present = [getattr(block, f) for block in train.blocks.values()]
-        if not present or present[0] is None:
-            views[f] = [None] * len(present)
+        if f not in train.factors:
+            views[f] = [None] * len(train.blocks)
             continue
-        flat = np.concatenate([(p.T if f == "B" else p).reshape(-1) for p in present])
-        shapes = [p.T.shape if f == "B" else p.shape for p in present]
+        present = [block.rows[f] for block in train.blocks.values()]
+        flat = np.concatenate([part.reshape(-1) for part in present])
+        shapes = [part.shape for part in present]
         if f in learn:
             value = result.learn(f, flat, device)
             views[f] = list(_leaves(value, shapes))
@@ -99,9 +97,8 @@ def live(train: Adapter, frozen: Adapter, learn: str, device: str) -> Live:
         result.learning.append(_part(name, views["B"][at], views["e"][at], views["A"][at]))
         result.parts[name] = [result.learning[-1]]
     for name, block in frozen.blocks.items():
-        tensors = [None if t is None else torch.tensor(t, dtype=torch.float32, device=device)
-                   for t in (None if block.B is None else block.B.T, block.e, block.A)]  # fmt: skip
-        result.parts.setdefault(name, []).append(_part(name, *tensors))
+        there = {f: torch.tensor(part, dtype=torch.float32, device=device) for f, part in block.rows.items()}
+        result.parts.setdefault(name, []).append(_part(name, *map(there.get, FACTORS)))
     for name, tensor in {**frozen.dense, **train.dense}.items():
         if "h" in learn:
             result.dense[name] = _leaves(result.learn(f"h.{name}", tensor.reshape(-1), device), [tensor.shape])[0]
@@ -137,7 +134,7 @@ def _leaves(flat: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
 
 
 def _pieces(flat: np.ndarray, like: Adapter, factor: str) -> list[np.ndarray]:
-    shapes = [(b.B.T.shape if factor == "B" else getattr(b, factor).shape) for b in like.blocks.values()]  # type: ignore[union-attr]
+    shapes = [block.rows[factor].shape for block in like.blocks.values()]
     parts = split(flat, (int(np.prod(shape)) for shape in shapes))
     return [part.reshape(shape).copy() for part, shape in zip(parts, shapes, strict=True)]
 
