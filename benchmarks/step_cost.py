@@ -27,7 +27,7 @@ def peak() -> int:
 def main() -> None:
     path, when = Path(sys.argv[1]), sys.argv[2]
     settings = config.load(path / "config.yaml", [f"local.steps={STEPS}", f"local.batch_size={BATCH}"])
-    rows = data.load(None, settings.data.path, "classify", settings.data.columns.model_dump(), 2000, 100, 0)
+    rows = data.load(None, settings.data.path, "classify", settings.data.columns.model_dump(), 2000, 0)
     model = models.load(settings, rows.labels)
     encoded = tasks.encode(rows.train, model.tokenizer, "classify", LENGTH)
     full = {name: [ids * 8 for ids in column] for name, column in encoded.fields.items()}  # every row fills the length
