@@ -7,7 +7,7 @@ from itertools import groupby
 
 import numpy as np
 
-from fedrank.adapter import FACTORS, Adapter
+from fedrank.adapter import Adapter
 from fedrank.frame import CHECKSUM, DTYPES, HEADER, Dtype, Sizes
 from fedrank.increments import after
 from fedrank.protocol import Device, Linear, Load, ModelSpec, Plan
@@ -116,9 +116,8 @@ def _stages(spec: ModelSpec, plan: Plan, forms: str) -> Iterator[_Stage]:
 
 
 def _forms(start: Adapter) -> str:
-    """The factors that a method's adapters have."""
-    blocks = start.blocks.values()
-    return "".join(f for f in FACTORS if any(getattr(block, f) is not None for block in blocks))
+    """The factors that a method's components have."""
+    return start.factors.removesuffix("h")
 
 
 def _parts(map: Linear, plan: Plan, forms: str) -> list[_Part]:
