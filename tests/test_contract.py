@@ -33,7 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {"fedara": {"target_rank": 1}}
 
 # Settings other than the default ones that make another method of it; those play what a whole run needs.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "fed_plora-drop": {"rest": "drop"}, "fed_plora-fold": {"rest": "fold"},
+    "fed_plora-drop": {"rest": "drop"}, "fed_plora-fixed": {"selection": "fixed"}, "fed_plora-fold": {"rest": "fold"},
     "fed_plora-weight_norm": {"selection": "weight_norm"}, "fedara-threshold": {"arbitration": "threshold"},
     "feddpa-narrow": {"private_rank": 1}, "flexlora-even": {"split": "even"}, "hetlora-contributor": {"form": "contributor"},
     "hetlora-pruned": {"gamma": 0.5, "penalty": 1.0}, "hetlora-uniform": {"form": "uniform"},

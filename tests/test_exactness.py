@@ -250,7 +250,7 @@ def test_the_figures_in_the_ledger_and_the_errors_that_a_method_claims_not_to_ha
 
 
 @pytest.mark.parametrize("weights", ["uniform", "examples"])
-@pytest.mark.parametrize("rest", ["freeze", "drop"])
+@pytest.mark.parametrize("rest", ["freeze", "fold", "drop"])
 def test_the_server_measures_by_the_plans_and_the_methods_weights(rest, weights):
     method = FedPLoRA(rest=rest, weights=weights)
     state = replace(method.begin(SPEC, 3, 0), adapter=toy.drawn(SPEC).only("BAh"))
