@@ -54,8 +54,8 @@ class Block:
     @property
     def rows(self) -> dict[str, np.ndarray]:
         """The factors that are there, a row per component, so B as (r, out)."""
-        sides = (None if self.B is None else self.B.T, self.e, self.A)
-        return {f: side for f, side in zip(FACTORS, sides, strict=True) if side is not None}
+        sides = {"B": None if self.B is None else self.B.T, "e": self.e, "A": self.A}
+        return {f: side for f, side in sides.items() if side is not None}
 
     @property
     def rank(self) -> int:

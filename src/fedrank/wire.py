@@ -309,9 +309,9 @@ class Wire:
         """Each tensor of the frame: its name, its pieces in order, and the lengths of its rows."""
         ordered = {m.name: adapter.blocks[m.name] for m in self.spec.modules if m.name in adapter.blocks}
         ids = {name: block.ids for name, block in ordered.items()}
-        result = []
+        result, rows = [], [block.rows for block in ordered.values()]
         for f in FACTORS:
-            if parts := [block.rows[f] for block in ordered.values() if f in block.rows]:
+            if parts := [present[f] for present in rows if f in present]:
                 result.append((f, parts, self._lengths(f, ids)))
         for name, tensor in adapter.dense.items():
             result.append((f"h.{name}", [tensor.reshape(-1)], _rows(tensor.shape)))
