@@ -15,7 +15,7 @@ import toy
 from fedrank import levels
 from fedrank.adapter import Adapter, Block, from_arrays, kaiming
 from fedrank.config import Local
-from fedrank.protocol import Job, Lower, Plan, rng
+from fedrank.protocol import Job, Lower, ModelSpec, Plan, rng
 from fedrank.training import models, tasks
 from fedrank.training.bilevel import begin, hypergradient
 from fedrank.training.hooks import live, mounted
@@ -214,6 +214,22 @@ def test_a_lower_gradient_of_exactly_zero_divides_nothing():
     assert all(torch.equal(part, torch.ones_like(part)) for part in found)
 
 
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+def test_attention_keeps_its_fused_kernel_but_where_a_second_derivative_is_taken(derivative):
+    x, y, (data, _) = problem()
+    fused: dict[str, list[bool]] = {"inner": [], "outer": []}
+
+    def noted(name: str) -> Callable[..., Tensor]:
+        def loss(above: Sequence[Tensor], below: Sequence[Tensor]) -> Tensor:
+            fused[name].append(torch.backends.cuda.flash_sdp_enabled())
+            return squares(data)(above, below)
+
+        return loss
+
+    hypergradient(noted("inner"), noted("outer"), tensors(x), tensors(y), RATE, derivative)
+    assert fused == {"inner": {"double": [False], "finite": [True] * 3, "first": [True]}[derivative], "outer": [True]}
+
+
 def test_without_upper_variables_only_the_lower_step_is_taken():
     x, y, data = problem()
     fixed = tensors(x)
@@ -266,8 +282,8 @@ def test_two_mounted_levels_take_the_step_of_the_closed_form(derivative):
 ROWS = np.arange(20)
 
 
-def work(learn: str = "BeAh", round: int = 1, **settings: Any) -> Job:
-    spec = toy.encoder().spec
+def work(learn: str = "BeAh", round: int = 1, spec: ModelSpec | None = None, **settings: Any) -> Job:
+    spec = spec or toy.encoder().spec
     adapter = spec.with_head(kaiming(spec.shapes, 2, spec.scale, rng(0, "start")))
     moved = rng(0, "moved")
     blocks = {n: replace(b, B=moved.normal(0, 0.1, b.B.shape).astype(np.float32)) for n, b in adapter.blocks.items()}
@@ -282,10 +298,10 @@ def private(zero: bool = False, job: Job | None = None) -> Adapter:
     return start if zero else replace(start, blocks=blocks)
 
 
-def gradients(job: Job, lower: Lower | None, lr: float = 1e-2) -> list[dict[str, np.ndarray]]:
+def gradients(job: Job, lower: Lower | None, teacher: Trainer | None = None) -> list[dict[str, np.ndarray]]:
     """The upper gradient of every step."""
     seen: list[dict[str, np.ndarray]] = []
-    toy.trainer(lr).fit(
+    (teacher or toy.trainer(1e-2)).fit(
         job, ROWS, lambda values, grads: seen.append({n: g.clone().numpy() for n, g in grads.items()}), lower
     )
     return seen
@@ -304,6 +320,18 @@ def test_04_differences_agree_with_double_backward_in_a_transformer(copied, drop
     rate = 0.1 if copied else 3.0
     steps = [flat(gradients(job, Lower(rate, below, derivative))[0]) for derivative in DERIVATIVES]
     double, finite, first = steps
+    assert np.linalg.norm(first - double) > 0.1 * np.linalg.norm(double)
+    assert np.linalg.norm(finite - double) < 0.02 * np.linalg.norm(first - double)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_04_and_in_a_decoder(kind, tmp_path):
+    """With a causal mask, and heads that share keys."""
+    model = toy.loaded(kind, tmp_path)
+    data = tasks.encode(toy.texts(20, 0), model.tokenizer, "classify", 16)
+    job, teacher = work(steps=1, spec=model.spec), Trainer(model, data, data, 1e-2, 1, "cpu")
+    below = private(job=job)
+    double, finite, first = (flat(gradients(job, Lower(3.0, below, form), teacher)[0]) for form in DERIVATIVES)
     assert np.linalg.norm(first - double) > 0.1 * np.linalg.norm(double)
     assert np.linalg.norm(finite - double) < 0.02 * np.linalg.norm(first - double)
 

@@ -38,6 +38,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "feddpa-narrow": {"private_rank": 1}, "flexlora-even": {"split": "even"}, "hetlora-contributor": {"form": "contributor"},
     "hetlora-pruned": {"gamma": 0.5, "penalty": 1.0}, "hetlora-uniform": {"form": "uniform"},
     "legend-capped": {"max_bytes": 42000.0}, "legend-deep": {"depth": "full"}, "legend-full": {"download": "full"},
+    "per_fedavg_lora-finite": {"derivative": "finite"}, "per_fedavg_lora-first": {"derivative": "first"},
+    "pf2lora-examples": {"weights": "examples", "keep_moments": False},
     "pf2lora-finite": {"derivative": "finite"}, "pf2lora-first": {"derivative": "first"},
 }  # fmt: skip
 core = pytest.mark.parametrize(
@@ -125,9 +127,9 @@ def played(method: Any, tmp_path_factory: pytest.TempPathFactory) -> SimpleNames
     """Three rounds of three of the four clients, under watch.
 
     left: the run directory as each round left it. predicts: what each client was last evaluated with. merged: the
-    state before each merge, the updates, and the state after it.
+    state before each merge, the updates, and the state after it. sent: every frame that came back.
     """
-    folder, watched = tmp_path_factory.mktemp("contract"), Watched(method, [], [], [])
+    folder, watched, sent = tmp_path_factory.mktemp("contract"), Watched(method, [], [], []), list[bytes]()
     left: dict[int, Path] = {}
     predicts: dict[str, Adapter] = {}
 
@@ -138,7 +140,11 @@ def played(method: Any, tmp_path_factory: pytest.TempPathFactory) -> SimpleNames
 
         return replace(site, evaluate=evaluate)
 
-    f = toy.federation(watched, folder / "run", cohort=3, alter=note)
+    def overhear(name: str, frame: bytes) -> list[tuple[str, bytes]]:
+        sent.append(frame)
+        return [(name, frame)]
+
+    f = toy.federation(watched, folder / "run", cohort=3, alter=note, carry=lambda e: toy.Tampering(e, overhear))
 
     def copy(event: dict) -> None:
         if event["event"] in ("cohort", "end"):  # before a round, and after the last
@@ -148,7 +154,7 @@ def played(method: Any, tmp_path_factory: pytest.TempPathFactory) -> SimpleNames
     events = f.play(watch=copy)
     return SimpleNamespace(
         events=events, states=f.states, federation=f, seen=watched.seen, left=left, predicts=predicts,
-        merged=watched.merged,
+        merged=watched.merged, sent=sent,
     )  # fmt: skip
 
 
@@ -340,6 +346,19 @@ def test_no_private_state_is_in_the_servers_state(method, played):
         array.tobytes() for state in played.states.values() for array in [*state.arrays.values(), *toy.arrays(state.adapter).values()]
     }  # fmt: skip
     assert not stored & held
+
+
+@core
+def test_no_private_number_is_in_any_frame(method, played):
+    """Neither as it is kept nor turned, as factors travel."""
+    plan = plan_of(method)
+    kept = (path for left in played.left.values() for path in (left / "clients").rglob("*.safetensors"))
+    arrays = (array for path in kept for array in client_arrays(path, plan.own) if array.size > 16)
+    secrets = {part for array in arrays for turned in (array, array.T) if any(part := turned.tobytes()[:64])}
+    assert bool(secrets) == bool(set(plan.own) & set("BeA") or plan.private)
+    assert sum(unpack(frame)[0]["kind"] == "update" for frame in played.sent) == 9
+    leaked = sum(secret in frame for frame in played.sent for secret in secrets)
+    assert leaked == 0
 
 
 def client_arrays(path: Path, own: str) -> list[np.ndarray]:

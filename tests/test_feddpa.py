@@ -10,7 +10,8 @@ import toy
 from fedrank import levels
 from fedrank.adapter import Adapter, from_arrays
 from fedrank.methods.feddpa import FedDPA
-from fedrank.protocol import Job, Update
+from fedrank.protocol import Job, State, Update
+from fedrank.training.local import _batches
 
 ROWS = np.arange(16)
 
@@ -42,6 +43,9 @@ def test_each_adapter_trains_in_its_turn_with_the_other_frozen():
     }
     assert toy.same(first.adapter, common.union(private))
     assert "h" not in first.plan.learn
+    batches = [np.concatenate(list(_batches(ROWS, job.local, job))) for job in (first, second)]
+    assert not np.array_equal(*batches)
+    assert np.array_equal(*map(np.sort, batches))
     trained = replace(mine.adapter, dense={})
     assert all(block.B.any() for block in trained.blocks.values())
     # the second phase starts from the first one's result, and leaves it as it is
@@ -85,6 +89,13 @@ def test_the_payload_does_not_depend_on_the_private_rank(rank, tmp_path):
     expected = 4 * spec.rank * sum(m.out + m.in_ for m in spec.modules)
     for event in f.play()["client"]:
         assert (event["adapter_bytes_up"], event["adapter_bytes_down"]) == (expected, expected)
+
+
+def test_clients_count_by_their_examples():
+    one, two = (toy.drawn(toy.small(), seed) for seed in (0, 1))
+    found = FedDPA().merge(State(0, 3, one), toy.Arrived({"a": Update(one, 1), "b": Update(two, 3)})).adapter
+    mean = (one.blocks["0.m"].A.astype(float) + 3 * two.blocks["0.m"].A.astype(float)) / 4
+    np.testing.assert_array_equal(found.blocks["0.m"].A, mean.astype(np.float32))
 
 
 def test_a_private_adapter_of_no_rank_is_refused():

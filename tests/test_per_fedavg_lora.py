@@ -14,7 +14,7 @@ from fedrank.adapter import Adapter
 from fedrank.client import Site
 from fedrank.methods.fedavg import FedAvg
 from fedrank.methods.per_fedavg_lora import PerFedAvgLoRA
-from fedrank.protocol import Job, Plan, State, Update, rng
+from fedrank.protocol import Job, Lower, Plan, State, Update, rng
 from fedrank.training.hooks import live
 from fedrank.training.local import _batches
 
@@ -65,6 +65,21 @@ def test_training_takes_the_upper_step_and_keeps_nothing(derivative):
     assert not toy.same(update.adapter, plain.adapter)
     plan = method.plan(State(0, 3, job.adapter), toy.cohort("c0"), 0)["c0"]
     assert (plan.passes, plan.private) == (levels.PASSES[derivative], 0)
+
+
+@pytest.mark.parametrize("method", [PerFedAvgLoRA(), PerFedAvgLoRA(0.3, "finite"), PerFedAvgLoRA(0.05, "first")])
+def test_the_lower_level_is_a_copy_with_the_methods_rate_and_derivative(method):
+    given = list[Lower]()
+
+    def fit(job: Job, lower: Lower) -> Update:
+        given.append(lower)
+        return Update(job.adapter, 16, private={"moments/B/step": np.array(2.0)})
+
+    (update,) = method.train([replace(work(method), fit=fit)])
+    (lower,) = given
+    assert (lower.rate, lower.derivative, lower.private) == (method.rate, method.derivative, None)
+    assert not lower.moments
+    assert not update.private
 
 
 def test_clients_that_disagree_are_told_apart_by_their_step(tmp_path):

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import toy
-from fedrank import client, levels
-from fedrank.adapter import Adapter, from_arrays
+from fedrank import client, cost, levels
+from fedrank.adapter import Adapter, Block, from_arrays, to_arrays
 from fedrank.frame import unpack
 from fedrank.methods.fedavg import FedAvg
 from fedrank.methods.pf2lora import PF2LoRA
@@ -170,18 +170,17 @@ def test_10_identical_clients_stay_identical():
     assert toy.same(FAST.merge(state, toy.Arrived({"a": one, "b": two})).adapter, one.adapter)
 
 
-@pytest.mark.parametrize("weights", ["uniform", "examples"])
-def test_11_the_order_of_clients_does_not_matter_and_their_weights_do(weights):
+@pytest.mark.parametrize(("settings", "share"), [({}, [1, 1, 1]), ({"weights": "examples"}, [1, 10, 100])])
+def test_11_the_order_of_clients_does_not_matter_and_their_weights_do(settings, share):
     spec = toy.small()
-    method = PF2LoRA(1, weights=weights)
+    method = PF2LoRA(1, **settings)
     ranks = {"ranks": np.zeros(2, np.int32)}
     draws = {name: Update(toy.drawn(spec, seed), 10**seed, arrays=ranks) for seed, name in enumerate("abc")}
     state = State(0, 3, draws["a"].adapter)
     found = [method.merge(state, toy.Arrived({k: draws[k] for k in order})).adapter for order in permutations("abc")]
     assert all(toy.same(found[0], other) for other in found[1:])
-    share = np.array([1, 1, 1]) if weights == "uniform" else np.array([1, 10, 100])
     mean = sum(n * u.adapter.blocks["0.m"].A.astype(float) for n, u in zip(share, draws.values(), strict=True))
-    np.testing.assert_array_equal(found[0].blocks["0.m"].A, (mean / share.sum()).astype(np.float32))
+    np.testing.assert_array_equal(found[0].blocks["0.m"].A, (mean / sum(share)).astype(np.float32))
 
 
 # ---- 13: the gauge
@@ -253,6 +252,25 @@ def test_15_the_parameters_are_r_and_r_private_times_the_sides(private_rank):
     assert count(levels.private(job, private_rank)) * job.spec.rank == count(job.adapter) * private_rank
 
 
+@pytest.mark.parametrize(
+    ("modules", "width", "rank", "private_rank", "common", "private"),
+    [(24, 768, 8, 2, 294_912, 73_728), (24, 768, 8, 4, 294_912, 147_456), (48, 1024, 8, 2, 786_432, 196_608),
+     (48, 1024, 4, 1, 393_216, 98_304), (96, 1600, 4, 2, 1_228_800, 614_400)],
+)  # fmt: skip
+def test_15_the_parameters_and_bytes_of_query_and_value_in_known_models(
+    modules, width, rank, private_rank, common, private
+):
+    """Section 4: RoBERTa-base, twice; RoBERTa-large or GPT-2 medium; GPT-2 medium; GPT-2 XL."""
+    spec = replace(toy.small({f"{at}.m": (width, width) for at in range(modules)}, rank), dense={})
+    method = PF2LoRA(private_rank)
+    start = method.begin(spec, 3, 0).adapter
+    plan = method.plan(State(0, 3, start), toy.cohort("c0"), 0)["c0"]
+    assert cost.trainable(spec, start, plan) == common + private
+    assert cost.most_up(spec, start, plan, "f32").adapter == 4 * common
+    own = levels.private(toy.job(spec, start, plan, print), private_rank)
+    assert sum(block.B.size + block.A.size for block in own.blocks.values()) == private
+
+
 # ---- what clients predict with, and the ranks they report
 
 
@@ -292,6 +310,21 @@ def test_the_server_knows_every_clients_ranks_and_their_mean(run):
     assert update.arrays["ranks"].max() <= spec.rank + FAST.private_rank
 
 
+@pytest.mark.parametrize(("threshold", "rank"), [(0.0, 4), (0.05, 3), (0.3, 2), (0.6, 1)])
+def test_a_clients_ranks_are_of_both_adapters_as_it_trained_them(threshold, rank):
+    """Singular values 4 and 2 of the common one, 1 and 0.1 of its own; it began with others."""
+    spec, method = toy.small({"0.m": (5, 6)}), PF2LoRA(1, threshold=threshold)
+    start, eye = method.begin(spec, 3, 0).adapter, np.eye(6, dtype=np.float32)
+
+    def diagonal(*values: float, at: int) -> Adapter:
+        ids = np.arange(at, at + len(values))
+        return Adapter({"0.m": Block(ids, eye[:5, ids] * np.float32(values), None, eye[ids])}, spec.scale, {})
+
+    done = Update(diagonal(4, 2, at=0), 16, private=to_arrays(diagonal(1, 0.1, at=2)))
+    job = toy.job(spec, start, Plan(start.ids), lambda job, lower: done)
+    assert trained(job, method).arrays["ranks"].tolist() == [rank]
+
+
 def test_ranks_of_clients_that_sit_out_stay():
     state = FAST.begin(toy.encoder().spec, 3, 0)
     one, two = (replace(trained(fresh(FAST)), arrays={"ranks": np.full(18, n, np.int32)}) for n in (2, 4))
@@ -299,6 +332,24 @@ def test_ranks_of_clients_that_sit_out_stay():
     assert (first.metrics["effective_rank"], first.metrics["rank_spread"]) == (3.0, 1.0)
     second = FAST.merge(first, toy.Arrived({"b": one}))
     assert {name: int(ranks[0]) for name, ranks in second.arrays.items()} == {"ranks/a": 2, "ranks/b": 2}
+
+
+# ---- what local training is asked for
+
+
+@pytest.mark.parametrize("method", [PF2LoRA(), PF2LoRA(1, 0.3, "finite"), PF2LoRA(3, 0.02, "first")])
+def test_the_lower_level_is_the_clients_own_with_the_methods_rate_and_derivative(method):
+    job, given = fresh(method), list[Lower]()
+
+    def fit(job: Job, lower: Lower) -> Update:
+        given.append(lower)
+        return Update(job.adapter, 16, private=to_arrays(lower.private))
+
+    trained(replace(job, fit=fit), method)
+    (lower,) = given
+    assert (lower.rate, lower.derivative, dict(lower.moments)) == (method.rate, method.derivative, {})
+    assert toy.same(lower.private, levels.private(job, method.private_rank))
+    assert {block.rank for block in lower.private.blocks.values()} == {method.private_rank}
 
 
 # ---- the private store
