@@ -23,7 +23,7 @@ FLOORS = [
     {"adapter"},
     {"protocol"},
     {"aggregation", "exactness", "levels", "optimizer", "products", "selection"}
-    | {"cost", "fleet", "frame", "increments", "wire", "config", "store", "ledger"},
+    | {"cost", "fleet", "frame", "increments", "layout", "wire", "config", "store", "ledger"},
     {"training"},
     {"methods"},
     {"client"},
