@@ -217,7 +217,7 @@ def recompress(adapter: Adapter) -> Adapter:
     for name, block in adapter.blocks.items():
         left, right = halves(name, block)
         kind = right.dtype
-        u, s, vt = _truncated(*_svd(left, right), block.rank, kind)
+        u, s, vt = _svd(left, right, kind)
         if len(s):
             blocks[name] = Block(np.arange(len(s)), u.astype(kind), s.astype(kind), vt.astype(kind))
     return Adapter(blocks, adapter.scale, adapter.dense)
@@ -234,7 +234,8 @@ def truncate(increment: Adapter, old: Adapter, power: float) -> Adapter:
     for name, block in old.blocks.items():
         _, kept = halves(name, block)
         left, right = halves(name, increment.blocks[name])
-        u, s, vt = _truncated(*_svd(left * (increment.scale / old.scale), right), block.rank, kept.dtype)
+        u, s, vt = _svd(left * (increment.scale / old.scale), right, kept.dtype)
+        u, s, vt = u[:, : block.rank], s[: block.rank], vt[: block.rank]
         b, a = np.zeros((len(u), block.rank), kept.dtype), kept.copy()
         b[:, : len(s)], a[: len(s)] = u * s**power, s[:, None] ** (1 - power) * vt
         blocks[name] = Block(block.ids, b, None, a)
@@ -251,18 +252,16 @@ def halves(name: str, block: Block) -> tuple[Float[np.ndarray, "out r"], Float[n
 Svd = tuple[Float[np.ndarray, "out n"], Float[np.ndarray, "n"], Float[np.ndarray, "n in"]]
 
 
-def _svd(left: Float[np.ndarray, "out r"], right: Float[np.ndarray, "r in"]) -> Svd:
-    """U, S, V^T of left @ right by QR of each and the SVD of the small core, in float64."""
+def _svd(left: Float[np.ndarray, "out r"], right: Float[np.ndarray, "r in"], kind: np.dtype) -> Svd:
+    """U, S, V^T of left @ right by QR of each and the SVD of the small core, in float64.
+
+    Without what is below the round-off of the largest in the dtype `kind`.
+    """
     q_left, r_left = np.linalg.qr(left.astype(np.float64))
     q_right, r_right = np.linalg.qr(right.T.astype(np.float64))
     u, s, vt = np.linalg.svd(r_left @ r_right.T, full_matrices=False)
-    return q_left @ u, s, vt @ q_right.T
-
-
-def _truncated(u: np.ndarray, s: np.ndarray, vt: np.ndarray, rank: int, kind: np.dtype) -> Svd:
-    """The first `rank` of them, without those below the round-off of the largest in this dtype."""
-    keep = min(int((s > s[0] * np.finfo(kind).eps).sum()), rank) if len(s) else 0
-    return u[:, :keep], s[:keep], vt[:keep]
+    keep = int((s > s[0] * np.finfo(kind).eps).sum()) if len(s) else 0
+    return q_left @ u[:, :keep], s[:keep], vt[:keep] @ q_right.T
 
 
 def norms(adapter: Adapter) -> dict[str, Float[np.ndarray, "r"]]:
@@ -281,14 +280,11 @@ def norms(adapter: Adapter) -> dict[str, Float[np.ndarray, "r"]]:
 
 
 def to_arrays(adapter: Adapter) -> dict[str, np.ndarray]:
-    """The adapter as arrays by name: "B/<module>" and so on, "ids/<module>", "h/<dense tensor>".
-
-    A module without factors is left out.
-    """
+    """The adapter as arrays by name: "B/<module>" and so on, "ids/<module>", "h/<dense tensor>"."""
     arrays: dict[str, np.ndarray] = {}
     for name, block in adapter.blocks.items():
-        if factors := {f"{f}/{name}": getattr(block, f) for f in FACTORS if getattr(block, f) is not None}:
-            arrays |= {f"ids/{name}": block.ids} | factors
+        factors = {f: getattr(block, f) for f in FACTORS if getattr(block, f) is not None}
+        arrays |= {f"ids/{name}": block.ids} | {f"{f}/{name}": factor for f, factor in factors.items()}
     return arrays | {f"h/{name}": tensor for name, tensor in adapter.dense.items()}
 
 

@@ -85,9 +85,9 @@ def _train(request: Request, site: Site, size: int, deadline: float | None) -> b
     kept = _load(request, site)
     job = _job(request, site, kept)
     selects = request.plan.select is not None  # then it may answer with fewer components than it might
-    # Where the seconds are known beforehand, nothing is trained that nobody would wait for.
-    known = None if site.measured or selects else deadline
-    cost = None if site.cost is None else _answering(site.cost(request.round, request.plan, size), known)
+    # Nothing is trained that the memory would not hold, or, where the seconds are known beforehand, nobody would wait for.
+    until = None if site.measured or selects else deadline
+    cost = None if site.cost is None else _answering(site.cost(request.round, request.plan, size), until)
     started = time.perf_counter()
     update = next(iter(site.method.train([job])))
     if cost is not None:
@@ -177,7 +177,8 @@ def _keep(job: Job, update: Update, kept: Mapping[str, np.ndarray], start: Adapt
     trained = update.adapter.only("".join(f for f in plan.own if f in plan.learn))
     now = trained.fill(job.adapter).union(job.adapter.without(trained.ids))
     held = now.union(_held(kept, start).without(now.ids).fill(start))
-    return to_arrays(held.only("".join(factors)))
+    held = held.only("".join(factors))
+    return to_arrays(replace(held, blocks={name: block for name, block in held.blocks.items() if block.rows}))
 
 
 def _staying(plan: Plan, start: Adapter) -> str:

@@ -301,13 +301,13 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
 def explain(error: Any, section: str = "") -> str:
     """One of pydantic's errors in a line: the key, what it must be, what was given, and the nearest word.
 
-    section: where the key is from.
+    section: what stands before the key.
     """
     key = ".".join(map(str, (*filter(None, [section]), *error["loc"])))
     if error["type"] == "extra_forbidden":
         return f"unknown key {key!r}{_near_key(key)}"
     message = str(error["msg"]).removeprefix("Value error, ")
-    if not error["loc"]:  # it is about several keys, and names them
+    if not error["loc"]:  # it has no key of its own: the message says what it is about
         return f"{section}: {message}" if section else message
     got = repr(error["input"])
     near = ""

@@ -49,8 +49,7 @@ def down(adapter: Adapter, plan: Plan, modules: int, dtype: Dtype, base: Mapping
 
     base: the base updates that hold (`State.base_updates`), of which it takes along what the client lacks, in f32.
     """
-    ranks = {n: len(np.union1d(plan.train.get(n, []), plan.frozen.get(n, []))) for n in {**plan.train, **plan.frozen}}
-    body, head = factors(adapter, plan.sent, ranks, dtype), dense(adapter, plan.sent, dtype)
+    body, head = factors(adapter, plan.sent, _ranks(plan.present), dtype), dense(adapter, plan.sent, dtype)
     ids = sum(math.ceil(modules * plan.width / 8) for part in (plan.train, plan.frozen) if any(map(len, part.values())))
     arrays = sum(array.nbytes for array in plan.arrays.values())
     base = base or {}

@@ -45,6 +45,9 @@ class _Sum:
         out, in_ = self.whole.shape
         return (np.eye(out), self.whole) if out <= in_ else (self.whole, np.eye(in_))
 
+    def product(self) -> Float[np.ndarray, "out in"]:
+        return np.hstack(self.lefts) @ np.vstack(self.rights) if self.whole is None else self.whole
+
     def square(self) -> float:
         """The squared Frobenius norm."""
         if self.whole is None:
@@ -54,8 +57,7 @@ class _Sum:
                 # their round-off is squared: two equal functions would seem 1e-8 apart.
                 triangles = [np.asarray(np.linalg.qr(side, mode="r")) for side in (left, right.T)]
                 return float(np.sum(np.square(triangles[0] @ triangles[1].T)))
-            return float(np.sum(np.square(left @ right)))
-        return float(np.sum(np.square(self.whole)))
+        return float(np.sum(np.square(self.product())))
 
 
 @dataclass(eq=False)
@@ -95,6 +97,10 @@ class Increment:
         """The sum's stacked factors, or matrices as I W or W I; components are numbered anew."""
         pairs = {name: module.pair() for name, module in self.modules.items()}
         return Adapter({n: Block(np.arange(len(a)), b, None, a) for n, (b, a) in pairs.items()}, self.scale, {})
+
+    def delta(self) -> dict[str, Float[np.ndarray, "out in"]]:
+        """The sum by module."""
+        return {name: self.scale * module.product() for name, module in self.modules.items()}
 
     def norm(self) -> float:
         """The Frobenius norm, over all modules together."""
@@ -162,5 +168,5 @@ def promise(state: State, increment: Adapter) -> dict[int, Adapter]:
     numbers = sum(block.rank * sum(shapes[name]) for update in kept.values() for name, block in update.blocks.items())
     if numbers <= sum(out * in_ for out, in_ in shapes.values()):
         return kept
-    whole = Increment().add_base([*state.base_updates.values(), increment]).adapter().delta()
+    whole = Increment().add_base([*state.base_updates.values(), increment]).delta()
     return {round: Adapter({}, increment.scale, whole).astype(kind)}

@@ -96,7 +96,7 @@ class LEGEND:
         }
         state = State(0, rounds, adapter, arrays=arrays)
         memory = []  # bytes at the peak by depth: in any case, per token and per pair of the largest batch
-        frames = []  # bytes up and down by depth
+        frames = []  # bytes up and down by depth; both are without components below min_depth, which nobody plans
         for depth in range(1, layers + 1):
             plan = self._suffix(state, depth) or Plan({})
             loads = [
@@ -154,7 +154,8 @@ class LEGEND:
         if self.max_seconds is not None:
             fits &= ~(capacities[:, :1] * len(units) + capacities[:, 1:2] * k > self.max_seconds)
         if self.max_bytes is not None:
-            fits &= state.arrays["frames"].sum(axis=1) <= self.max_bytes
+            # A full download's last depth may be shorter than the one before: nothing is frozen there.
+            fits &= np.maximum.accumulate(state.arrays["frames"].sum(axis=1)) <= self.max_bytes
         return np.asarray(fits.sum(axis=1))
 
     def train(self, jobs: Iterable[Job]) -> Iterable[Update]:
