@@ -38,15 +38,16 @@ class _Sum:
         self.lefts, self.rights = [], []
         self.whole = product if self.whole is None else self.whole + product
 
+    def product(self) -> Float[np.ndarray, "out in"]:
+        """As one matrix."""
+        return np.hstack(self.lefts) @ np.vstack(self.rights) if self.whole is None else self.whole
+
     def pair(self) -> tuple[Float[np.ndarray, "out r"], Float[np.ndarray, "r in"]]:
         """As two factors: those stacked, or the matrix W as I W or W I."""
         if self.whole is None:
             return np.hstack(self.lefts), np.vstack(self.rights)
         out, in_ = self.whole.shape
         return (np.eye(out), self.whole) if out <= in_ else (self.whole, np.eye(in_))
-
-    def product(self) -> Float[np.ndarray, "out in"]:
-        return np.hstack(self.lefts) @ np.vstack(self.rights) if self.whole is None else self.whole
 
     def square(self) -> float:
         """The squared Frobenius norm."""
@@ -57,7 +58,8 @@ class _Sum:
                 # their round-off is squared: two equal functions would seem 1e-8 apart.
                 triangles = [np.asarray(np.linalg.qr(side, mode="r")) for side in (left, right.T)]
                 return float(np.sum(np.square(triangles[0] @ triangles[1].T)))
-        return float(np.sum(np.square(self.product())))
+            return float(np.sum(np.square(left @ right)))
+        return float(np.sum(np.square(self.whole)))
 
 
 @dataclass(eq=False)
