@@ -1,5 +1,6 @@
 """The bilevel step: against closed forms, against differences, and inside local training (PF2LoRA's spec, 10.1)."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import toy
@@ -17,7 +19,7 @@ from fedrank.adapter import Adapter, Block, from_arrays, kaiming
 from fedrank.config import Local
 from fedrank.protocol import Job, Lower, ModelSpec, Plan, rng
 from fedrank.training import models, tasks
-from fedrank.training.bilevel import begin, hypergradient
+from fedrank.training.bilevel import DerivativeError, begin, hypergradient
 from fedrank.training.hooks import live, mounted
 from fedrank.training.local import Trainer, _batches
 
@@ -101,6 +103,41 @@ def test_the_hypergradient_is_the_closed_form_of_least_squares():
     assert_near(found, first, 1e-12)
     assert_near(after, moved, 1e-12)
     assert np.linalg.norm(first[0] - h[0]) > 0.5 * np.linalg.norm(h[0])  # so that the test discriminates
+
+
+def fused(value: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return nn.functional.scaled_dot_product_attention(value, value, value)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_kernel_without_a_second_derivative_is_named_and_finite_differences_do_without_one(copied):
+    x, y = (torch.tensor(rng(seed, "kernel").normal(size=(1, 1, 3, 4))) for seed in range(2))
+
+    def loss(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
+        return fused(x[0] * y[0]).pow(2).sum()
+
+    lower = None if copied else [y]
+    with pytest.raises(DerivativeError, match=r"method\.derivative: finite"):
+        hypergradient(loss, loss, [x], lower, 0.1, "double")
+    _, (h,), _ = hypergradient(loss, loss, [x], lower, 0.1, "finite")
+    assert h.isfinite().all()
+
+
+def test_other_errors_of_the_last_backward_pass_are_themselves():
+    def full(above: Tensor) -> None:
+        raise RuntimeError("out of memory")
+
+    def loss(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
+        return (x[0] * y[0]).sum()
+
+    def outer(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
+        found = loss(x, y)
+        found.register_hook(full)
+        return found
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        hypergradient(loss, outer, [torch.ones(2)], [torch.ones(2)], 0.1, "double")
 
 
 @pytest.mark.parametrize("derivative", ["double", "finite"])
@@ -445,8 +482,41 @@ def test_the_passes_that_plans_name_are_those_that_are_made(derivative, copied, 
     forward = count(lambda: teacher.evaluate(job.adapter, teacher.train, rows))
     below = None if copied else levels.private(job, 1)
     found = count(lambda: teacher.fit(job, rows, lower=Lower(0.1, below, derivative)))
-    ahead, back = levels.PASSES[derivative]
+    ahead, back, _ = levels.PASSES[derivative]
     assert found == pytest.approx(ahead * forward + back * (plain - forward), rel=0.06)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+def test_the_activations_that_plans_name_are_those_that_are_held(derivative, copied, wide):
+    """Storages that torch has saved for backward passes and not yet freed, at their most; parameters aside."""
+    teacher, job = wide
+    rows = np.arange(8)
+    parameters = {t.untyped_storage()._cdata for t in teacher.model.network.state_dict(keep_vars=True).values()}
+    held, sizes, most = Counter[int](), dict[int, int](), 0
+
+    class Saved:
+        def __init__(self, tensor: torch.Tensor):
+            nonlocal most
+            storage = tensor.untyped_storage()
+            self.tensor, self.key = tensor, storage._cdata
+            held[self.key] += 1
+            sizes[self.key] = storage.nbytes()
+            most = max(most, sum(sizes[key] for key in +held if key not in parameters))
+
+        def __del__(self) -> None:
+            held[self.key] -= 1
+
+    def peak(**given: Any) -> int:
+        nonlocal most
+        most = 0
+        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+            teacher.fit(job, rows, **given)
+        return most
+
+    below = None if copied else levels.private(job, 1)
+    found = peak(lower=Lower(0.1, below, derivative))
+    assert found == pytest.approx(levels.PASSES[derivative][2] * peak(), rel=0.06)
 
 
 @pytest.fixture(scope="module")

@@ -279,8 +279,9 @@ def test_passes_multiply():
     spec = built("bert").spec
     given = Plan(chosen(spec, 2, [0, 1]))
     forward, backward = cost.flops(spec, start(spec), given, load(2, 8))
-    again = cost.flops(spec, start(spec), replace(given, passes=(3.0, 4.5)), load(2, 8))
-    assert again == (3 * forward, 4.5 * backward)
+    more = replace(given, passes=(3.0, 4.5, 2.5))
+    assert cost.flops(spec, start(spec), more, load(2, 8)) == (3 * forward, 4.5 * backward)
+    assert activations(spec, start(spec), more, 2, 8) == 2.5 * activations(spec, start(spec), given, 2, 8)
 
 
 def test_where_nothing_learns_there_is_no_backward_pass():

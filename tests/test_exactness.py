@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import toy
 from fedrank import aggregation, exactness, ledger, methods
 from fedrank.adapter import Adapter, Block, recompress
-from fedrank.exactness import covariance, errors, factor_distance
+from fedrank.exactness import covariance, errors, factor_norm
 from fedrank.methods.fed_plora import FedPLoRA
 from fedrank.methods.fedavg import FedAvg
 from fedrank.methods.legend import TIMINGS
@@ -83,7 +83,7 @@ def test_equal_functions_of_other_factors_are_no_further_apart_than_round_off(sh
     one = lora(draw.normal(size=(shape[0], 4)), draw.normal(size=(4, shape[1])))
     other = recompress(one)
     assert Increment().add(one).add(other, -1.0).norm() < 1e-14 * Increment().add(one).norm()
-    assert factor_distance(one, other) > 1
+    assert np.linalg.norm(one.blocks["m"].B - other.blocks["m"].B) > 1
 
 
 def test_a_matrix_is_formed_once_the_rank_reaches_a_side():
@@ -114,12 +114,13 @@ def test_an_increment_needs_both_factors():
 # ---- the figures
 
 
-def test_factors_are_compared_by_id_and_a_missing_one_is_zero():
-    """ids {0, 1} and {1, 2}: B (3, 4) against (4, 12) is sqrt(9 + 144); A of ones sqrt 2."""
-    one, two = lora([[3, 4]], [[1], [1]], [0, 1]), lora([[4, 12]], [[1], [1]], [1, 2])
-    assert factor_distance(one, two) == pytest.approx(np.sqrt(153) + np.sqrt(2))
-    assert factor_distance(one, one) == 0
-    assert factor_distance(one, replace(one, blocks={})) == pytest.approx(5 + np.sqrt(2))
+def test_the_norms_of_factors_add_up():
+    """B (3, 4) is 5, A of two ones sqrt 2; e (2, 0) is 2."""
+    one = lora([[3, 4]], [[1], [1]])
+    assert factor_norm(one) == pytest.approx(5 + np.sqrt(2))
+    block = replace(one.blocks["m"], e=np.array([2.0, 0.0]))
+    assert factor_norm(replace(one, blocks={"m": block, "n": block})) == pytest.approx(2 * (7 + np.sqrt(2)))
+    assert factor_norm(replace(one, blocks={})) == 0
 
 
 def test_the_covariance_of_three_and_minus_three():

@@ -161,6 +161,18 @@ def test_jitter_is_lognormal_and_new_in_every_round():
     assert rates(found, 3) != rates(made(seed=1, devices={"laptop": 1}, jitter=0.4), 3)
 
 
+def test_the_wildest_jitter_leaves_no_rate_at_zero(monkeypatch):
+    class Low:
+        def standard_normal(self, count: int) -> list[float]:
+            return [-9.0] * count
+
+    found = made(devices={"laptop": 1}, jitter=3.0)
+    monkeypatch.setattr(fleet, "rng", lambda *address: Low())
+    drawn = found.at(next(iter(CLIENTS)), 1)
+    assert drawn.flops_per_second == pytest.approx(1e6 * found.devices[drawn.id].flops_per_second)
+    assert drawn.up_bytes_per_second > 0
+
+
 def test_jitter_of_one_client_hangs_on_no_other():
     few = {client: rows for client, rows in CLIENTS.items() if client in ("c3", "c70")}
     whole, some = (made(devices={"laptop": 1}, jitter=0.4, clients=clients) for clients in (CLIENTS, few))

@@ -99,7 +99,10 @@ def cost(
         print(json.dumps(found, indent=1))
         return
     console = Console()
-    console.print("Per client and round:", views.costs(found), "", views.totals(found), "", sep="\n")
+    console.print("Per client and round:", views.costs(found), "", sep="\n")
+    if len(found["kinds"]) > 1:
+        console.print("In all rounds, clients added up:", views.kinds(found), "", sep="\n")
+    console.print(views.totals(found), "", sep="\n")
     console.print(
         f"Every round was played on the model of the devices, in cohorts of {found['cohort']} of {found['clients']} "
         "clients, with nothing trained: exact, unless what is sent or trained hangs on what was learnt. Evaluation and "

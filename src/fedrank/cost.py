@@ -190,17 +190,17 @@ def peak_memory(spec: ModelSpec, start: Adapter, plan: Plan, load: Load) -> int:
     The base, the head and the components; a gradient and AdamW's two moments of all that learns; and the activations
     that backward needs, which are those above the lowest map that learns. Attention is reckoned as the plain product
     over all pairs of tokens; fused kernels hold less. Base updates, and components folded into the base, are reckoned
-    as merged in place. Left out: dropout's masks, the gradients on their way, second-order terms, and what the runtime
-    itself takes.
+    as merged in place. Left out: dropout's masks, the gradients on their way, and what the runtime itself takes.
     """
     forms = _forms(start)
     held = spec.parameters + sum(tensor.size for tensor in spec.dense.values())
     held += sum(_numbers(spec, _ranks(ids), forms) for ids in (plan.train, plan.frozen))
     held += _numbers(spec, dict.fromkeys((n for n, ids in plan.train.items() if len(ids)), plan.private), "BA")
-    return NUMBER * (held + 3 * trainable(spec, start, plan) + _activations(spec, plan, load, forms))
+    activations = plan.passes[2] * _activations(spec, plan, load, forms)
+    return NUMBER * (held + 3 * trainable(spec, start, plan) + math.ceil(activations))
 
 
-def _activations(spec: ModelSpec, plan: Plan, load: Load, forms: str) -> int:
+def _activations(spec: ModelSpec, plan: Plan, load: Load, forms: str) -> float:
     """Numbers that the backward pass of the largest batch needs, beside parameters."""
     total = 0.0
     for stage in _stages(spec, plan, forms):
@@ -215,7 +215,7 @@ def _activations(spec: ModelSpec, plan: Plan, load: Load, forms: str) -> int:
             q, k, v = _attends(stage, spec, plan, forms)
             total += load.peak_tokens * spec.attention.width * (q + k + (q or k))
             total += load.peak_pairs * spec.attention.heads * (q or k or v)
-    return math.ceil(total)
+    return total
 
 
 # ---- all of it on a device

@@ -124,8 +124,8 @@ class Fleet:
 
 
 def _lognormal(sigma: float, z: float) -> float:
-    """Rounded: exp differs in its last bit between machines, and simulated time must not."""
-    return round(math.exp(sigma * z), 6)
+    """Rounded: exp differs in its last bit between machines, and simulated time must not. Never 0."""
+    return max(round(math.exp(sigma * z), 6), 1e-6)
 
 
 def _linked(device: Device, factor: float) -> Device:

@@ -21,6 +21,7 @@ SUMS = ("bytes_down", "bytes_up", "adapter_bytes_down", "adapter_bytes_up", "cli
         "clients_out")  # fmt: skip
 MEANS = ("parameters", "flops", "bytes_down", "bytes_up", "forward_seconds", "backward_seconds", "download_seconds",
          "upload_seconds", "device_seconds", "device_joules")  # fmt: skip
+BY_KIND = ("bytes_down", "bytes_up", "device_seconds", "device_joules")
 
 
 class ForecastError(ValueError):
@@ -34,7 +35,7 @@ def forecast(
 
     By the model of the devices, whatever `engine.timing` says: the ledger's numbers, unless the method's plans hang on
     what its clients learn. Failures and evaluation are left out. A kind's means are over the clients of it that were
-    asked to train, None where none was. watch: called with every event of the rounds.
+    asked to train, None where none was; its `run` adds them all up. watch: called with every event of the rounds.
     """
     engine = config.engine.model_copy(update={"failure_rate": 0.0, "timing": "modelled", "threads": 1})
     rounds = config.rounds.model_copy(update={"exactness": False})
@@ -81,6 +82,7 @@ def _kind(kind: str, devices: Sequence[Device], drawn: int, asked: Sequence[Even
         "late": sum(not event["ok"] for event in asked) - small,
         **{name: _mean([event.get(name, 0.0) for event in asked]) for name in MEANS},
         "peak_memory_bytes": max((event["peak_memory_bytes"] for event in asked), default=None),
+        "run": {name: math.fsum(event.get(name, 0.0) for event in asked) for name in BY_KIND},
     }  # fmt: skip
 
 

@@ -167,7 +167,7 @@ class Plan:
     arrays: what the method tells the client. returns: the arrays that the client must send
     back, name -> (dtype, shape); anything else is refused.
     private: components per module that the client holds beside these and never sends (the second level).
-    passes: forward and backward passes per local step, for the costs.
+    passes: for the costs, forward and backward passes per local step, and how many passes' activations are held at once.
     """
 
     train: Mapping[str, np.ndarray]
@@ -181,7 +181,7 @@ class Plan:
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     returns: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     private: int = 0
-    passes: tuple[float, float] = (1.0, 1.0)
+    passes: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def __post_init__(self) -> None:
         for name, ids in [*self.train.items(), *self.frozen.items()]:

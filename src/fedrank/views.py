@@ -243,6 +243,20 @@ def costs(found: dict[str, Any]) -> Table:
     return result
 
 
+def kinds(found: dict[str, Any]) -> Table:
+    """What all rounds together cost each kind of device: its clients added up. rounds: times that one of them trained."""
+    result = Table("device", box=None, pad_edge=False)
+    for name in ("rounds", "down", "up", "busy", "energy"):
+        result.add_column(name, justify="right")
+    for kind in found["kinds"]:
+        run = kind["run"]
+        result.add_row(
+            kind["kind"], str(kind["drawn"] - kind["sitting_out"]), size(run["bytes_down"]), size(run["bytes_up"]),
+            duration(run["device_seconds"]), energy(run["device_joules"]),
+        )  # fmt: skip
+    return result
+
+
 def totals(found: dict[str, Any]) -> Table:
     """What a round, in the mean, and the whole run cost, all clients of a cohort together."""
     table = Table("", "a round, mean", f"{found['rounds']} rounds", box=None, pad_edge=False)

@@ -114,16 +114,17 @@ class Wire:
         width, learn, up, down, own, since, returns, private, passes = _fields(
             told, width=int, learn=str, up=str, down=str, own=str, since=int, returns=dict, private=int, passes=list
         )
-        if len(passes) != 2 or not all(type(n) is float and math.isfinite(n) for n in passes):
-            raise Refused(f"passes must be two finite numbers, got {passes!r}")
+        if len(passes) != 3 or not all(type(n) is float and math.isfinite(n) for n in passes):
+            raise Refused(f"passes must be three finite numbers, got {passes!r}")
         select = None if told.get("select") is None else _fields(told, select=int)[0]
         returns = {name: _return(name, value) for name, value in returns.items()}
         train, frozen = (self.layout.ids(tensors.pop(f"plan.{name}", None), width) for name in ("train", "frozen"))
         arrays = {n[len("arrays.") :]: tensors.pop(n) for n in list(tensors) if n.startswith("arrays.")}
         try:
             plan = Plan(
-                train, frozen, learn, up, down, own, select, since, arrays, returns, private, (passes[0], passes[1])
-            )
+                train, frozen, learn, up, down, own, select, since, arrays, returns, private,
+                (passes[0], passes[1], passes[2]),
+            )  # fmt: skip
         except ValueError as error:
             raise Refused(f"not a plan: {error}") from None
         if self.digest(kind, round, client, plan) != digest:

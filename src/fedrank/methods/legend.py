@@ -9,7 +9,9 @@ seconds of a transfer are shared out by bytes between the components, which grow
 frame. Where no client is able to train all blocks, the deadline lets the deepest reach what it can; the blocks
 below keep their start. Bytes are counted as float32, and in max_bytes with the head. A client that is fast, but
 capped by its memory or by bytes, has no part in the blocks below: where all fast ones are, these may stay untrained.
-Left out of what the reconstruction offers as ablations: ranks of each device's own, random depths, prefixes.
+Memory is each device's own cap, max_seconds and max_bytes are common to all. Left out of what the reconstruction
+offers: ranks of each device's own, random depths, prefixes, a limit on how far a depth moves in a round, and
+estimates from a total of seconds that is not told apart into forward and backward.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

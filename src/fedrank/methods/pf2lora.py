@@ -4,7 +4,9 @@ Only the abstract and public reviews were available; these points were open. Hyp
 step, exact for that step. Batches: the levels draw theirs apart. Scale: one for both adapters. The optimizer's
 moments stay on the client between rounds. Clients count the same, as in the objective. The head is part of
 the common level. Rank: nothing is pruned; a client's rank is the numerical one of the sum of both adapters as it
-trained them, before the common ones are averaged, anywhere from r - r~ to r + r~.
+trained them, before the common ones are averaged, anywhere from r - r~ to r + r~. Left out of what the reconstruction
+offers: one batch for both levels, several lower steps (unrolled, or at evaluation), both levels' gradients at once,
+and private adapters that start anew in every round.
 """
 
 from collections.abc import Iterable, Mapping
@@ -61,7 +63,7 @@ class PF2LoRA:
     def plan(self, state: State, cohort: Mapping[ClientId, Device], seed: int) -> dict[ClientId, Plan]:
         plan = Plan(
             everything(state.adapter), private=self.private_rank,
-            passes=levels.PASSES[self.derivative] if self.private_rank else (1.0, 1.0),
+            passes=levels.PASSES[self.derivative] if self.private_rank else (1.0, 1.0, 1.0),
             returns={"ranks": ("int32", (len(state.adapter.blocks),))},
         )  # fmt: skip
         return dict.fromkeys(cohort, plan)

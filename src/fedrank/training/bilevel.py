@@ -19,6 +19,10 @@ Loss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 DISTANCE = {torch.float32: 1e-3, torch.float64: 1e-5}  # of the two points of a central difference
 
 
+class DerivativeError(RuntimeError):
+    """A model through which the upper gradient cannot be taken."""
+
+
 def hypergradient(
     inner: Loss, outer: Loss, x: Sequence[Tensor], y: Sequence[Tensor] | None, rate: float,
     derivative: Literal["double", "finite", "first"],
@@ -30,6 +34,7 @@ def hypergradient(
     arXiv:2503.03920; one step, as in MAML). "finite" takes the product with v from two more gradients,
     "first" leaves it out. y None: the lower variables are a copy of the upper ones (MAML: Finn et al., 2017),
     both losses get them twice, and h = v - rate * H(x) v. Without upper variables only the lower step is taken.
+    DerivativeError where "double" meets an operation that has no second derivative.
     """
     x = [value.detach().requires_grad_() for value in x]
     copied, y = y is None, x if y is None else [value.detach().requires_grad_() for value in y]
@@ -56,7 +61,14 @@ def hypergradient(
             ahead, behind = (_gradient(inner, x, y, v, sign * e, copied) for sign in (1, -1))
             h = [g - rate * (a - b) / (2 * e) for g, a, b in zip(h, ahead, behind, strict=True)]
     else:
-        h = list(torch.autograd.grad(loss, moved if copied and not through else x))
+        try:
+            h = list(torch.autograd.grad(loss, moved if copied and not through else x))
+        except RuntimeError as error:
+            if "not implemented" in str(error):
+                raise DerivativeError(
+                    "a part of this model has no second derivative; method.derivative: finite needs none"
+                ) from error
+            raise
     return loss.detach(), h, [value.detach() for value in moved]
 
 
