@@ -22,9 +22,9 @@ from typing import Any
 
 import machine
 import yaml
+from scipy import stats
 
 HERE = Path(__file__).parent
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # Student's t, two-sided, by degrees of freedom
 Config = dict[str, Any]
 
 
@@ -66,17 +66,15 @@ def summary(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "summary.json").read_text()))
 
 
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation in percent; of one seed its value."""
-    deviation = f"± {100 * statistics.stdev(values):.1f} %" if len(values) > 1 else "% (one seed)"
-    return f"{100 * statistics.mean(values):.1f} {deviation}"
+def spread(values: list[float]) -> dict[str, float]:
+    return {"mean": statistics.mean(values), "deviation": statistics.stdev(values) if len(values) > 1 else 0.0}
 
 
 def paired(ours: list[float], theirs: list[float]) -> dict[str, Any]:
-    """Differences in points over the same seeds, with the 95 % interval of their mean."""
+    """Differences in points over the same seeds (two at least), with the 95 % interval of their mean."""
     points = [100 * (a - b) for a, b in zip(ours, theirs, strict=True)]
     mean = statistics.mean(points)
-    half = T_95[len(points) - 1] * statistics.stdev(points) / len(points) ** 0.5 if len(points) > 1 else float("inf")
+    half = float(stats.t.ppf(0.975, len(points) - 1)) * statistics.stdev(points) / len(points) ** 0.5
     verdict = "no loss beyond 1 point" if mean - half > -1 else "not shown"
     return {"points": points, "mean": mean, "interval_95": [mean - half, mean + half], "verdict": verdict}
 
@@ -153,7 +151,7 @@ def configs(study: Config, data: str) -> Iterator[tuple[str, str, Config]]:
 
 
 def rates(study: Config, data: str, out: Path, pool: ThreadPoolExecutor) -> dict[str, Any]:
-    """The pilot on the validation split: setting -> arm -> what each learning rate scored, and the best."""
+    """The pilot on the validation split: setting (or the first alone) -> arm -> what each rate scored, and the best."""
     pilot, first = study["pilot"], next(iter(study["settings"]))
     jobs = {}
     for setting, arm, config in configs(study, data):
@@ -167,7 +165,7 @@ def rates(study: Config, data: str, out: Path, pool: ThreadPoolExecutor) -> dict
         scored = found.setdefault(setting, {}).setdefault(arm, {"scores": {}})
         scored["scores"][lr] = summary(job.result())[study["score"]]
         scored["best"] = max(scored["scores"], key=scored["scores"].__getitem__)
-    return {setting: found.get(setting, found[first]) for setting in study["settings"]}
+    return found
 
 
 def main() -> None:
@@ -185,9 +183,11 @@ def main() -> None:
     arms = {arm: config for setting, arm, config in configs(study, given.data) if setting == first}
     given.out.mkdir(parents=True, exist_ok=True)
     kept = given.out / "forecast.json"  # of the first start: a study that goes on has less to do
-    if given.forecast or not kept.exists():
-        kept.write_text(json.dumps(forecast(arms, study, given.workers)))
-    expected = json.loads(kept.read_text())
+    known = json.loads(kept.read_text()) if kept.exists() else {}
+    if given.forecast or known.get("study") != study:
+        known = {"study": study, "forecast": forecast(arms, study, given.workers)}
+        kept.write_text(json.dumps(known))
+    expected = known["forecast"]
     print(f"forecast: {expected['hours']:.1f} hours with {expected['workers']} runs at once", flush=True)
     if given.forecast:
         return
@@ -200,7 +200,8 @@ def main() -> None:
     jobs = {}
     for seed in study["seeds"]:
         for setting, arm, config in configs(study, given.data):
-            part = {"seed": seed, "local": {"lr": result["pilot"][setting][arm]["best"]}}
+            tuned = result["pilot"].get(setting, result["pilot"][first])
+            part = {"seed": seed, "local": {"lr": tuned[arm]["best"]}}
             jobs[setting, arm, seed] = pool.submit(play, given.out / f"{setting}-{arm}-{seed}", merge(config, part))
     for (setting, arm, seed), job in jobs.items():
         found = measured(job.result(), study["score"], study["columns"])
@@ -216,7 +217,8 @@ def main() -> None:
             one = list(seeds.values())
             late = spread([run["last_five"] for run in one])
             traffic = statistics.mean(run["adapter_bytes_up"] + run["adapter_bytes_down"] for run in one)
-            print(f"  {arm:24} {study['score']} {late}, "
+            deviation = f"± {100 * late['deviation']:.1f} %" if len(one) > 1 else "% (one seed)"
+            print(f"  {arm:24} {study['score']} {100 * late['mean']:.1f} {deviation}, "
                   f"{traffic / 1e6:.0f} MB of adapter, {one[0].get('clock_seconds', 0):.0f} simulated seconds")  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from fedrank.adapter import Adapter, Block, from_arrays, kaiming
 from fedrank.config import Local
 from fedrank.protocol import Job, Lower, ModelSpec, Plan, rng
 from fedrank.training import models, tasks
-from fedrank.training.bilevel import DerivativeError, begin, hypergradient
+from fedrank.training.bilevel import DerivativeError, Loss, begin, hypergradient
 from fedrank.training.hooks import live, mounted
 from fedrank.training.local import Trainer, _batches
 
@@ -105,23 +105,26 @@ def test_the_hypergradient_is_the_closed_form_of_least_squares():
     assert np.linalg.norm(first[0] - h[0]) > 0.5 * np.linalg.norm(h[0])  # so that the test discriminates
 
 
-def fused(value: Tensor) -> Tensor:
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return nn.functional.scaled_dot_product_attention(value, value, value)
-
-
 @pytest.mark.parametrize("copied", [False, True])
 def test_a_kernel_without_a_second_derivative_is_named_and_finite_differences_do_without_one(copied):
     x, y = (torch.tensor(rng(seed, "kernel").normal(size=(1, 1, 3, 4))) for seed in range(2))
 
-    def loss(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
-        return fused(x[0] * y[0]).pow(2).sum()
+    def by(kernel: SDPBackend) -> Loss:
+        def loss(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
+            value = x[0] * y[0]
+            with sdpa_kernel(kernel):
+                return nn.functional.scaled_dot_product_attention(value, value, value).pow(2).sum()
 
-    lower = None if copied else [y]
+        return loss
+
+    fused, plain, lower = by(SDPBackend.FLASH_ATTENTION), by(SDPBackend.MATH), None if copied else [y]
     with pytest.raises(DerivativeError, match=r"method\.derivative: finite"):
-        hypergradient(loss, loss, [x], lower, 0.1, "double")
-    _, (h,), _ = hypergradient(loss, loss, [x], lower, 0.1, "finite")
-    assert h.isfinite().all()
+        hypergradient(fused, fused, [x], lower, 0.1, "double")
+    _, found, _ = hypergradient(fused, fused, [x], lower, 0.1, "finite")
+    _, expected, _ = hypergradient(plain, plain, [x], lower, 0.1, "double")
+    _, first, _ = hypergradient(plain, plain, [x], lower, 0.1, "first")
+    assert_near(found, expected, 1e-6)
+    assert torch.linalg.norm(first[0] - expected[0]) > 0.01 * torch.linalg.norm(expected[0])
 
 
 def test_other_errors_of_the_last_backward_pass_are_themselves():

@@ -188,7 +188,7 @@ def peak_memory(spec: ModelSpec, start: Adapter, plan: Plan, load: Load) -> int:
     """Bytes that training holds at its peak, in float32: the largest batch's backward pass, about to begin.
 
     The base, the head and the components; a gradient and AdamW's two moments of all that learns; and the activations
-    that backward needs, which are those above the lowest map that learns. Attention is reckoned as the plain product
+    that backward needs, which are those above the lowest map that learns, of as many passes as the plan holds. Attention is reckoned as the plain product
     over all pairs of tokens; fused kernels hold less. Base updates, and components folded into the base, are reckoned
     as merged in place. Left out: dropout's masks, the gradients on their way, and what the runtime itself takes.
     """

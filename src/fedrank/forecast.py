@@ -21,7 +21,7 @@ SUMS = ("bytes_down", "bytes_up", "adapter_bytes_down", "adapter_bytes_up", "cli
         "clients_out")  # fmt: skip
 MEANS = ("parameters", "flops", "bytes_down", "bytes_up", "forward_seconds", "backward_seconds", "download_seconds",
          "upload_seconds", "device_seconds", "device_joules")  # fmt: skip
-BY_KIND = ("bytes_down", "bytes_up", "device_seconds", "device_joules")
+SPENT = ("bytes_down", "bytes_up", "spent_seconds", "device_joules")
 
 
 class ForecastError(ValueError):
@@ -35,7 +35,7 @@ def forecast(
 
     By the model of the devices, whatever `engine.timing` says: the ledger's numbers, unless the method's plans hang on
     what its clients learn. Failures and evaluation are left out. A kind's means are over the clients of it that were
-    asked to train, None where none was; its `run` adds them all up. watch: called with every event of the rounds.
+    asked to train, None where none was; its `run` adds up what they spent. watch: called with every event of the rounds.
     """
     engine = config.engine.model_copy(update={"failure_rate": 0.0, "timing": "modelled", "threads": 1})
     rounds = config.rounds.model_copy(update={"exactness": False})
@@ -82,14 +82,15 @@ def _kind(kind: str, devices: Sequence[Device], drawn: int, asked: Sequence[Even
         "late": sum(not event["ok"] for event in asked) - small,
         **{name: _mean([event.get(name, 0.0) for event in asked]) for name in MEANS},
         "peak_memory_bytes": max((event["peak_memory_bytes"] for event in asked), default=None),
-        "run": {name: math.fsum(event.get(name, 0.0) for event in asked) for name in BY_KIND},
+        "run": {name: math.fsum(event.get(name, 0.0) for event in asked) for name in SPENT},
     }  # fmt: skip
 
 
 def rehearse(parts: Parts) -> Iterator[Event]:
     """The events of a run whose clients train nothing, without its evaluations; nothing of it stays on disk.
 
-    A client's event has `parameters`, `flops` and whether it `fits` its device's memory beside the ledger's numbers. ForecastError where one fails.
+    A client's event has `parameters`, `flops`, whether it `fits` its device's memory, and the seconds that it spent
+    before it answered or stopped, beside the ledger's numbers. ForecastError where one fails.
     """
     from fedrank.training import rehearsal  # torch is slow to import
 
@@ -114,7 +115,8 @@ def rehearse(parts: Parts) -> Iterator[Event]:
                     )
                 cost = costs[event["client"]]
                 flops = cost.forward_flops + cost.backward_flops
-                event |= {"parameters": cost.parameters, "flops": flops, "fits": cost.fits}
+                spent = event["device_seconds"] if event["ok"] else cost.stop(parts.config.rounds.deadline)
+                event |= {"parameters": cost.parameters, "flops": flops, "fits": cost.fits, "spent_seconds": spent}
             yield event
 
 

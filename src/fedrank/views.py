@@ -244,15 +244,15 @@ def costs(found: dict[str, Any]) -> Table:
 
 
 def kinds(found: dict[str, Any]) -> Table:
-    """What all rounds together cost each kind of device: its clients added up. rounds: times that one of them trained."""
+    """What all rounds together took each kind of device, its clients added up. asked: how often one was asked to train."""
     result = Table("device", box=None, pad_edge=False)
-    for name in ("rounds", "down", "up", "busy", "energy"):
+    for name in ("asked", "down", "up", "time", "energy"):
         result.add_column(name, justify="right")
     for kind in found["kinds"]:
         run = kind["run"]
         result.add_row(
             kind["kind"], str(kind["drawn"] - kind["sitting_out"]), size(run["bytes_down"]), size(run["bytes_up"]),
-            duration(run["device_seconds"]), energy(run["device_joules"]),
+            duration(run["spent_seconds"]), energy(run["device_joules"]),
         )  # fmt: skip
     return result
 
@@ -268,7 +268,7 @@ def totals(found: dict[str, Any]) -> Table:
         ("bytes down", size(one["bytes_down"]), size(run["bytes_down"])),
         ("bytes up", size(one["bytes_up"]), size(run["bytes_up"])),
         ("energy", energy(one["device_joules"]), energy(run["device_joules"])),
-        ("largest memory of a client", memory(one["peak_memory_bytes"]), ""),
+        ("largest memory a client needs", memory(one["peak_memory_bytes"]), ""),
     ]
     for row in rows:
         table.add_row(*row)
