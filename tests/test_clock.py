@@ -281,7 +281,7 @@ def test_the_speed_of_this_host_decides_nothing(texts: Path, tmp_path: Path, mon
     ticks, draw = itertools.count(), np.random.default_rng(0)
     monkeypatch.setattr("time.perf_counter", lambda: next(ticks) * 100.0 + draw.uniform(0, 90))
     jumpy = fedrank.run(settings(texts, *options), out=tmp_path / "jumpy")
-    assert min(row["seconds"] for row in rows(jumpy)) > 1 > max(row["seconds"] for row in rows(steady))
+    assert min(row["seconds"] for row in rows(jumpy)) > 9  # so it did jump
     assert toy.equal(jumpy.state, steady.state)
     assert modelled(rows(jumpy)) == modelled(rows(steady))
     assert modelled(jumpy.rounds) == modelled(steady.rounds)
