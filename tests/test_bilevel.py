@@ -1,6 +1,5 @@
 """The bilevel step: against closed forms, against differences, and inside local training (PF2LoRA's spec, 10.1)."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -492,30 +491,13 @@ def test_the_passes_that_plans_name_are_those_that_are_made(derivative, copied, 
 @pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("derivative", DERIVATIVES)
 def test_the_activations_that_plans_name_are_those_that_are_held(derivative, copied, wide):
-    """Storages that torch has saved for backward passes and not yet freed, at their most; parameters aside."""
     teacher, job = wide
     rows = np.arange(8)
-    parameters = {t.untyped_storage()._cdata for t in teacher.model.network.state_dict(keep_vars=True).values()}
-    held, sizes, most = Counter[int](), dict[int, int](), 0
-
-    class Saved:
-        def __init__(self, tensor: torch.Tensor):
-            nonlocal most
-            storage = tensor.untyped_storage()
-            self.tensor, self.key = tensor, storage._cdata
-            held[self.key] += 1
-            sizes[self.key] = storage.nbytes()
-            most = max(most, sum(sizes[key] for key in +held if key not in parameters))
-
-        def __del__(self) -> None:
-            held[self.key] -= 1
 
     def peak(**given: Any) -> int:
-        nonlocal most
-        most = 0
-        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        with toy.saved_for_backward(teacher.model.network.state_dict(keep_vars=True).values()) as most:
             teacher.fit(job, rows, **given)
-        return most
+        return most()
 
     below = None if copied else levels.private(job, 1)
     found = peak(lower=Lower(0.1, below, derivative))

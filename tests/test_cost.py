@@ -188,20 +188,11 @@ def kept(model: Built, adapter: Adapter, plan: Plan, rows: int, length: int) -> 
     mount = live(adapter.take(plan.train), adapter.take(plan.frozen), plan.learn, "cpu")
     given = [*model.network.state_dict(keep_vars=True).values(), *mount.values.values(), *mount.dense.values()]
     given += [t for parts in mount.parts.values() for part in parts for t in (part.Bt, part.e, part.A) if t is not None]
-    known = {t.untyped_storage()._cdata for t in given}
-    found: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            found[storage._cdata] = storage.nbytes()
-        return tensor
-
     ids = torch.ones((rows, length), dtype=torch.long)
     labels = torch.zeros(rows, dtype=torch.long) if model.heads else ids
-    with mounted(model.modules, model.heads, mount), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with mounted(model.modules, model.heads, mount), toy.saved_for_backward(given) as most:
         tasks.loss(model.network(input_ids=ids, attention_mask=torch.ones_like(ids)), labels)
-        return sum(found.values())
+    return most()
 
 
 def activations(spec: ModelSpec, adapter: Adapter, plan: Plan, rows: int, length: int) -> int:

@@ -412,26 +412,19 @@ def shaken(adapter: Adapter) -> Adapter:
 
 def passed(train: Adapter, frozen: Adapter) -> tuple[dict[str, torch.Tensor], list[bool], int, int]:
     """One batch there and back: gradients; which layers' outputs have a graph; bytes kept for it; FLOPs."""
-    encoder, on, graphs, kept = toy.encoder(), live(train, frozen, "BeAh", "cpu"), [], {}
-    own = {t.untyped_storage().data_ptr() for t in [*encoder.network.parameters(), *on.values.values()]}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    encoder, on, graphs = toy.encoder(), live(train, frozen, "BeAh", "cpu"), []
 
     def look(module: Any, inputs: Any, output: Any) -> None:
         graphs.append((output[0] if isinstance(output, tuple) else output).requires_grad)
 
     handles = [layer.register_forward_hook(look) for layer in encoder.base.encoder.layer]
     inputs, labels = toy.encoded("train").batch(np.arange(8), "cpu")
-    saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with mounted(encoder.modules, encoder.heads, on), saving, FlopCounterMode(display=False) as flops:
+    saving = toy.saved_for_backward([*encoder.network.parameters(), *on.values.values()])
+    with mounted(encoder.modules, encoder.heads, on), saving as most, FlopCounterMode(display=False) as flops:
         tasks.loss(encoder.network(**inputs), labels).backward()
     for handle in handles:
         handle.remove()
-    return on.grads, graphs, sum(kept.values()), flops.get_total_flops()
+    return on.grads, graphs, most(), flops.get_total_flops()
 
 
 @pytest.mark.parametrize("download", ["suffix", "full"])

@@ -2,7 +2,9 @@
 
 import json
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -350,3 +352,25 @@ def forced(meta: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> bytes:
 def sealed(frame: bytes) -> bytes:
     """The bytes with a checksum that fits."""
     return frame[:-CHECKSUM] + xxhash.xxh3_64_digest(frame[:-CHECKSUM])
+
+
+@contextmanager
+def saved_for_backward(known: Iterable[torch.Tensor]) -> Iterator[Callable[[], int]]:
+    """The most bytes that torch held at once for backward passes: storages, each once, but for those of `known`."""
+    parameters = {tensor.untyped_storage()._cdata for tensor in known}
+    held, sizes, most = Counter[int](), dict[int, int](), 0
+
+    class Saved:
+        def __init__(self, tensor: torch.Tensor):
+            nonlocal most
+            storage = tensor.untyped_storage()
+            self.tensor, self.key = tensor, storage._cdata
+            held[self.key] += 1
+            sizes[self.key] = storage.nbytes()
+            most = max(most, sum(sizes[key] for key in +held if key not in parameters))
+
+        def __del__(self) -> None:
+            held[self.key] -= 1
+
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        yield lambda: most
