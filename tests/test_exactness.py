@@ -236,6 +236,7 @@ UNKNOWN = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", methods.names())
 def test_the_figures_in_the_ledger_and_the_errors_that_a_method_claims_not_to_have(name, tmp_path):
     """In float32 and over frames, so as far as these go; its devices differ in rank, speed and number of rows."""

@@ -225,6 +225,7 @@ def test_a_method_object(texts: Path, tmp_path: Path) -> None:
 # ---- settings that change how a run goes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["f64", "f16", "bf16", "int8"])
 def test_every_wire_learns(dtype: str, texts: Path, tmp_path: Path) -> None:
     options = (f"wire.dtype={dtype}", "rounds={count: 5, cohort: 4, evaluate_every: 5}", "local.lr=0.02", "local.epochs=2",

@@ -620,6 +620,7 @@ def test_weight_norm_is_the_largest_modules_and_at_first_a_draw():
 # ---- whole runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("rest", RESTS)
 def test_every_selection_learns_with_every_rest(selection, rest, tmp_path):

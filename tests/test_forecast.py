@@ -154,6 +154,7 @@ def test_a_deeper_suffix_takes_more_flops_as_is_said(download: str, trainer: loc
     assert found[2] > 1.3 * found[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("adapter.head=own",), ("method.name=ffa_lora", "wire.dtype=int8")], ids=str)
 def test_kinds_and_totals_are_the_ledger_s(options: tuple[str, ...], config: Path, hard: tuple[str, ...], tmp_path: Path) -> None:  # fmt: skip
     options = (*options, *hard)

@@ -82,6 +82,7 @@ def test_the_lower_level_is_a_copy_with_the_methods_rate_and_derivative(method):
     assert not update.private
 
 
+@pytest.mark.slow
 def test_clients_that_disagree_are_told_apart_by_their_step(tmp_path):
     """Half of the clients have two classes swapped: no common model suits both, one step on one's own rows helps."""
     method, data = PerFedAvgLoRA(0.3, "first"), toy.encoded("train")

@@ -422,6 +422,7 @@ def test_stopped_by_a_signal(what: signal.Signals, texts: Path, tmp_path: Path, 
     equal(path, undisturbed("fedara", 12))
 
 
+@pytest.mark.slow
 def test_a_forecast_stops_by_sigterm_where_sigint_is_ignored(texts: Path, tmp_path: Path) -> None:
     """As in the background of a script; and nothing of it stays on disk."""
     config, said = tmp_path / "config.yaml", tmp_path / "said"
