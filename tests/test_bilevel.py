@@ -501,7 +501,7 @@ def test_the_activations_that_plans_name_are_those_that_are_held(derivative, cop
 
     below = None if copied else levels.private(job, 1)
     found = peak(lower=Lower(0.1, below, derivative))
-    assert found == pytest.approx(levels.PASSES[derivative][2] * peak(), rel=0.06)
+    assert found == pytest.approx(levels.PASSES[derivative].held * peak(), rel=0.06)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import toy
 from fedrank import cost
 from fedrank.adapter import Adapter, gaussian, kaiming
-from fedrank.protocol import Device, Load, ModelSpec, Module, Plan, rng
+from fedrank.protocol import Device, Load, ModelSpec, Module, Passes, Plan, rng
 from fedrank.training import flow, models, tasks
 from fedrank.training.hooks import live, mounted
 
@@ -270,7 +270,7 @@ def test_passes_multiply():
     spec = built("bert").spec
     given = Plan(chosen(spec, 2, [0, 1]))
     forward, backward = cost.flops(spec, start(spec), given, load(2, 8))
-    more = replace(given, passes=(3.0, 4.5, 2.5))
+    more = replace(given, passes=Passes(3.0, 4.5, 2.5))
     assert cost.flops(spec, start(spec), more, load(2, 8)) == (3 * forward, 4.5 * backward)
     assert activations(spec, start(spec), more, 2, 8) == 2.5 * activations(spec, start(spec), given, 2, 8)
 

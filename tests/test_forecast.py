@@ -23,7 +23,7 @@ from fedrank.methods.legend import LEGEND
 from fedrank.methods.lora_a2 import LoRAA2
 from fedrank.methods.rolora import RoLoRA
 from fedrank.parts import prepare
-from fedrank.protocol import Device, Job, Plan, State, Update
+from fedrank.protocol import Device, Job, Passes, Plan, State, Update
 from fedrank.server import BYTES
 from fedrank.training import local, models
 
@@ -121,7 +121,7 @@ def test_a_method_s_training_takes_the_flops_that_are_said(name: str, trainer: l
     plan = method.plan(state, {"c0": Device("c0", 48, rank=4)}, 0)["c0"]
     assert plan is not None
     said, found = counted(method, state, plan, trainer)
-    assert said == pytest.approx(found, rel=0.12 if plan.passes != (1.0, 1.0, 1.0) else 0.02)
+    assert said == pytest.approx(found, rel=0.12 if plan.passes != Passes() else 0.02)
 
 
 @pytest.mark.parametrize("method", [LoRAA2(), RoLoRA()])
@@ -171,9 +171,8 @@ def test_kinds_and_totals_are_the_ledger_s(options: tuple[str, ...], config: Pat
             assert said["run"][name] == pytest.approx(sum(r.get(name, 0.0) for r in mine), rel=1e-12)
         spent, would = said["run"]["spent_seconds"], sum(r["device_seconds"] for r in mine)
         assert spent == pytest.approx({"slow": 5 * len(mine), "small": spent}.get(said["kind"], would), rel=1e-12)
-        assert (
-            said["kind"] != "small" or 0 < spent < 0.9 * would
-        )  # its downloads, before it saw that its memory is short
+        if said["kind"] == "small":
+            assert 0 < spent < 0.9 * would  # its downloads, before it saw that its memory is short
         assert said["peak_memory_bytes"] == max(r["peak_memory_bytes"] for r in mine)
         assert (said["late"], said["too_small"]) == {
             "slow": (len(mine), 0),

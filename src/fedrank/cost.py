@@ -164,7 +164,7 @@ def flops(spec: ModelSpec, start: Adapter, plan: Plan, load: Load) -> tuple[floa
             product, (q, k, v) = 2 * load.pairs * spec.attention.width, _attends(stage, spec, plan, forms)
             forward += 2 * product
             backward += product * (v + (q or k) + q + k)
-    return forward * plan.passes[0], backward * plan.passes[1]
+    return forward * plan.passes.forward, backward * plan.passes.backward
 
 
 def trainable(spec: ModelSpec, start: Adapter, plan: Plan) -> int:
@@ -188,15 +188,16 @@ def peak_memory(spec: ModelSpec, start: Adapter, plan: Plan, load: Load) -> int:
     """Bytes that training holds at its peak, in float32: the largest batch's backward pass, about to begin.
 
     The base, the head and the components; a gradient and AdamW's two moments of all that learns; and the activations
-    that backward needs, which are those above the lowest map that learns, of as many passes as the plan holds. Attention is reckoned as the plain product
-    over all pairs of tokens; fused kernels hold less. Base updates, and components folded into the base, are reckoned
-    as merged in place. Left out: dropout's masks, the gradients on their way, and what the runtime itself takes.
+    that backward needs, which are those above the lowest map that learns, of as many passes as the plan holds at once.
+    Attention is reckoned as the plain product over all pairs of tokens; fused kernels hold less. Base updates, and
+    components folded into the base, are reckoned as merged in place. Left out: dropout's masks, the gradients on their
+    way, and what the runtime itself takes.
     """
     forms = _forms(start)
     held = spec.parameters + sum(tensor.size for tensor in spec.dense.values())
     held += sum(_numbers(spec, _ranks(ids), forms) for ids in (plan.train, plan.frozen))
     held += _numbers(spec, dict.fromkeys((n for n, ids in plan.train.items() if len(ids)), plan.private), "BA")
-    activations = plan.passes[2] * _activations(spec, plan, load, forms)
+    activations = plan.passes.held * _activations(spec, plan, load, forms)
     return NUMBER * (held + 3 * trainable(spec, start, plan) + math.ceil(activations))
 
 

@@ -7,13 +7,13 @@ import numpy as np
 from jaxtyping import Int
 
 from fedrank.adapter import Adapter, below, from_arrays, kaiming, recompress
-from fedrank.protocol import Job, ModelSpec, rng
+from fedrank.protocol import Job, ModelSpec, Passes, rng
 
 MOMENTS = "moments/"  # the upper optimizer's, beside the private adapter
 
 # `Plan.passes` of one bilevel step. "double" goes back through the lower step's own backward pass, which costs two more
 # and holds it beside both forward passes; "finite" adds two whole passes; the upper and the lower batch are one each.
-PASSES = {"double": (2.0, 4.0, 3.0), "finite": (4.0, 4.0, 1.0), "first": (2.0, 2.0, 1.0)}
+PASSES = {"double": Passes(2.0, 4.0, held=3.0), "finite": Passes(4.0, 4.0), "first": Passes(2.0, 2.0)}
 
 
 def private(job: Job, rank: int) -> Adapter:

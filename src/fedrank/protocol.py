@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -154,6 +154,14 @@ class State:
         return replace(self, adapter=adapter, metrics=changes.pop("metrics", {}), **changes)
 
 
+class Passes(NamedTuple):
+    """What a local step makes, for the costs. held: passes whose activations are there at once."""
+
+    forward: float = 1.0
+    backward: float = 1.0
+    held: float = 1.0
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """What one client does in one round.
@@ -167,7 +175,6 @@ class Plan:
     arrays: what the method tells the client. returns: the arrays that the client must send
     back, name -> (dtype, shape); anything else is refused.
     private: components per module that the client holds beside these and never sends (the second level).
-    passes: for the costs, forward and backward passes per local step, and how many passes' activations are held at once.
     """
 
     train: Mapping[str, np.ndarray]
@@ -181,7 +188,7 @@ class Plan:
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     returns: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     private: int = 0
-    passes: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    passes: Passes = Passes()
 
     def __post_init__(self) -> None:
         for name, ids in [*self.train.items(), *self.frozen.items()]:

@@ -14,7 +14,7 @@ from fedrank import increments
 from fedrank.adapter import Adapter
 from fedrank.frame import SCHEMA, Dtype, Refused, Sizes, pack, sizes, unpack
 from fedrank.layout import Layout
-from fedrank.protocol import ClientId, ModelSpec, Plan, State, Update, rng
+from fedrank.protocol import ClientId, ModelSpec, Passes, Plan, State, Update, rng
 
 MAX_METRIC = 1e30
 RANGES = {
@@ -121,10 +121,7 @@ class Wire:
         train, frozen = (self.layout.ids(tensors.pop(f"plan.{name}", None), width) for name in ("train", "frozen"))
         arrays = {n[len("arrays.") :]: tensors.pop(n) for n in list(tensors) if n.startswith("arrays.")}
         try:
-            plan = Plan(
-                train, frozen, learn, up, down, own, select, since, arrays, returns, private,
-                (passes[0], passes[1], passes[2]),
-            )  # fmt: skip
+            plan = Plan(train, frozen, learn, up, down, own, select, since, arrays, returns, private, Passes(*passes))
         except ValueError as error:
             raise Refused(f"not a plan: {error}") from None
         if self.digest(kind, round, client, plan) != digest:

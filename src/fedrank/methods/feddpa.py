@@ -13,7 +13,7 @@ from typing import ClassVar
 from fedrank import levels
 from fedrank.adapter import Adapter, to_arrays
 from fedrank.aggregation import average
-from fedrank.protocol import About, ClientId, Device, Job, ModelSpec, Plan, State, Update, Updates
+from fedrank.protocol import About, ClientId, Device, Job, ModelSpec, Passes, Plan, State, Update, Updates
 from fedrank.selection import everything
 
 
@@ -43,7 +43,7 @@ class FedDPA:
     def plan(self, state: State, cohort: Mapping[ClientId, Device], seed: int) -> dict[ClientId, Plan]:
         rank = self.private_rank or max(block.rank for block in state.adapter.blocks.values())
         # Each adapter has all of a round's steps for its own.
-        return dict.fromkeys(cohort, Plan(everything(state.adapter), private=rank, passes=(2.0, 2.0, 1.0)))
+        return dict.fromkeys(cohort, Plan(everything(state.adapter), private=rank, passes=Passes(2.0, 2.0)))
 
     def train(self, jobs: Iterable[Job]) -> Iterable[Update]:
         for job in jobs:

@@ -18,7 +18,7 @@ import numpy as np
 from fedrank import levels
 from fedrank.adapter import Adapter, from_arrays, to_arrays
 from fedrank.aggregation import WEIGHTS, average
-from fedrank.protocol import About, ClientId, Device, Job, Lower, ModelSpec, Plan, State, Update, Updates
+from fedrank.protocol import About, ClientId, Device, Job, Lower, ModelSpec, Passes, Plan, State, Update, Updates
 from fedrank.selection import everything
 
 
@@ -63,7 +63,7 @@ class PF2LoRA:
     def plan(self, state: State, cohort: Mapping[ClientId, Device], seed: int) -> dict[ClientId, Plan]:
         plan = Plan(
             everything(state.adapter), private=self.private_rank,
-            passes=levels.PASSES[self.derivative] if self.private_rank else (1.0, 1.0, 1.0),
+            passes=levels.PASSES[self.derivative] if self.private_rank else Passes(),
             returns={"ranks": ("int32", (len(state.adapter.blocks),))},
         )  # fmt: skip
         return dict.fromkeys(cohort, plan)
