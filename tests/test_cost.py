@@ -187,7 +187,12 @@ def kept(model: Built, adapter: Adapter, plan: Plan, rows: int, length: int) -> 
     """Bytes of all that the backward pass of one step needs, beside parameters: storages, each once."""
     mount = live(adapter.take(plan.train), adapter.take(plan.frozen), plan.learn, "cpu")
     given = [*model.network.state_dict(keep_vars=True).values(), *mount.values.values(), *mount.dense.values()]
-    given += [t for parts in mount.parts.values() for part in parts for t in (part.Bt, part.e, part.A) if t is not None]
+    given += [
+        t
+        for part in (*mount.learning.values(), *mount.frozen.values())
+        for t in (part.Bt, part.e, part.A)
+        if t is not None
+    ]
     ids = torch.ones((rows, length), dtype=torch.long)
     labels = torch.zeros(rows, dtype=torch.long) if model.heads else ids
     with mounted(model.modules, model.heads, mount), toy.saved_for_backward(given) as most:

@@ -266,10 +266,10 @@ def test_p13_what_trains_is_rank_times_out_plus_in_and_the_rest_has_no_gradient(
     inputs, labels = toy.encoded("train").batch(np.arange(8), "cpu")
     with mounted(toy.encoder().modules, toy.encoder().heads, on):
         tasks.loss(toy.encoder().network(**inputs), labels).backward()
-    for parts in on.parts.values():
-        assert parts[0].A.grad is not None
-        assert all(part.A.grad is None and part.Bt.grad is None for part in parts[1:])
-        assert sum(len(part.A) for part in parts) == R
+    for name, part in on.learning.items():
+        assert part.A.grad is not None
+        assert len(part.A) + (len(on.frozen[name].A) if name in on.frozen else 0) == R
+    assert all(part.A.grad is None and part.Bt.grad is None for part in on.frozen.values())
 
 
 # ---- 4: equal ranks

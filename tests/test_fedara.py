@@ -407,7 +407,7 @@ def test_15_a_dead_module_has_no_parameter_no_optimizer_state_and_no_hook_and_st
     on = live(adapter, Adapter({}, adapter.scale, {}), "BeA", "cpu")
     dead = model.modules.keys() - adapter.blocks.keys()
     assert dead
-    assert not dead & on.parts.keys()
+    assert not dead & on.learning.keys()
     optimizer = torch.optim.AdamW(on.values.values())
     inputs, labels = batch()
     with mounted(model.modules, model.heads, on):

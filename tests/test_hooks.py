@@ -186,7 +186,7 @@ def test_frozen_components_take_part_but_do_not_learn():
     with mounted(model.modules, model.heads, on):
         tasks.loss(model.network(**inputs), labels).backward()
     assert on.grads["e"].numel() == 2 * len(train.blocks)
-    assert not any(t.requires_grad for parts in on.parts.values() for p in parts[1:] for t in (p.Bt, p.e, p.A))
+    assert not any(t.requires_grad for p in on.frozen.values() for t in (p.Bt, p.e, p.A))
     full = live(whole, nothing(whole), "BeA", "cpu")
     with mounted(model.modules, model.heads, full):
         tasks.loss(model.network(**inputs), labels).backward()

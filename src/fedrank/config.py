@@ -141,12 +141,16 @@ class FleetSettings(BaseModel, extra="forbid", frozen=True):
 class EngineSettings(BaseModel, extra="forbid", frozen=True):
     """threads: of each worker. failure_rate: share of requests that get no answer, drawn by address.
 
+    compute: the type of activations and of products with frozen weights; adapters, their gradients and the optimizer
+    are float32 in any case. products: whose library computes these. auto: what is fastest when it is tried at the start.
     fleet: the clients' devices, on whose simulated clock rounds are played; by default one nominal kind.
     timing: that clock runs by the model of `fedrank.cost`, or by the wall time that training takes here.
     """
 
     kind: Literal["local"] = "local"
     threads: Positive = 1
+    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    products: Literal["auto", "torch", "onednn"] = "auto"
     failure_rate: Share = 0.0
     fleet: FleetSettings | None = None
     timing: Literal["modelled", "measured"] = "modelled"

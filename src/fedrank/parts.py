@@ -34,6 +34,7 @@ class Parts:
     """Everything a config stands for, built.
 
     cost: client, an adapter of the method, round, plan and bytes down -> what that round costs that client.
+    rows: client -> its training rows. trainer: the model and the tokenised rows of this process.
     """
 
     config: Config
@@ -42,6 +43,8 @@ class Parts:
     begin: State
     run_id: str
     devices: dict[ClientId, Device]
+    rows: Mapping[ClientId, np.ndarray]
+    trainer: Any
     site: Callable[[ClientId, Wire, Store], Site]
     cost: Callable[[ClientId, Adapter, int, Plan, int], costs.Cost]
     evaluate: Callable[[Adapter, tuple[Adapter, ...]], Mapping[str, float]] | None
@@ -66,7 +69,7 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
     """Load the data and the model, share the rows out, and build what the config names."""
     config, chosen = _chosen(config, method)
     # torch is slow to import: a typo above should not wait for it
-    from fedrank.training import data, local, models, partition, tasks
+    from fedrank.training import data, frozen, local, models, partition, tasks
 
     dataset = data.configured(config)
     for notice in dataset.notices:
@@ -78,40 +81,46 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
         test_labels=dataset.test.label, test_rows=len(dataset.test), train_rows=len(dataset.train),
     )  # fmt: skip
     model = models.load(config, dataset.labels)
+    engine = config.engine
+    try:
+        compute = frozen.choose(model.modules.values(), config.device, engine.threads, engine.compute, engine.products)
+    except ValueError as error:
+        raise ConfigError(f"engine.products: {error}") from None
+    engine = engine.model_copy(update={"compute": compute.dtype, "products": compute.library})
+    config = config.model_copy(update={"engine": engine})
     encode = partial(tasks.encode, tokenizer=model.tokenizer, task=config.task, max_length=config.local.max_length)
     train, test = encode(dataset.train), encode(dataset.test)
     measured = config.engine.timing == "measured"
     trainer = local.Trainer(
-        model, train, test, config.local.lr or chosen.default_lr, config.engine.threads, config.device, timed=measured
+        model, train, test, config.local.lr or chosen.default_lr, engine.threads, config.device, compute, measured
     )
     own_rows, own_set = (dataset.test, test) if shares.test_from == "test" else (dataset.train, train)
     index = {name: at for at, name in enumerate(shares.names)}
+    rows = dict(zip(shares.names, shares.train, strict=True))
     lengths = train.lengths
 
     def load(client: ClientId, round: int) -> Load:
         draw = partial(rng, config.seed, "job", round, client, "batches")  # the address of a job's
-        return local.workload(shares.train[index[client]], lengths, config.local, draw)
+        return local.workload(rows[client], lengths, config.local, draw)
 
     def expected(client: ClientId) -> Load:
         """A round that is never played stands for those to come, but any rows may meet in their largest batch."""
-        rows = shares.train[index[client]]
-        size, length = min(config.local.batch_size, len(rows)), int(lengths[rows].max())
+        size, length = min(config.local.batch_size, len(rows[client])), int(lengths[rows[client]].max())
         return replace(load(client, 0), peak_tokens=size * length, peak_pairs=size * length**2)
 
-    sizes = {name: len(rows) for name, rows in zip(shares.names, shares.train, strict=True)}
+    sizes = {name: len(mine) for name, mine in rows.items()}
     machines = fleet.build(config.engine.fleet, sizes, config.seed)
     devices = {client: replace(device, load=expected(client)) for client, device in machines.devices.items()}
 
-    def personal(rows: np.ndarray, adapter: Adapter, base: tuple[Adapter, ...]) -> dict[str, float]:
-        found = trainer.evaluate(adapter, own_set, rows, base)
-        return found if own_rows.label is None else found | {"majority": local.majority(own_rows.label[rows])}
+    def personal(mine: np.ndarray, adapter: Adapter, base: tuple[Adapter, ...]) -> dict[str, float]:
+        found = trainer.evaluate(adapter, own_set, mine, base)
+        return found if own_rows.label is None else found | {"majority": local.majority(own_rows.label[mine])}
 
     def site(client: ClientId, wire: Wire, store: Store) -> Site:
-        at = index[client]
-        mine = shares.test[at]
+        mine = shares.test[index[client]]
         return Site(
             devices[client], chosen, wire, store.private, config.local, config.seed,
-            fit=partial(trainer.fit, rows=shares.train[at]),
+            fit=partial(trainer.fit, rows=rows[client]),
             evaluate=partial(personal, mine) if len(mine) >= MIN_TEST_ROWS else None, session=trainer.session,
             cost=partial(cost, client, wire.start), measured=measured,
         )  # fmt: skip
@@ -145,9 +154,9 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
     }  # fmt: skip
     run_id = f"{rng(config.seed, 'run', settings.dump(_identity(config))).integers(1 << 62):016x}"
     drawn = {f"{n}.{p}": t.numpy(force=True) for n, m in model.drawn.items() for p, t in m.named_parameters()}
-    numerics = {"fedrank": fedrank.__version__} | local.numerics(config.engine.threads, config.device)
+    numerics = {"fedrank": fedrank.__version__} | local.numerics(engine.threads, config.device, compute)
     return Parts(
-        config, chosen, spec, begin, run_id, devices, site, cost, evaluate, numerics, drawn, facts, about,
+        config, chosen, spec, begin, run_id, devices, rows, trainer, site, cost, evaluate, numerics, drawn, facts, about,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,12 @@ from fedrank.wire import Kind, Reply, Wire
 log = logging.getLogger(__name__)
 Event = dict[str, Any]
 Evaluate = Callable[[Adapter, tuple[Adapter, ...]], Mapping[str, float]]
+
+
+def cohort(clients: Sequence[ClientId], size: int, seed: int, round: int) -> list[ClientId]:
+    """The clients of a round of 1..: drawn without replacement, in the order of registration."""
+    drawn = rng(seed, "cohort", round).choice(len(clients), min(size, len(clients)), replace=False)
+    return [clients[i] for i in sorted(drawn)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,9 +93,7 @@ class Server:
     def _cohort(self, round: int) -> dict[ClientId, Device]:
         fleet = self.engine.fleet()
         clients = tuple(fleet)
-        size = min(self.rounds.cohort, len(clients))
-        drawn = rng(self.seed, "cohort", round).choice(len(clients), size, replace=False)
-        return {clients[i]: fleet[clients[i]] for i in sorted(drawn)}
+        return {client: fleet[client] for client in cohort(clients, self.rounds.cohort, self.seed, round)}
 
     def _plans(self, state: State, cohort: Mapping[ClientId, Device], training: bool = False) -> dict[ClientId, Plan]:
         """The method's plans, with what the server knows: the last round merged, and whose the head is."""

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -36,18 +37,22 @@ class Live:
 
     values, grads: factor (and "h.<name>") -> one flat tensor of what learns, in module and id order;
     the parts' tensors are views of them, so an optimizer sees a handful of tensors. learning: the parts
-    with learning factors, in module order.
+    in which something may learn, by module, in module order; flats: factor -> all their numbers in one tensor,
+    starts: where in it each part's begin. frozen: the other parts.
     """
 
     scale: float
-    parts: dict[str, list[Part]] = field(default_factory=dict)
+    device: str
+    learning: dict[str, Part] = field(default_factory=dict)
+    frozen: dict[str, Part] = field(default_factory=dict)
+    flats: dict[str, Tensor] = field(default_factory=dict)
+    starts: dict[str, list[int]] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
     grads: dict[str, Tensor] = field(default_factory=dict)
     dense: dict[str, Tensor] = field(default_factory=dict)
-    learning: list[Part] = field(default_factory=list)
 
-    def learn(self, factor: str, flat: np.ndarray, device: str) -> Tensor:
-        value = torch.tensor(flat, dtype=torch.float32, device=device)
+    def learn(self, factor: str, flat: np.ndarray) -> Tensor:
+        value = torch.tensor(flat, dtype=torch.float32, device=self.device)
         value.grad = torch.zeros_like(value)
         self.values[factor], self.grads[factor] = value, value.grad
         return value
@@ -59,9 +64,9 @@ class Live:
                 self.dense[name[2:]] = flat.view(self.dense[name[2:]].shape)
                 continue
             factor = "Bt" if name == "B" else name
-            shapes = [getattr(part, factor).shape for part in self.learning]
+            shapes = [getattr(part, factor).shape for part in self.learning.values()]
             pieces = torch.split(flat, [shape.numel() for shape in shapes])  # one node of the graph, not one per piece
-            for part, piece, shape in zip(self.learning, pieces, shapes, strict=True):
+            for part, piece, shape in zip(self.learning.values(), pieces, shapes, strict=True):
                 setattr(part, factor, piece.view(shape))
 
     def export(self, like: Adapter) -> Adapter:
@@ -78,7 +83,7 @@ class Live:
 
 def live(train: Adapter, frozen: Adapter, learn: str, device: str) -> Live:
     """The components of `train`, of which the factors in `learn` get gradients, and those of `frozen`."""
-    result = Live(train.scale)
+    result = Live(train.scale, device)
     views: dict[str, list[Tensor | None]] = {}
     for f in FACTORS:
         if f not in train.factors:
@@ -88,20 +93,20 @@ def live(train: Adapter, frozen: Adapter, learn: str, device: str) -> Live:
         flat = np.concatenate([part.reshape(-1) for part in present])
         shapes = [part.shape for part in present]
         if f in learn:
-            value = result.learn(f, flat, device)
+            value = result.learn(f, flat)
             views[f] = list(_leaves(value, shapes))
         else:
             value = torch.tensor(flat, dtype=torch.float32, device=device)
             views[f] = [part.view(shape) for part, shape in _cut(value, shapes)]
+        result.flats[f], result.starts[f] = value, [0, *accumulate(part.size for part in present)]
     for at, name in enumerate(train.blocks):
-        result.learning.append(_part(name, views["B"][at], views["e"][at], views["A"][at]))
-        result.parts[name] = [result.learning[-1]]
+        result.learning[name] = _part(name, views["B"][at], views["e"][at], views["A"][at])
     for name, block in frozen.blocks.items():
         there = {f: torch.tensor(part, dtype=torch.float32, device=device) for f, part in block.rows.items()}
-        result.parts.setdefault(name, []).append(_part(name, *map(there.get, FACTORS)))
+        result.frozen[name] = _part(name, *map(there.get, FACTORS))
     for name, tensor in {**frozen.dense, **train.dense}.items():
         if "h" in learn:
-            result.dense[name] = _leaves(result.learn(f"h.{name}", tensor.reshape(-1), device), [tensor.shape])[0]
+            result.dense[name] = _leaves(result.learn(f"h.{name}", tensor.reshape(-1)), [tensor.shape])[0]
         else:
             result.dense[name] = torch.tensor(tensor, dtype=torch.float32, device=device)
     return result
@@ -177,7 +182,8 @@ def _weight(module: nn.Module) -> Tensor:
 @contextmanager
 def mounted(modules: Mapping[str, nn.Module], heads: Mapping[str, nn.Module], adapter: Live) -> Iterator[None]:
     """The adapter on the model while the block runs. heads: name of a dense linear layer -> the layer."""
-    hooks = [(modules[name], partial(_add, parts, adapter.scale)) for name, parts in adapter.parts.items()]
+    parts = [*adapter.learning.items(), *adapter.frozen.items()]
+    hooks = [(modules[name], partial(_add, part, adapter.scale)) for name, part in parts]
     if adapter.dense:
         hooks += [(layer, partial(_replace, adapter.dense, name)) for name, layer in heads.items()]
     handles = [module.register_forward_hook(hook) for module, hook in hooks]
@@ -188,10 +194,8 @@ def mounted(modules: Mapping[str, nn.Module], heads: Mapping[str, nn.Module], ad
             handle.remove()
 
 
-def _add(parts: list[Part], scale: float, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    for part in parts:
-        output = part.add(inputs[0], output, scale)
-    return output
+def _add(part: Part, scale: float, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return part.add(inputs[0], output, scale)
 
 
 def _replace(

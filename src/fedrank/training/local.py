@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import count
 from typing import Any
 
@@ -19,22 +19,25 @@ from torch import Tensor
 from fedrank.adapter import Adapter
 from fedrank.config import Local
 from fedrank.protocol import Address, Job, Load, Lower, Observe, Update
-from fedrank.training import bilevel, tasks
-from fedrank.training.hooks import incremented, live, mounted, swapped
+from fedrank.training import bilevel, fused, tasks
+from fedrank.training.frozen import Compute, Frozen, freeze
+from fedrank.training.hooks import Live, incremented, live, mounted, swapped
 from fedrank.training.models import Model
 from fedrank.training.tasks import Encoded
 
 EVALUATION_BATCH = 64
+EXACT = Compute("float32", "torch")
 
 
 class TrainingError(RuntimeError):
     """Local training that cannot give an update."""
 
 
-def numerics(threads: int, device: str) -> dict[str, Any]:
+def numerics(threads: int, device: str, compute: Compute = EXACT) -> dict[str, Any]:
     """All that bit equality hangs on; two runs agree to the bit only where these agree."""
     return {
-        "compute": "float32",
+        "compute": compute.dtype,
+        "products": compute.library,
         "device": device if device == "cpu" else torch.cuda.get_device_name(device),
         "threads": threads,
         "stack": 1,
@@ -49,7 +52,11 @@ def numerics(threads: int, device: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class Trainer:
-    """One frozen model and its tokenised data, shared by all clients of this process. timed: forward passes are."""
+    """One frozen model and its tokenised data, shared by all clients of this process.
+
+    compute: how the model does; bilevel steps, which are differentiated twice, take the plain layers in float32.
+    timed: forward passes are.
+    """
 
     model: Model
     train: Encoded
@@ -57,8 +64,13 @@ class Trainer:
     lr: float
     threads: int
     device: str
-    working: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    compute: Compute = EXACT
     timed: bool = False
+    working: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @cached_property
+    def frozen(self) -> Frozen:
+        return freeze(self.model, self.compute)
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -84,18 +96,18 @@ class Trainer:
         two = None if lower is None else bilevel.begin(adapter, lower, job.plan.learn, self.device, optimizer)
         others = _batches(rows, local, job, "lower batches")
         started, losses, seen = time.perf_counter(), [], 0
+        network = self.frozen.network if two is None else self.model.network
         with (
-            self._training(local.dropout, job),
-            mounted(self.model.modules, self.model.heads, adapter),
-            mounted(self.model.modules, self.model.heads, two.lower) if two and two.lower else nullcontext(),
-            self._updated(job.base_updates),
-            self._watched() as forward,
+            self._training(network, local.dropout, job),
+            self._mounted(adapter, job.base_updates) if two is None else self._twice(adapter, two.lower, job) as mount,
+            self._watched(network) as forward,
         ):
             for at, batch in enumerate(_batches(rows, local, job)):
-                outer = partial(self._loss, batch)
+                outer = partial(self._loss, network, batch)
                 if two is None:
                     loss = outer()
                     loss.backward()  # type: ignore[no-untyped-call]
+                    mount.collect()
                 else:
                     loss = two.step(partial(self._again, next(others), job, at), outer)
                 losses.append(loss.detach())
@@ -107,6 +119,8 @@ class Trainer:
                     optimizer.step()
                 for grad in adapter.grads.values():
                     grad.zero_()
+                if two is None:
+                    mount.refresh()
                 seen += len(batch)
         mean = float(torch.stack(losses).double().mean())
         if not math.isfinite(mean):
@@ -122,15 +136,15 @@ class Trainer:
         private = {} if two is None else two.private
         return Update(adapter.export(train), examples=len(rows), metrics=metrics, private=private)
 
-    def _loss(self, batch: np.ndarray) -> torch.Tensor:
+    def _loss(self, network: torch.nn.Module, batch: np.ndarray) -> torch.Tensor:
         """The loss of whatever is mounted, on these rows."""
         inputs, labels = self.train.batch(batch, self.device)
-        return tasks.loss(self.model.network(**inputs), labels)
+        return tasks.loss(network(**inputs), labels)
 
     def _again(self, batch: np.ndarray, job: Job, step: int) -> torch.Tensor:
         """The same, with dropout that is the same every time and takes nothing from the draws of plain training."""
         with self._drawn(job, "lower dropout", step):
-            return self._loss(batch)
+            return self._loss(self.model.network, batch)
 
     @contextmanager
     def _drawn(self, job: Job, *address: Address) -> Iterator[None]:
@@ -145,17 +159,17 @@ class Trainer:
         """Loss and accuracy of the adapter on these rows (of completion tokens where the task generates)."""
         mount = live(adapter, Adapter({}, adapter.scale, {}), "", self.device)
         loss, right, known = 0.0, 0, 0
-        with self._updated(base_updates), torch.inference_mode(), mounted(self.model.modules, self.model.heads, mount):
+        with torch.inference_mode(), self._mounted(mount, base_updates):
             for batch in tasks.by_length(encoded, rows, EVALUATION_BATCH):
                 inputs, labels = encoded.batch(batch, self.device)
-                part = tasks.counts(self.model.network(**inputs), labels)
+                part = tasks.counts(self.frozen.network(**inputs), labels)
                 loss, right, known = loss + part[0], right + part[1], known + part[2]
         if not known:
             raise TrainingError("no rows to evaluate on")
         return {"loss": loss / known, "accuracy": right / known, "rows": float(len(rows))}
 
     @contextmanager
-    def _watched(self) -> Iterator[list[float]]:
+    def _watched(self, network: torch.nn.Module) -> Iterator[list[float]]:
         """The seconds of each forward pass of the network while a block runs; none where this is not wanted."""
         seconds: list[float] = []
         if not self.timed:
@@ -167,7 +181,6 @@ class Trainer:
                 torch.cuda.synchronize(self.device)
             return time.perf_counter()
 
-        network = self.model.network
         before = network.register_forward_pre_hook(lambda *_: seconds.append(-now()))
         after = network.register_forward_hook(lambda *_: seconds.append(now()))
         try:
@@ -176,20 +189,33 @@ class Trainer:
             before.remove()
             after.remove()
 
-    def _updated(self, updates: tuple[Adapter, ...]) -> AbstractContextManager[None]:
-        """The base with these increments while a block runs, added up from its own weights; the last sum is kept."""
+    def _mounted(self, adapter: Live, updates: tuple[Adapter, ...]) -> AbstractContextManager[fused.Mount]:
+        return fused.mounted(self.frozen, adapter, self._updated(updates))
+
+    @contextmanager
+    def _twice(self, upper: Live, lower: Live | None, job: Job) -> Iterator[None]:
+        """Both levels on the plain layers, which can be differentiated twice."""
+        modules, heads = self.model.modules, self.model.heads
+        with (
+            mounted(modules, heads, upper),
+            mounted(modules, heads, lower) if lower else nullcontext(),
+            swapped(modules, self._updated(job.base_updates)),
+        ):
+            yield
+
+    def _updated(self, updates: tuple[Adapter, ...]) -> dict[str, Tensor]:
+        """The weights of the base with these increments, added up from its own; the last sum is kept."""
         if not updates:
-            return nullcontext()
+            return {}
         key = _digest(updates)
         if key not in self.working:
             self.working.clear()  # one copy of the base at a time
             self.working[key] = incremented(self.model.modules, updates)
-        return swapped(self.model.modules, self.working[key])
+        return self.working[key]
 
     @contextmanager
-    def _training(self, dropout: float, job: Job) -> Iterator[None]:
+    def _training(self, network: torch.nn.Module, dropout: float, job: Job) -> Iterator[None]:
         """Training mode with the base's dropout at this rate, its draws addressed; back to eval after."""
-        network = self.model.network
         layers = [m for m in network.modules() if isinstance(m, torch.nn.Dropout)]
         rates = [layer.p for layer in layers]
         with self._drawn(job, "dropout"):

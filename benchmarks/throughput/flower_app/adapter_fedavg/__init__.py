@@ -1,0 +1,1 @@
+"""FedAvg of a LoRA adapter as a Flower app."""

@@ -1,0 +1,90 @@
+"""The server of the Flower app: FedAvg over the job's cohorts, and its scores on the test rows."""
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import plain
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+from plain import Clock, Job, Network
+
+app = ServerApp()
+
+
+def answered(replies: Iterable[Message]) -> list[Message]:
+    """The replies, where nobody failed: Flower's own strategies leave out who did, and go on."""
+    replies = list(replies)
+    for reply in replies:
+        if reply.has_error():
+            raise RuntimeError(reply.error.reason)
+    return replies
+
+
+def nodes(grid: Grid, job: Job) -> dict[str, int]:
+    """The node of each client, which only the node knows."""
+    count = len({client for cohort in job.cohorts for client in cohort})
+    while len(ids := list(grid.get_node_ids())) < count:
+        time.sleep(0.1)
+    queries = [Message(RecordDict(), message_type=MessageType.QUERY, dst_node_id=node) for node in ids]
+    replies = answered(grid.send_and_receive(queries))
+    return {reply.content["about"]["client"]: reply.metadata.src_node_id for reply in replies}
+
+
+class Cohorts(FedAvg):
+    """FedAvg by examples over the job's cohorts, timed."""
+
+    def __init__(self, job: Job, clock: Clock, nodes: dict[str, int]) -> None:
+        super().__init__(fraction_evaluate=0.0)
+        self.job, self.clock, self.nodes = job, clock, nodes
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        self.started = time.time()
+        config["server-round"] = server_round
+        record = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
+        cohort = [self.nodes[client] for client in self.job.cohorts[server_round - 1]]
+        return self._construct_messages(record, cohort, MessageType.TRAIN)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        replies = answered(replies)
+        mean = super().aggregate_train(server_round, replies)
+        examples, seconds = (
+            sum(reply.content["metrics"][key] for reply in replies) for key in ("num-examples", "seconds")
+        )
+        self.clock.round(self.started, examples, seconds, len(replies))
+        return mean
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    config = context.run_config
+    clock = Clock()
+    clock.started = config["started"]
+    if config["mode"] == "matched":
+        torch.set_num_threads(2)
+    job = Job(Path(config["job"]))
+    network = Network(job)
+    strategy = Cohorts(job, clock, nodes(grid, job))
+
+    def evaluate(round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        if round == 0 or not plain.due(job, round):
+            return None
+        started = time.time()
+        network.write(arrays.to_numpy_ndarrays())
+        accuracy = plain.evaluate(network, job)
+        clock.evaluation(started, accuracy)
+        return MetricRecord({"accuracy": accuracy})
+
+    result = strategy.start(
+        grid=grid, initial_arrays=ArrayRecord(network.read()), num_rounds=len(job.cohorts), evaluate_fn=evaluate
+    )
+    out = Path(config["out"])
+    network.write(result.arrays.to_numpy_ndarrays())
+    plain.save(network, out / "adapter.npz")
+    clock.write(out / "clock.json")  # the last thing: flower.py takes it for the sign of success

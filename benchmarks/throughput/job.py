@@ -1,0 +1,91 @@
+"""Write the job that all contestants run: rows as token ids, cohorts, batches and the first adapter, in one folder.
+
+python job.py DATA OUT --rounds 10. Needs fedrank; the contestants read the folder with numpy and safetensors only.
+"""
+
+import argparse
+import json
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from fedrank import config, server
+from fedrank.parts import prepare
+from fedrank.protocol import rng
+from fedrank.training import local, models
+
+SETTINGS = {
+    "model": {"name": "minilm"},
+    "data": {"partition": {"kind": "dirichlet", "alpha": 0.5}},
+    "clients": {"count": 100},
+    "local": {"lr": 0.003, "batch_size": 16, "max_length": 64},
+    "adapter": {"rank": 8},
+    "method": {"name": "fedavg"},
+}
+
+
+def settings(path: Path, rounds: int, evaluate_every: int, **local_settings: Any) -> dict[str, Any]:
+    """The job as a fedrank config."""
+    return SETTINGS | {
+        "data": SETTINGS["data"] | {"path": str(path)},
+        "local": SETTINGS["local"] | local_settings,
+        "rounds": {"count": rounds, "cohort": 10, "evaluate_every": evaluate_every},
+    }
+
+
+def ragged(lists: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """All lists one after the other, and where each begins."""
+    starts = np.array([0, *accumulate(map(len, lists))])
+    return np.array([value for part in lists for value in part], np.int64), starts
+
+
+def write(out: Path, raw: dict[str, Any]) -> None:
+    chosen = config.load(raw)
+    parts = prepare(chosen)
+    chosen = parts.config
+    out.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, np.ndarray] = {}
+    for split, encoded in (("train", parts.trainer.train), ("test", parts.trainer.test)):
+        arrays[f"{split}_ids"], arrays[f"{split}_starts"] = ragged(encoded.fields["input_ids"])
+        arrays[f"{split}_labels"] = np.array(encoded.labels)
+
+    cohorts, batches = [], []
+    for round in range(1, chosen.rounds.count + 1):
+        cohorts.append(server.cohort(tuple(parts.devices), chosen.rounds.cohort, chosen.seed, round))
+        for client in cohorts[-1]:
+            draw = partial(rng, chosen.seed, "job", round, client, "batches")
+            batches.append([list(map(int, batch)) for batch in local.batches(parts.rows[client], chosen.local, draw)])
+    arrays["steps"], arrays["steps_starts"] = ragged([[len(batch) for batch in steps] for steps in batches])
+    arrays["order"], arrays["order_starts"] = ragged([[row for batch in steps for row in batch] for steps in batches])
+    np.savez(out / "rows.npz", **arrays)
+
+    start = parts.begin.adapter
+    tensors = {f"{name}.lora_A.weight": block.A for name, block in start.blocks.items()}
+    tensors |= {f"{name}.lora_B.weight": block.B for name, block in start.blocks.items()}
+    save_file(
+        {name: np.ascontiguousarray(t) for name, t in (tensors | dict(start.dense)).items()}, out / "start.safetensors"
+    )
+    about = {
+        "model": str(models.minilm()), "classes": parts.about["classes"], "rank": chosen.adapter.rank, "scale": start.scale,
+        "lr": chosen.local.lr, "clip": chosen.local.clip, "evaluate_every": chosen.rounds.evaluate_every,
+        "cohorts": cohorts,
+    }  # fmt: skip
+    (out / "job.json").write_text(json.dumps(about, indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--evaluate-every", type=int, default=10)
+    args = parser.parse_args()
+    write(args.out, settings(args.data, args.rounds, args.evaluate_every))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The fused layers: the same function and the same gradients as the plain hooks, with less kept for backward."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import toy
+from fedrank.adapter import Adapter, Block
+from fedrank.protocol import rng
+from fedrank.training import fused, hooks, tasks
+from fedrank.training.frozen import Compute, Frozen, freeze, onednn
+from fedrank.training.hooks import Live, live
+from fedrank.training.models import Model
+
+LIBRARIES = ("torch", "onednn") if onednn() else ("torch",)
+EXACT = Compute("float32", "torch")
+
+
+@pytest.fixture(scope="module", params=("bert", "llama", "gpt2"))
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return toy.loaded(request.param, tmp_path_factory.mktemp("model") / request.param)
+
+
+@pytest.fixture(scope="module")
+def batch(model: Model) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    encoded = tasks.encode(toy.texts(8, 0), model.tokenizer, "classify", 16)
+    return encoded.batch(np.arange(8), "cpu")
+
+
+def some(model: Model, form: str = "svd") -> Adapter:
+    """An adapter of three components a module, nothing zero; lora has no e."""
+    adapter = toy.drawn(replace(model.spec, rank=3, scale=0.5))
+    draw = rng(0, "head")
+    dense = {n: t + draw.normal(size=t.shape).astype(np.float32) for n, t in model.spec.dense.items()}
+    blocks = {n: Block(b.ids, b.B / 4, None if form == "lora" else b.e, b.A / 4) for n, b in adapter.blocks.items()}
+    return Adapter(blocks, adapter.scale, dense)
+
+
+def parted(model: Model, how: str) -> tuple[Adapter, Adapter]:
+    """What learns and what is frozen of an adapter."""
+    whole = some(model, "lora" if how == "lora" else "svd")
+    names = list(whole.blocks)
+    if how == "folded":  # some of a module's components learn, others are frozen, and some modules have one kind only
+        train = whole.take({name: np.array([0, 2]) for name in names[::2]})
+        return train, whole.take({name: np.array([1]) for name in names[1:]})
+    if how == "ragged":
+        train = whole.take({name: np.arange(1 + at % 3) for at, name in enumerate(names) if at % 4 != 1})
+        return train, replace(whole, blocks={}, dense={})
+    if how == "top":
+        train = whole.take({m.name: np.arange(3) for m in model.spec.modules if m.block == model.spec.blocks - 1})
+        return train, replace(whole, blocks={}, dense={})
+    return whole, replace(whole, blocks={}, dense={})
+
+
+def plain(model: Model, on: Live, batch: tuple[dict[str, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    with hooks.mounted(model.modules, model.heads, on):
+        logits = model.network(**batch[0])
+        tasks.loss(logits, batch[1]).backward()
+    return logits.detach()
+
+
+def ours(base: Frozen, on: Live, batch: tuple[dict[str, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    with fused.mounted(base, on) as mount:
+        logits = base.network(**batch[0])
+        tasks.loss(logits, batch[1]).backward()
+        mount.collect()
+    return logits.detach()
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("learn", ["BeAh", "B", "eA", "Bh"])
+@pytest.mark.parametrize("how", ["svd", "lora", "folded", "ragged", "top"])
+def test_the_same_function_and_gradients_as_the_plain_hooks(model, batch, how, learn, library):
+    train, frozen = parted(model, how)
+    one, two = (live(train, frozen, learn, "cpu") for _ in range(2))
+    expected, found = plain(model, one, batch), ours(freeze(model, Compute("float32", library)), two, batch)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert list(one.grads) == list(two.grads)
+    for name, grad in one.grads.items():
+        assert grad.abs().max() > 0
+        torch.testing.assert_close(two.grads[name], grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("how", ["svd", "lora", "folded"])
+def test_bfloat16_is_near_in_function_and_gradients(model, batch, how, library):
+    train, frozen = parted(model, how)
+    one, two = (live(train, frozen, "BeAh", "cpu") for _ in range(2))
+    expected, found = plain(model, one, batch), ours(freeze(model, Compute("bfloat16", library)), two, batch)
+    assert torch.linalg.vector_norm(found - expected) < 0.05 * torch.linalg.vector_norm(expected)
+    for name, grad in one.grads.items():
+        assert two.grads[name].dtype == torch.float32
+        assert torch.nn.functional.cosine_similarity(two.grads[name], grad, 0) > 0.99, name
