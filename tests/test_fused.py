@@ -1,6 +1,5 @@
 """The fused layers: the same function and the same gradients as the plain hooks, with less kept for backward."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -76,7 +75,7 @@ def ours(base: Frozen, on: Live, batch: tuple[dict[str, torch.Tensor], torch.Ten
 def test_the_same_function_and_gradients_as_the_plain_hooks(model, batch, how, learn, library):
     train, frozen = parted(model, how)
     one, two = (live(train, frozen, learn, "cpu") for _ in range(2))
-    expected, found = plain(model, one, batch), ours(freeze(model, Compute("float32", library)), two, batch)
+    expected, found = plain(model, one, batch), ours(freeze(model, Compute("float32", library), "cpu"), two, batch)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert list(one.grads) == list(two.grads)
     for name, grad in one.grads.items():
@@ -89,7 +88,7 @@ def test_the_same_function_and_gradients_as_the_plain_hooks(model, batch, how, l
 def test_bfloat16_is_near_in_function_and_gradients(model, batch, how, library):
     train, frozen = parted(model, how)
     one, two = (live(train, frozen, "BeAh", "cpu") for _ in range(2))
-    expected, found = plain(model, one, batch), ours(freeze(model, Compute("bfloat16", library)), two, batch)
+    expected, found = plain(model, one, batch), ours(freeze(model, Compute("bfloat16", library), "cpu"), two, batch)
     assert torch.linalg.vector_norm(found - expected) < 0.05 * torch.linalg.vector_norm(expected)
     for name, grad in one.grads.items():
         assert two.grads[name].dtype == torch.float32

@@ -260,7 +260,7 @@ def test_no_rows_to_evaluate_on_is_an_error():
 def test_the_numerics_record_says_what_the_bits_hang_on():
     found = local.numerics(3, "cpu")
     assert found == {
-        "compute": "float32", "device": "cpu", "threads": 3, "stack": 1, "padding": "longest",
+        "compute": "float32", "products": "torch", "device": "cpu", "threads": 3, "stack": 1, "rows": "padded",
         "torch": torch.__version__, "numpy": np.__version__, "transformers": transformers.__version__,
         "tokenizers": tokenizers.__version__, "cpu": torch.backends.cpu.get_cpu_capability(),
     }  # fmt: skip
@@ -340,7 +340,7 @@ def prompts(model: models.Model, max_length: int = 32) -> tasks.Encoded:
 def test_only_the_completion_and_its_end_have_labels(decoder):
     encoded, end = prompts(decoder), decoder.tokenizer.eos_token_id
     inputs, labels = encoded.batch(np.arange(2), "cpu")
-    assert [len(ids) for ids in encoded.fields["input_ids"]] == [6 + 3, 8 + 5]
+    assert encoded.lengths.tolist() == [6 + 3, 8 + 5]
     assert labels[0].tolist() == [tasks.IGNORED] * 6 + inputs["input_ids"][0, 6:9].tolist() + [tasks.IGNORED] * 4
     assert labels[1, 8:].tolist() == inputs["input_ids"][1, 8:].tolist()
     assert labels[1, -1] == end
@@ -373,12 +373,11 @@ def test_long_prompts_lose_their_start_and_keep_a_token_before_the_completion(ma
     encoded = prompts(decoder, max_length)
     whole = prompts(decoder, 99)
     for at in range(2):
-        ids, labels = encoded.fields["input_ids"][at], encoded.labels[at]
-        kept = min(max_length, len(whole.labels[at]))
-        assert len(ids) == len(labels) == kept
+        labels, all_labels = (part.labels[part.starts[at] : part.starts[at + 1]] for part in (encoded, whole))
+        assert len(labels) == min(max_length, len(all_labels))
         assert labels[0] == tasks.IGNORED
         tail = [i for i in labels if i != tasks.IGNORED]
-        full = [i for i in whole.labels[at] if i != tasks.IGNORED]
+        full = [i for i in all_labels if i != tasks.IGNORED]
         assert tail == full[: max_length - 1]
 
 

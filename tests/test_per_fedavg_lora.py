@@ -86,8 +86,8 @@ def test_the_lower_level_is_a_copy_with_the_methods_rate_and_derivative(method):
 def test_clients_that_disagree_are_told_apart_by_their_step(tmp_path):
     """Half of the clients have two classes swapped: no common model suits both, one step on one's own rows helps."""
     method, data = PerFedAvgLoRA(0.3, "first"), toy.encoded("train")
-    swapped = replace(data, labels=[{0: 1, 1: 0}.get(y, y) if at // 16 % 2 else y for at, y in enumerate(data.labels)])
-    teacher = replace(toy.trainer(1e-2), train=swapped)
+    swapped = [{0: 1, 1: 0}.get(y, y) if at // 16 % 2 else y for at, y in enumerate(data.labels.tolist())]
+    teacher = replace(toy.trainer(1e-2), train=replace(data, labels=np.array(swapped)))
 
     def teach(site: Site) -> Site:
         at = toy.CLIENTS.index(site.device.id)

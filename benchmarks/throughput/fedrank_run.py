@@ -5,7 +5,6 @@ import json
 import time
 from pathlib import Path
 
-import numpy as np
 from job import settings
 
 import fedrank
@@ -25,12 +24,19 @@ def main() -> None:
     def watch(event: dict) -> None:
         marks[event["event"]] = time.time()
         if event["event"] == "round":
-            clock["rounds"].append({"started": marks["cohort"], "ended": marks["client"], "updates": event["clients_ok"], "wall": event["wall_seconds"],
-                                    "train_seconds": event["train_seconds"]})
+            clock["rounds"].append(
+                {
+                    "started": marks["cohort"],
+                    "ended": marks["client"],
+                    "updates": event["clients_ok"],
+                    "wall": event["wall_seconds"],
+                    "train_seconds": event["train_seconds"],
+                }
+            )
             if event["accuracy"] is not None:
                 clock["evaluations"].append({"accuracy": event["accuracy"]})
 
-    run = fedrank.run(settings(args.data, args.rounds, args.evaluate_every), *args.overrides, out=args.out, watch=watch)
+    fedrank.run(settings(args.data, args.rounds, args.evaluate_every), *args.overrides, out=args.out, watch=watch)
     (args.out / "clock.json").write_text(json.dumps(clock))
 
 

@@ -50,7 +50,7 @@ def write(out: Path, raw: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, np.ndarray] = {}
     for split, encoded in (("train", parts.trainer.train), ("test", parts.trainer.test)):
-        arrays[f"{split}_ids"], arrays[f"{split}_starts"] = ragged(encoded.fields["input_ids"])
+        arrays[f"{split}_ids"], arrays[f"{split}_starts"] = encoded.fields["input_ids"], encoded.starts
         arrays[f"{split}_labels"] = np.array(encoded.labels)
 
     cohorts, batches = [], []

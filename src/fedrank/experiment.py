@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 # What does not touch the bits of a round already played; other data or another model is noticed by its hash.
 CHANGEABLE = ("rounds.count", "rounds.cohort", "rounds.evaluate_every", "rounds.deadline", "rounds.exactness",
-              "engine.failure_rate", "engine.fleet.csv", "data.path", "model.name")  # fmt: skip
+              "engine.failure_rate", "engine.workers", "engine.fleet.csv", "data.path", "model.name")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,11 @@ def go_on(path: Path, overrides: Iterable[str] = (), method: Method | None = Non
 
 def _play(server: Server, state: State, parts: Parts) -> Iterator[Event]:
     last: Event = {}
-    for event in server.play(state):
-        if event["event"] != "end":
-            yield event
-        last = event
+    with parts.workers:
+        for event in server.play(state):
+            if event["event"] != "end":
+                yield event
+            last = event
     summary = summarise(server.store.path, parts, last)
     server.store.write("summary.json", json.dumps(summary, indent=1))
     if why := obstacle(server.store.path):

@@ -21,6 +21,7 @@ from fedrank.aggregation import WEIGHTS
 from fedrank.client import MIN_TEST_ROWS, Site
 from fedrank.config import Config, ConfigError
 from fedrank.engines.local import Local as LocalEngine
+from fedrank.engines.workers import Workers, fitting
 from fedrank.protocol import ClientId, Device, Load, Method, ModelSpec, Plan, State, rng
 from fedrank.server import Server
 from fedrank.store import Store
@@ -47,7 +48,8 @@ class Parts:
     trainer: Any
     site: Callable[[ClientId, Wire, Store], Site]
     cost: Callable[[ClientId, Adapter, int, Plan, int], costs.Cost]
-    evaluate: Callable[[Adapter, tuple[Adapter, ...]], Mapping[str, float]] | None
+    evaluate: Callable[[Adapter, tuple[Adapter, ...]], Mapping[str, float]]
+    workers: Workers
     numerics: dict[str, Any]
     drawn: dict[str, np.ndarray]  # frozen layers made from the seed, which an export must carry
     facts: dict[str, Any]  # what data and model were: a resumed run must find the same
@@ -56,9 +58,8 @@ class Parts:
     def server(self, store: Store) -> Server:
         config = self.config
         wire = Wire(self.spec, self.begin.adapter, config.wire.dtype, self.run_id, config.seed, self.numerics)
-        engine = LocalEngine(
-            self.devices, cache(lambda client: self.site(client, wire, store)), config.engine.failure_rate, config.seed
-        )
+        sites = cache(lambda client: self.site(client, wire, store))
+        engine = LocalEngine(self.devices, sites, config.engine.failure_rate, config.seed, self.workers.share)
         return Server(
             self.method, engine, wire, store, config.rounds, config.seed, config.adapter.head, self.evaluate,
             config.server, self.cost if config.engine.timing == "modelled" else None,
@@ -130,9 +131,25 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
         device = machines.at(client, round)
         return costs.predict(spec, start, plan, load(client, round), device, bytes_down, bytes_up)
 
-    def evaluate(adapter: Adapter, base: tuple[Adapter, ...]) -> Mapping[str, float]:
+    workers = Workers(engine.workers or fitting(engine.threads, config.device, model.spec.parameters), engine.threads)
+    if workers.count > 1:
+        trainer.frozen.ready()
+
+    def counts(asked: tuple[Adapter, tuple[Adapter, ...], list[np.ndarray]]) -> list[tuple[float, int, int]]:
+        adapter, base, batches = asked
         with trainer.session():
-            return trainer.evaluate(adapter, test, np.arange(len(test)), base)
+            return trainer.counts(adapter, test, batches, base)
+
+    counted = workers.share(counts)
+
+    def evaluate(adapter: Adapter, base: tuple[Adapter, ...]) -> Mapping[str, float]:
+        """On all test rows, in parts; the counts are added in one order, whoever made them."""
+        batches = list(tasks.by_length(test, np.arange(len(test)), local.EVALUATION_BATCH))
+        shares = 4 * workers.count
+        found: list[Any] = [None] * len(batches)
+        for at, part in enumerate(counted((adapter, base, batches[at::shares]) for at in range(shares))):
+            found[at::shares] = part
+        return local.scores(found, len(test))
 
     spec = model.spec
     begin, kept = _first(config, chosen, spec, devices)
@@ -154,9 +171,11 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
     }  # fmt: skip
     run_id = f"{rng(config.seed, 'run', settings.dump(_identity(config))).integers(1 << 62):016x}"
     drawn = {f"{n}.{p}": t.numpy(force=True) for n, m in model.drawn.items() for p, t in m.named_parameters()}
-    numerics = {"fedrank": fedrank.__version__} | local.numerics(engine.threads, config.device, compute)
+    numerics = {"fedrank": fedrank.__version__} | local.numerics(
+        engine.threads, config.device, compute, trainer.frozen.first is not None
+    )
     return Parts(
-        config, chosen, spec, begin, run_id, devices, rows, trainer, site, cost, evaluate, numerics, drawn, facts, about,
+        config, chosen, spec, begin, run_id, devices, rows, trainer, site, cost, evaluate, workers, numerics, drawn, facts, about,
     )  # fmt: skip
 
 

@@ -4,16 +4,19 @@ import copy
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from fedrank.training import flow
+from fedrank.training import flow, packing
 from fedrank.training.models import Model
+from fedrank.training.tasks import Encoded
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -31,10 +34,13 @@ class Compute(NamedTuple):
 
 def onednn() -> bool:
     """Whether torch's own entry to oneDNN's linear layer is here; Inductor uses the same one."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def choose(layers: Iterable[nn.Module], device: str, threads: int, dtype: str = "auto", library: str = "auto") -> Compute:
+def choose(
+    layers: Iterable[nn.Module], device: str, threads: int, dtype: str = "auto", library: str = "auto"
+) -> Compute:
     """The fastest way on this machine to compute these layers; what is not "auto" is kept.
 
     On a CPU all ways are measured, on the layers' largest weight. A GPU computes in bfloat16 where it has units for it.
@@ -102,11 +108,16 @@ class Product:
         """(rows, out) -> (rows, in)"""
         if self.compute.library == "torch":
             return grad @ self.weight
-        if self._across is None:  # packed the other way round, where a backward pass gets here
+        self.turn()
+        assert self._across is not None
+        return self.product(grad, self._across)
+
+    def turn(self) -> None:
+        """Have the weight the other way round too, as a backward pass that gets here needs it."""
+        if self._across is None and self.compute.library != "torch":
             with torch.inference_mode(False), torch.no_grad():
                 whole = self.weights[0] if len(self.weights) == 1 else torch.cat(list(self.weights))
                 self._across = self._packed(whole.t())
-        return self.product(grad, self._across)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + b by the chosen library."""
@@ -127,19 +138,37 @@ class Product:
 class Frozen:
     """A base model that computes in its own way. layers: the linear ones of its blocks, called through `groups`.
 
-    groups: the names of layers that read one input, together.
+    groups: the names of layers that read one input, together. first: the position of a row's first token, where rows
+    can be packed; None: they are padded.
     """
 
     network: nn.Module
+    base: Any
     layers: dict[str, nn.Module]
     heads: dict[str, nn.Module]
     groups: tuple[tuple[str, ...], ...]
     compute: Compute
+    first: int | None
     products: dict[tuple[str, ...], Product] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.compute.dtype]
+
+    def ready(self) -> None:
+        """Make all products now, before other processes share them."""
+        for names in self.groups:
+            self.product(names).turn()
+
+    def logits(self, encoded: Encoded, rows: np.ndarray, device: str) -> tuple[Tensor, Tensor]:
+        """The network's logits of these rows, packed where it can be, and their labels."""
+        if self.first is None:
+            inputs, labels = encoded.batch(rows, device)
+            return self.network(**inputs), labels
+        inputs, labels = encoded.packed(rows, self.first, device)
+        packed = packing.pack(encoded.lengths[rows], self.dtype, device)
+        with packing.attention(self.base, packed):
+            return self.network(**inputs, packed=packed), labels
 
     def product(self, names: tuple[str, ...], weights: Mapping[str, Tensor] = {}) -> Product:
         """Of the layers of one group, with other weights in their places where given."""
@@ -153,7 +182,7 @@ class Frozen:
         return self.products[names]
 
 
-def freeze(model: Model, compute: Compute) -> Frozen:
+def freeze(model: Model, compute: Compute, device: str) -> Frozen:
     """The model as it computes: itself in float32, else a copy of all but its linear layers' weights."""
     paths = {module: path for path, module in model.network.named_modules()}
     inside = [linear for linear in model.spec.flow if flow.block(linear.name) is not None]
@@ -164,19 +193,52 @@ def freeze(model: Model, compute: Compute) -> Frozen:
         network = _converted(network, [*layers.values(), *model.heads.values()], DTYPES[compute.dtype])
     there = {name: network.get_submodule(paths[layer]) for name, layer in (layers | model.heads).items()}
     heads = {name: there.pop(name) for name in model.heads}
-    return Frozen(network, there, heads, tuple(groups), compute)
+    base = network.get_submodule(paths[model.base])
+    return Frozen(network, base, there, heads, tuple(groups), compute, _first(model, device))
+
+
+def _first(model: Model, device: str) -> int | None:
+    """The position that a packed row's first token must be given for the model to compute as with padded rows.
+
+    None where that cannot be had: its pooling reads a fixed place, its attention cannot be replaced, or a trial fails.
+    A GPU's own attention is faster than what packing saves.
+    """
+    able = (
+        getattr(model.base, "_supports_attention_backend", False)
+        and "position_ids" in signature(model.base.forward).parameters
+    )
+    if device != "cpu" or not able or (model.task != "generate" and model.pooling != "mean"):
+        return None
+    ids = np.arange(10, dtype=np.int32) % 7 + 1 + (model.tokenizer.pad_token_id or 0)
+    rows = Encoded({"input_ids": ids}, np.array([0, 2, 7, 10]), np.zeros(3, np.int64), {"input_ids": 0})
+    tables = (layer for name, layer in model.base.named_modules() if name.endswith("position_embeddings"))
+    offset = next((table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None), 0)
+    packed = packing.pack(rows.lengths, torch.float32, device)
+    with torch.inference_mode():
+        inputs = rows.batch(np.arange(3), device)[0]
+        expected = model.network(**inputs)
+        if model.task == "generate":
+            expected = expected[inputs["attention_mask"].bool()]
+        for first in {0, offset}:
+            try:
+                with packing.attention(model.base, packed):
+                    found = model.network(**rows.packed(np.arange(3), first, device)[0], packed=packed).view_as(
+                        expected
+                    )
+            except (RuntimeError, TypeError, ValueError, IndexError):
+                continue
+            if torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
+                return first
+    return None
 
 
 def _converted(network: nn.Module, kept: Iterable[nn.Module], dtype: torch.dtype) -> nn.Module:
     """A copy in this type, which shares the parameters of the layers that are kept as they are."""
     shared = {id(parameter): parameter for layer in kept for parameter in layer.parameters()}
     twin = copy.deepcopy(network, dict(shared))
-    for module in twin.modules():
-        for owned in (module._parameters, module._buffers):
-            for name, tensor in owned.items():
-                if tensor is not None and id(tensor) not in shared and tensor.is_floating_point():
-                    new = tensor.detach().to(dtype)
-                    owned[name] = nn.Parameter(new, False) if isinstance(tensor, nn.Parameter) else new
+    twin._apply(  # type: ignore[no-untyped-call]
+        lambda tensor: tensor.to(dtype) if tensor.is_floating_point() and id(tensor) not in shared else tensor
+    )
     return twin
 
 

@@ -61,7 +61,7 @@ class Linears(torch.autograd.Function):
         read = rows if any(share.grad_A is not None for share in shares) else None
         ctx.save_for_backward(read, *kept)
         ctx.rest = product, shares, scale, x.shape
-        return tuple(part.view(*x.shape[:-1], -1) for part in y.split(product.outs, 1))
+        return tuple(part.view(*x.shape[:-1], -1) for part in torch.split(y, product.outs, 1))
 
     @staticmethod
     @once_differentiable
@@ -102,8 +102,14 @@ class Group:
 
     def __call__(self, at: int, x: Tensor) -> Tensor:
         if self.read is not x or self.made[at] is None:
-            made = Linears.apply(x.to(self.product.dtype), self.learning, self.product, self.shares, self.scale)
-            self.read, self.made = x, list(made)
+            self.read, self.made = (
+                x,
+                list(
+                    Linears.apply(  # type: ignore[no-untyped-call]
+                        x.to(self.product.dtype), self.learning, self.product, self.shares, self.scale
+                    )
+                ),
+            )
         found, self.made[at] = self.made[at], None
         if not any(part is not None for part in self.made):
             self.read = None

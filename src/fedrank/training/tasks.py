@@ -1,7 +1,9 @@
 """Tasks: rows become token ids once, batches are padded to their longest row, logits become loss and counts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -10,39 +12,68 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedrank.training.data import Rows
+from fedrank.training.packing import filled
 
 IGNORED = -100  # a position that has no label
 
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """Tokenised rows. fields: name -> one list of ids per row. labels: a class per row, or one id per token."""
+    """Tokenised rows, one after the other. fields: name -> (tokens,) ids; starts: (rows + 1,), where each row's begin.
 
-    fields: dict[str, list[list[int]]]
-    labels: list[Any]
-    pad: dict[str, int]
+    labels: (rows,), a class each, or (tokens,), the next token's id or IGNORED. pad: name -> the id of padding.
+    """
+
+    fields: Mapping[str, np.ndarray]
+    starts: np.ndarray
+    labels: np.ndarray
+    pad: Mapping[str, int]
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.starts) - 1
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.starts)
 
     @property
-    def lengths(self) -> np.ndarray:
-        return np.array([len(ids) for ids in self.fields["input_ids"]], int)
+    def generates(self) -> bool:
+        return len(self.labels) != len(self)
 
     def batch(self, rows: np.ndarray, device: str) -> tuple[dict[str, Tensor], Tensor]:
         """These rows padded on the right to the longest of them, and their labels."""
-        longest = max(len(self.fields["input_ids"][i]) for i in rows)
-        inputs = {
-            name: _padded([column[i] for i in rows], self.pad[name], longest, device)
-            for name, column in self.fields.items()
-        }
-        if isinstance(self.labels[0], list):
-            return inputs, _padded([self.labels[i] for i in rows], IGNORED, longest, device)
-        return inputs, torch.tensor([self.labels[i] for i in rows], device=device)
+        lengths = self.lengths[rows, None]
+        place = np.arange(int(lengths.max()))
+        there, at = place < lengths, np.minimum(self.starts[rows, None] + place, self.starts[-1] - 1)
 
+        def padded(tokens: np.ndarray, fill: int) -> Tensor:
+            return torch.from_numpy(np.where(there, tokens[at], fill).astype(np.int64)).to(device)
 
-def _padded(rows: list[list[int]], fill: int, length: int, device: str) -> Tensor:
-    return torch.tensor([row + [fill] * (length - len(row)) for row in rows], device=device)
+        inputs = {name: padded(tokens, self.pad[name]) for name, tokens in self.fields.items()}
+        inputs["attention_mask"] = torch.from_numpy(there.astype(np.int64)).to(device)
+        if self.generates:
+            return inputs, padded(self.labels, IGNORED)
+        return inputs, torch.from_numpy(self.labels[rows]).to(device)
+
+    def packed(self, rows: np.ndarray, first: int, device: str) -> tuple[dict[str, Tensor], Tensor]:
+        """These rows one after the other as one of a batch, filled up, and their labels. first: a row's first position."""
+        starts, lengths = self.starts[rows], self.lengths[rows]
+        begins = np.cumsum(lengths) - lengths
+        places = np.arange(int(lengths.sum())) - np.repeat(begins, lengths)
+        at = np.repeat(starts, lengths) + places
+
+        def whole(tokens: np.ndarray, fill: int) -> Tensor:
+            result = np.full(filled(len(tokens)), fill, np.int64)
+            result[: len(tokens)] = tokens
+            return torch.from_numpy(result)[None].to(device)
+
+        inputs = {name: whole(tokens[at], self.pad[name]) for name, tokens in self.fields.items()}
+        inputs["position_ids"] = whole(places + first, first)
+        if not self.generates:
+            return inputs, torch.from_numpy(self.labels[rows]).to(device)
+        labels = self.labels[at]
+        labels[begins] = IGNORED  # nothing before them is of their row
+        return inputs, whole(labels, IGNORED)
 
 
 def encode(rows: Rows, tokenizer: Any, task: str, max_length: int) -> Encoded:
@@ -51,8 +82,8 @@ def encode(rows: Rows, tokenizer: Any, task: str, max_length: int) -> Encoded:
         return _prompts(rows, tokenizer, max_length)
     assert rows.label is not None
     kept = tokenizer(rows.text, rows.text_b, truncation=True, max_length=max_length)
-    fields = {name: kept[name] for name in tokenizer.model_input_names if name in kept}
-    return Encoded(fields, rows.label.tolist(), _pads(tokenizer, fields))
+    fields = {name: kept[name] for name in tokenizer.model_input_names if name in kept and name != "attention_mask"}
+    return _encoded(fields, rows.label, tokenizer)
 
 
 def _prompts(rows: Rows, tokenizer: Any, max_length: int) -> Encoded:
@@ -66,13 +97,14 @@ def _prompts(rows: Rows, tokenizer: Any, max_length: int) -> Encoded:
         head = head[-(max_length - len(tail)) :]
         ids.append(head + tail)
         labels.append([IGNORED] * len(head) + tail)
-    fields = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
-    return Encoded(fields, labels, _pads(tokenizer, fields))
+    return _encoded({"input_ids": ids}, np.concatenate(labels).astype(np.int64), tokenizer)
 
 
-def _pads(tokenizer: Any, fields: dict[str, Any]) -> dict[str, int]:
+def _encoded(fields: Mapping[str, list[list[int]]], labels: np.ndarray, tokenizer: Any) -> Encoded:
+    starts = np.array([0, *accumulate(len(ids) for ids in fields["input_ids"])])
+    flat = {name: np.fromiter(chain.from_iterable(rows), np.int32, int(starts[-1])) for name, rows in fields.items()}
     fill = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0)}
-    return {name: fill.get(name, 0) for name in fields}
+    return Encoded(flat, starts, labels, {name: fill.get(name, 0) for name in fields})
 
 
 def loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,0 +1,130 @@
+"""Worker processes: forked from this one, so that they share its model and data, each on its own cores."""
+
+import ctypes
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
+from itertools import islice
+from multiprocessing.connection import wait
+from types import TracebackType
+from typing import Any
+
+Spread = Callable[[Iterable[Any]], Iterator[Any]]
+
+TRIM, TOP_PAD, MMAP = -1, -2, -3  # mallopt's parameters, in glibc's malloc.h
+KEPT = 1 << 30  # bytes
+
+_functions: list[Callable[[Any], Any]] = []  # of a worker, from the process it was forked from
+
+
+class Workers:
+    """`count` processes that compute shared functions; with one, this process computes them itself.
+
+    They are forked when something is first computed: whatever is in memory by then is shared and not copied.
+    """
+
+    def __init__(self, count: int, threads: int) -> None:
+        self.count, self.threads = count, threads
+        self.functions: list[Callable[[Any], Any]] = []
+        self.pool: ProcessPoolExecutor | None = None
+
+    def share(self, function: Callable[[Any], Any]) -> Spread:
+        """The function over many arguments: results in the order of these, which are taken as they are needed."""
+        assert self.pool is None, "what is shared must be known before the workers are"
+        self.functions.append(function)
+        return partial(map, function) if self.count == 1 else partial(self._map, len(self.functions) - 1)
+
+    def _map(self, at: int, items: Iterable[Any]) -> Iterator[Any]:
+        pool, waiting, source = self._started(), deque[Future[Any]](), iter(items)
+
+        def submit(count: int) -> None:
+            waiting.extend(pool.submit(_call, at, item) for item in islice(source, count))
+
+        submit(self.count + 1)  # one more: the next is prepared while all work
+        try:
+            while waiting:
+                result, records = waiting.popleft().result()
+                for record in records:
+                    logging.getLogger(record.name).handle(record)
+                submit(1)
+                yield result
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def _started(self) -> ProcessPoolExecutor:
+        if self.pool is None:
+            context, cores = multiprocessing.get_context("fork"), sorted(os.sched_getaffinity(0))
+            places = context.SimpleQueue()
+            for at in range(self.count):
+                own = cores[at * self.threads : (at + 1) * self.threads]
+                places.put(own if self.count * self.threads == len(cores) else [])
+            self.pool = ProcessPoolExecutor(self.count, context, _begin, (self.functions, places))
+        return self.pool
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+            self.pool = None
+
+
+def fitting(threads: int, device: str, parameters: int) -> int:
+    """As many workers as keep all cores of this machine busy; a small model gains nothing from another process."""
+    if sys.platform != "linux" or device != "cpu" or parameters < 1_000_000:
+        return 1
+    return max(1, len(os.sched_getaffinity(0)) // threads)
+
+
+def keep_memory() -> None:
+    """Let this process keep freed memory: with glibc's defaults every step gets its activations from the kernel anew."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        for parameter, value in ((MMAP, KEPT), (TRIM, KEPT), (TOP_PAD, 1 << 26)):
+            libc.mallopt(parameter, value)
+
+
+def _begin(functions: list[Callable[[Any], Any]], places: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches the whole group: the first process says what is lost
+    _functions[:] = functions
+    if cores := places.get():
+        os.sched_setaffinity(0, cores)
+    keep_memory()
+    threading.Thread(target=_follow, daemon=True).start()
+
+
+def _follow() -> None:
+    """End with the process that forked this one, however that ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+class _Kept(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        record.msg, record.args, record.exc_info = record.getMessage(), None, None
+        self.records.append(record)
+
+
+def _call(at: int, item: Any) -> tuple[Any, list[logging.LogRecord]]:
+    """The result, and what was logged meanwhile: the first process writes it where its own log goes."""
+    root, kept = logging.getLogger(), _Kept()
+    before, root.handlers = root.handlers, [kept]
+    try:
+        return _functions[at](item), kept.records
+    finally:
+        root.handlers = before

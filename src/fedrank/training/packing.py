@@ -1,0 +1,178 @@
+"""Rows of different lengths one after the other, without padding: their places, their attention, their mean."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface
+
+NAME = "fedrank"  # of this attention among those of transformers
+STEP = 16  # tokens are filled up to a multiple of this
+
+_packed: ContextVar["Packed"] = ContextVar("packed")
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Where packed rows are, shared by all layers of a pass.
+
+    lengths: (rows,), tokens of each row. filled: all tokens, with those that only fill up, after the rows.
+    padded: (rows * longest,), the token at each place of the padded layout, any where there is none.
+    real: (tokens of the rows,), each token's place there; None where both layouts are the same.
+    """
+
+    lengths: Tensor
+    filled: int
+    padded: Tensor
+    real: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, longest)"""
+        return len(self.lengths), len(self.padded) // len(self.lengths)
+
+    def mean(self, hidden: Tensor) -> Tensor:
+        """(filled, width) -> (rows, width), the mean over each row's tokens."""
+        owner = torch.repeat_interleave(self.lengths)
+        sums = hidden.new_zeros(len(self.lengths), hidden.shape[-1]).index_add(0, owner, hidden[: len(owner)])
+        return sums / self.lengths[:, None]
+
+    def bias(self, causal: bool, dtype: torch.dtype) -> Tensor | None:
+        """(rows or 1, 1 or longest, longest): what is added to the scores so that no token sees what it must not."""
+        longest = self.shape[1]
+        at, found = torch.arange(longest, device=self.lengths.device), None
+        if self.real is not None:
+            found = (at >= self.lengths[:, None])[:, None, :]
+        if causal:
+            later = (at > at[:, None])[None]
+            found = later if found is None else found | later
+        return None if found is None else torch.zeros((), dtype=dtype).masked_fill(found, -torch.inf)
+
+    def spread(self, part: Tensor) -> Tensor:
+        """(heads, filled, width) -> (heads * rows, longest, width), anything at places without a token."""
+        if self.real is None:
+            return part.clone(memory_format=torch.contiguous_format).view(-1, self.shape[1], part.shape[2])
+        return part.index_select(1, self.padded).view(-1, self.shape[1], part.shape[2])
+
+    def spread_zeros(self, part: Tensor) -> Tensor:
+        """The same, with zeros at places without a token."""
+        if self.real is None:
+            return self.spread(part)
+        found = part.new_zeros(len(part), len(self.padded), part.shape[2])
+        found.index_copy_(1, self.real, part[:, : len(self.real)])
+        return found.view(-1, self.shape[1], part.shape[2])
+
+    def gather(self, part: Tensor, heads: int) -> Tensor:
+        """(heads * rows, longest, width) -> (filled, heads, width), zeros for what only fills up."""
+        flat = part.view(heads, -1, part.shape[2]).transpose(0, 1)
+        if self.real is None:
+            return flat.contiguous()
+        found = part.new_empty(self.filled, heads, part.shape[2])
+        torch.index_select(flat, 0, self.real, out=found[: len(self.real)])
+        found[len(self.real) :] = 0
+        return found
+
+
+def filled(tokens: int) -> int:
+    """The tokens with those that fill up: a kernel is made for every number of tokens, which costs more than these."""
+    return -(-tokens // STEP) * STEP
+
+
+def pack(lengths: np.ndarray, dtype: torch.dtype, device: str) -> Packed:
+    # torch's softmax in bfloat16 is several times slower where a row of scores does not fill its vectors.
+    rows, vector = len(lengths), 32 if dtype == torch.bfloat16 else 1
+    longest = -(-int(lengths.max()) // vector) * vector
+    tokens = int(lengths.sum())
+    there = np.arange(longest) < lengths[:, None]
+    starts = np.cumsum(lengths) - lengths
+    padded = np.where(there, starts[:, None] + np.arange(longest), starts[:, None]).reshape(-1)
+    same = filled(tokens) == tokens == rows * longest
+    real = None if same else torch.from_numpy(np.flatnonzero(there)).to(device)
+    return Packed(torch.from_numpy(lengths).to(device), filled(tokens), torch.from_numpy(padded).to(device), real)
+
+
+class Attention(torch.autograd.Function):
+    """Softmax attention of every packed row to itself. query, key, value: (heads, filled, width of a head).
+
+    Exact: all scores are made, a head at a time of every row together, and kept for backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        packed: Packed,
+        bias: Tensor | None,
+        scale: float,
+        drop: float,
+    ) -> Tensor:
+        """(filled, heads, width of a head)"""
+        heads = query.shape[0]
+        rows, longest = packed.shape
+        q, k, v = (packed.spread(part) for part in (query, key, value))
+        q *= scale
+        scores = torch.bmm(q, k.transpose(1, 2))
+        if bias is not None:
+            scores.view(heads, rows, longest, longest).add_(bias)
+        shares = torch.softmax(scores, -1)
+        kept = torch.empty_like(shares).bernoulli_(1 - drop).div_(1 - drop) if drop else None
+        mixed = torch.bmm(shares if kept is None else shares * kept, v)
+        ctx.save_for_backward(q, k, v, shares, kept)
+        ctx.rest = packed, heads, scale
+        return packed.gather(mixed, heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, shares, kept = ctx.saved_tensors
+        packed, heads, scale = ctx.rest
+        g = packed.spread_zeros(grad.transpose(0, 1))
+        of_shares = torch.bmm(g, v.transpose(1, 2))
+        if kept is not None:
+            of_shares *= kept
+        of_value = torch.bmm((shares if kept is None else shares * kept).transpose(1, 2), g)
+        of_scores = torch._softmax_backward_data(of_shares, shares, -1, shares.dtype)
+        of_query = torch.bmm(of_scores, k).mul_(scale)
+        of_key = torch.bmm(of_scores.transpose(1, 2), q)
+        found = [packed.gather(part, heads).transpose(0, 1) for part in (of_query, of_key, of_value)]
+        return (*found, None, None, None, None)
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+    scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None, **rest: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention as transformers calls it, for the rows of the `packed` block around the call. query: (1, heads, tokens, width)."""
+    packed = _packed.get()
+    if key.shape[1] != query.shape[1]:
+        key, value = (part.repeat_interleave(query.shape[1] // key.shape[1], 1) for part in (key, value))
+    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    bias = packed.bias(causal, query.dtype)
+    mixed: Tensor = Attention.apply(  # type: ignore[no-untyped-call]
+        query[0], key[0], value[0], packed, bias, scale, dropout
+    )
+    return mixed[None], None
+
+
+AttentionInterface.register(NAME, attend)
+
+
+@contextmanager
+def attention(base: Any, packed: Packed) -> Iterator[None]:
+    """The attention of a Hugging Face model is that of these packed rows while the block runs."""
+    before, token = base.config._attn_implementation, _packed.set(packed)
+    base.config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        base.config._attn_implementation = before
+        _packed.reset(token)
