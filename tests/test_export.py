@@ -110,7 +110,7 @@ def test_minilm_with_mean_pooling(tmp_path: Path, rng: np.random.Generator) -> N
     mount = live(adapter, Adapter({}, adapter.scale, {}), "", "cpu")
     with torch.inference_mode(), mounted(model.modules, model.heads, mount):
         ours = model.network(**batch)
-    base = transformers.AutoModel.from_pretrained(models._minilm())
+    base = transformers.AutoModel.from_pretrained(models.minilm())
     theirs = peft.PeftModel.from_pretrained(base, out).eval()
     head = load_file(out / "head.safetensors")
     with torch.inference_mode():

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 import fedrank
@@ -99,7 +98,9 @@ def trainer() -> local.Trainer:
     """Of a model of its own, with eager attention: torch does not count the other."""
     model = models.load(toy.settings(), toy.LABELS)
     model.base.set_attn_implementation("eager")
-    return local.Trainer(model, toy.encoded("train"), toy.encoded("test"), 1e-3, 1, "cpu")
+    made = local.Trainer(model, toy.encoded("train"), toy.encoded("test"), 1e-3, 1, "cpu")
+    assert made.frozen.first == 0  # which is found out by passes that are not to be counted
+    return made
 
 
 def counted(method: Any, state: State, plan: Plan, trainer: local.Trainer) -> tuple[float, int]:
@@ -107,9 +108,11 @@ def counted(method: Any, state: State, plan: Plan, trainer: local.Trainer) -> tu
     spec, settings, rows = trainer.model.spec, Local(batch_size=8), np.arange(48)
     device, fit = Device("c0", len(rows), rank=4), partial(trainer.fit, rows=rows)
     job = Job(plan, state.round + 1, 5, spec, state.adapter, (), {}, settings, device, 0, fit)
-    with FlopCounterMode(display=False) as counter:
+    with toy.flops() as counter:
         assert len(list(method.train([job]))) == 1
-    load = local.workload(rows, trainer.train.lengths, settings, partial(job.rng, "batches"))
+    load = local.workload(
+        rows, trainer.train.lengths, settings, partial(job.rng, "batches"), trainer.frozen.first is not None
+    )
     return sum(cost.flops(spec, state.adapter, plan, load)), counter.get_total_flops()
 
 

@@ -16,6 +16,7 @@ import torch
 import transformers
 import xxhash
 from safetensors.numpy import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from fedrank import aggregation, config, methods
 from fedrank.adapter import Adapter, Block
@@ -352,6 +353,12 @@ def forced(meta: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> bytes:
 def sealed(frame: bytes) -> bytes:
     """The bytes with a checksum that fits."""
     return frame[:-CHECKSUM] + xxhash.xxh3_64_digest(frame[:-CHECKSUM])
+
+
+def flops() -> FlopCounterMode:
+    """torch's counter, which by itself leaves out products that are added in place."""
+    add = torch.ops.aten.addmm_
+    return FlopCounterMode(display=False, custom_mapping={add: lambda _, a, b, **rest: 2 * a[0] * a[1] * b[1]})
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 from job import settings
 
 import fedrank
@@ -18,25 +19,31 @@ def main() -> None:
     parser.add_argument("--evaluate-every", type=int, default=10)
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_intermixed_args()
-    clock = {"started": time.time(), "rounds": [], "evaluations": []}
-    marks: dict[str, float] = {}
+    clock, began = {"started": time.time(), "rounds": [], "evaluations": []}, 0.0
+    examples = dict[int, int]()
 
     def watch(event: dict) -> None:
-        marks[event["event"]] = time.time()
-        if event["event"] == "round":
+        nonlocal began
+        now = time.time()
+        if event["event"] == "cohort":
+            began = now
+        elif event["event"] == "client":
+            examples[event["round"]] = examples.get(event["round"], 0) + event["examples"]
+        elif event["event"] == "round":
+            ended = now - event.get("evaluation_seconds", 0.0)
             clock["rounds"].append(
-                {
-                    "started": marks["cohort"],
-                    "ended": marks["client"],
-                    "updates": event["clients_ok"],
-                    "wall": event["wall_seconds"],
-                    "train_seconds": event["train_seconds"],
-                }
-            )
+                {"started": began, "ended": ended, "updates": event["clients_ok"], "examples": examples[event["round"]],
+                 "train_seconds": event["train_seconds"]}
+            )  # fmt: skip
             if event["accuracy"] is not None:
-                clock["evaluations"].append({"accuracy": event["accuracy"]})
+                clock["evaluations"].append({"started": ended, "ended": now, "accuracy": event["accuracy"]})
 
-    fedrank.run(settings(args.data, args.rounds, args.evaluate_every), *args.overrides, out=args.out, watch=watch)
+    raw = settings(args.data, args.rounds, args.evaluate_every)
+    run = fedrank.run(raw, *args.overrides, out=args.out / "run", watch=watch)
+    adapter, arrays = run.state.adapter, {}
+    for name, block in adapter.blocks.items():  # by PEFT's names, to be compared
+        arrays |= {f"backbone.{name}.lora_A.default.weight": block.A, f"backbone.{name}.lora_B.default.weight": block.B}
+    np.savez(args.out / "adapter.npz", **arrays, **adapter.dense)
     (args.out / "clock.json").write_text(json.dumps(clock))
 
 

@@ -71,8 +71,8 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name in ("clock.json", "adapter.npz"):
         (out / name).unlink(missing_ok=True)
-    cohorts = json.loads((job / "job.json").read_text())["cohorts"]
-    federation = f"num-supernodes={len({client for cohort in cohorts for client in cohort})}"
+    clients = json.loads((job / "job.json").read_text())["clients"]
+    federation = f"num-supernodes={len(clients)}"
     if args.mode == "matched":
         federation += " init-args-num-cpus=2 client-resources-num-cpus=1"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what is below is stopped too

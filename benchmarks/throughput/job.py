@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from fedrank import config, server
+from fedrank import config, cost, server
 from fedrank.parts import prepare
-from fedrank.protocol import rng
+from fedrank.protocol import Load, Plan, rng
+from fedrank.selection import everything
 from fedrank.training import local, models
 
 SETTINGS = {
     "model": {"name": "minilm"},
-    "data": {"partition": {"kind": "dirichlet", "alpha": 0.5}},
+    "data": {"partition": {"kind": "dirichlet", "alpha": 0.5}, "test_limit": 2000},
     "clients": {"count": 100},
     "local": {"lr": 0.003, "batch_size": 16, "max_length": 64},
     "adapter": {"rank": 8},
@@ -33,7 +34,7 @@ def settings(path: Path, rounds: int, evaluate_every: int, **local_settings: Any
     return SETTINGS | {
         "data": SETTINGS["data"] | {"path": str(path)},
         "local": SETTINGS["local"] | local_settings,
-        "rounds": {"count": rounds, "cohort": 10, "evaluate_every": evaluate_every},
+        "rounds": {"count": rounds, "cohort": 10, "evaluate_every": evaluate_every, "personal": 0},
     }
 
 
@@ -53,12 +54,19 @@ def write(out: Path, raw: dict[str, Any]) -> None:
         arrays[f"{split}_ids"], arrays[f"{split}_starts"] = encoded.fields["input_ids"], encoded.starts
         arrays[f"{split}_labels"] = np.array(encoded.labels)
 
-    cohorts, batches = [], []
+    start, lengths = parts.begin.adapter, parts.trainer.train.lengths
+    plan = Plan(everything(start))
+    cohorts, batches, work = [], [], 0.0
     for round in range(1, chosen.rounds.count + 1):
-        cohorts.append(server.cohort(tuple(parts.devices), chosen.rounds.cohort, chosen.seed, round))
+        cohorts.append(server.sample(tuple(parts.devices), chosen.rounds.cohort, chosen.seed, round))
         for client in cohorts[-1]:
             draw = partial(rng, chosen.seed, "job", round, client, "batches")
-            batches.append([list(map(int, batch)) for batch in local.batches(parts.rows[client], chosen.local, draw)])
+            steps = list(local.batches(parts.rows[client], chosen.local, draw))
+            batches.append([list(map(int, batch)) for batch in steps])
+            own = [lengths[batch] for batch in steps]  # without padding: what nobody can do without
+            tokens, pairs = (int(sum((part**power).sum() for part in own)) for power in (1, 2))
+            rows = sum(map(len, own))
+            work += sum(cost.flops(parts.spec, start, plan, Load(len(steps), tokens, pairs, 0, 0, rows)))
     arrays["steps"], arrays["steps_starts"] = ragged([[len(batch) for batch in steps] for steps in batches])
     arrays["order"], arrays["order_starts"] = ragged([[row for batch in steps for row in batch] for steps in batches])
     np.savez(out / "rows.npz", **arrays)
@@ -72,7 +80,7 @@ def write(out: Path, raw: dict[str, Any]) -> None:
     about = {
         "model": str(models.minilm()), "classes": parts.about["classes"], "rank": chosen.adapter.rank, "scale": start.scale,
         "lr": chosen.local.lr, "clip": chosen.local.clip, "evaluate_every": chosen.rounds.evaluate_every,
-        "cohorts": cohorts,
+        "clients": list(parts.devices), "cohorts": cohorts, "flops": work,
     }  # fmt: skip
     (out / "job.json").write_text(json.dumps(about, indent=1))
 

@@ -49,8 +49,10 @@ def main() -> None:
             clock.round(started, sum(n for _, n, _ in done), sum(s for *_, s in done), len(done))
             if plain.due(job, round):
                 started = time.time()
+                torch.set_num_threads(args.processes * args.threads)
                 network.write(values)
                 clock.evaluation(started, plain.evaluate(network, job, bf16))
+                torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     network.write(values)
     plain.save(network, args.out / "adapter.npz")

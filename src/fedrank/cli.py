@@ -1,4 +1,4 @@
-"""The command line: run, resume, cost, import, export, show, methods."""
+"""The command line: run, resume, cost, profile, import, export, show, methods."""
 
 import json
 import logging
@@ -109,6 +109,32 @@ def cost(
         "failures are left out.",
         highlight=False,
     )  # fmt: skip
+
+
+@app.command()
+def profile(
+    config: Annotated[str, typer.Argument(help="A YAML file, or a preset: quickstart, centralized.")],
+    overrides: Overrides = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How many rounds to play.")] = 2,
+    trace: Annotated[Path, typer.Option(help="Where to write the spans, for chrome://tracing or Perfetto.")] = Path("trace.json"),
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:  # fmt: skip
+    """Play a few rounds in one process and say where the time goes."""
+    from fedrank.profile import profile as measure
+    from fedrank.training.models import hush
+
+    hush()
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with _mistakes():
+            found = measure(settings.load(config, overrides or []), rounds, trace)
+    except KeyboardInterrupt:
+        errors.print("\nstopped.")
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    Console().print(views.profile(found), "", *views.advice(found, trace), sep="\n", highlight=False, soft_wrap=True)
 
 
 @app.command("import")

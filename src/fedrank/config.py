@@ -73,6 +73,7 @@ class Clients(BaseModel, extra="forbid", frozen=True):
 class Rounds(BaseModel, extra="forbid", frozen=True):
     """cohort: clients per round. evaluate_every: rounds between evaluations.
 
+    personal: how many clients are scored on their own rows, of each evaluated cohort, and of all at the end.
     deadline: simulated seconds of a round, after which a client is late. exactness: how far clients start from
     the global function, and merges end from theirs, in the ledger.
     """
@@ -80,6 +81,7 @@ class Rounds(BaseModel, extra="forbid", frozen=True):
     count: Positive = 20
     cohort: Positive = 5
     evaluate_every: Positive = 5
+    personal: Annotated[int, Field(ge=0)] | None = None
     deadline: Above0 | None = None
     exactness: bool = False
 

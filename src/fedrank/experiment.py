@@ -20,11 +20,12 @@ from fedrank.parts import Parts, prepare
 from fedrank.protocol import Method, State
 from fedrank.server import Event, Server
 from fedrank.store import Store, StoreError
+from fedrank.trace import span
 
 log = logging.getLogger(__name__)
 
 # What does not touch the bits of a round already played; other data or another model is noticed by its hash.
-CHANGEABLE = ("rounds.count", "rounds.cohort", "rounds.evaluate_every", "rounds.deadline", "rounds.exactness",
+CHANGEABLE = ("rounds.count", "rounds.cohort", "rounds.evaluate_every", "rounds.personal", "rounds.deadline", "rounds.exactness",
               "engine.failure_rate", "engine.workers", "engine.fleet.csv", "data.path", "model.name")  # fmt: skip
 
 
@@ -86,7 +87,8 @@ def start(
     first: Callable[[Method, State], State] = lambda method, state: state,
 ) -> Iterator[Event]:
     """Set up a new run directory and play. first: what to make of the method's first state (an import)."""
-    parts = prepare(config, method)  # before anything is written: most mistakes show here
+    with span("loading"):
+        parts = prepare(config, method)  # before anything is written: most mistakes show here
     parts = replace(parts, begin=first(parts.method, parts.begin))
     store = Store.create(path)
     with store.locked():

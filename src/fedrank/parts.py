@@ -25,6 +25,7 @@ from fedrank.engines.workers import Workers, fitting
 from fedrank.protocol import ClientId, Device, Load, Method, ModelSpec, Plan, State, rng
 from fedrank.server import Server
 from fedrank.store import Store
+from fedrank.trace import span
 from fedrank.wire import Wire
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,8 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
     # torch is slow to import: a typo above should not wait for it
     from fedrank.training import data, frozen, local, models, partition, tasks
 
-    dataset = data.configured(config)
+    with span("reading"):
+        dataset = data.configured(config)
     for notice in dataset.notices:
         log.warning("%s", notice)
     p = config.data.partition
@@ -90,7 +92,8 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
     engine = engine.model_copy(update={"compute": compute.dtype, "products": compute.library})
     config = config.model_copy(update={"engine": engine})
     encode = partial(tasks.encode, tokenizer=model.tokenizer, task=config.task, max_length=config.local.max_length)
-    train, test = encode(dataset.train), encode(dataset.test)
+    with span("reading"):
+        train, test = encode(dataset.train), encode(dataset.test)
     measured = config.engine.timing == "measured"
     trainer = local.Trainer(
         model, train, test, config.local.lr or chosen.default_lr, engine.threads, config.device, compute, measured
@@ -98,11 +101,11 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
     own_rows, own_set = (dataset.test, test) if shares.test_from == "test" else (dataset.train, train)
     index = {name: at for at, name in enumerate(shares.names)}
     rows = dict(zip(shares.names, shares.train, strict=True))
-    lengths = train.lengths
+    lengths, packed = train.lengths, trainer.frozen.first is not None
 
     def load(client: ClientId, round: int) -> Load:
         draw = partial(rng, config.seed, "job", round, client, "batches")  # the address of a job's
-        return local.workload(rows[client], lengths, config.local, draw)
+        return local.workload(rows[client], lengths, config.local, draw, packed)
 
     def expected(client: ClientId) -> Load:
         """A round that is never played stands for those to come, but any rows may meet in their largest batch."""
@@ -165,15 +168,13 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
     about = {
         "data": dataset.name, "train_rows": len(dataset.train), "test_rows": len(dataset.test),
         "classes": len(dataset.labels), "hash": dataset.train.digest()[:16], "model": config.model.name,
-        "modules": len(spec.modules), "clients": len(devices), "method": config.method["name"],
+        "modules": len(spec.modules), "parameters": spec.parameters, "clients": len(devices), "method": config.method["name"],
         "redraws": shares.redraws, "dropped": shares.dropped,
         "majority": None if dataset.test.label is None else local.majority(dataset.test.label),
     }  # fmt: skip
     run_id = f"{rng(config.seed, 'run', settings.dump(_identity(config))).integers(1 << 62):016x}"
     drawn = {f"{n}.{p}": t.numpy(force=True) for n, m in model.drawn.items() for p, t in m.named_parameters()}
-    numerics = {"fedrank": fedrank.__version__} | local.numerics(
-        engine.threads, config.device, compute, trainer.frozen.first is not None
-    )
+    numerics = {"fedrank": fedrank.__version__} | local.numerics(engine.threads, config.device, compute, packed)
     return Parts(
         config, chosen, spec, begin, run_id, devices, rows, trainer, site, cost, evaluate, workers, numerics, drawn, facts, about,
     )  # fmt: skip

@@ -18,6 +18,7 @@ from fedrank.frame import EXACT, Refused, Sizes
 from fedrank.protocol import ClientId, Device, Engine, Method, Plan, State, Update, rng
 from fedrank.selection import everything
 from fedrank.store import Store
+from fedrank.trace import span
 from fedrank.wire import Kind, Reply, Wire
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ Event = dict[str, Any]
 Evaluate = Callable[[Adapter, tuple[Adapter, ...]], Mapping[str, float]]
 
 
-def cohort(clients: Sequence[ClientId], size: int, seed: int, round: int) -> list[ClientId]:
+def sample(clients: Sequence[ClientId], size: int, seed: int, round: int) -> list[ClientId]:
     """The clients of a round of 1..: drawn without replacement, in the order of registration."""
     drawn = rng(seed, "cohort", round).choice(len(clients), min(size, len(clients)), replace=False)
     return [clients[i] for i in sorted(drawn)]
@@ -60,15 +61,20 @@ class Server:
             started = time.perf_counter()
             state, row, rows = yield from self.train(state, clock)
             clock = row["clock_seconds"]
+            trained = time.perf_counter()
             row |= self._scores(state, self._cohort(row["round"]))
-            row["wall_seconds"] = round(time.perf_counter() - started, 4)
+            ended = time.perf_counter()
+            row |= {"wall_seconds": round(ended - started, 4), "evaluation_seconds": round(ended - trained, 4)}
             ledger.append(self.store.path / "clients.jsonl", rows)
             ledger.append(self.store.path / "rounds.jsonl", [row])
             self.store.save_state(state, self.wire.numerics)
             self.store.clear_spool()
             yield {"event": "round", "rounds": state.rounds, **row}
         fleet = self.engine.fleet()
-        yield {"event": "end", "round": state.round, **self._personal(state, fleet, tuple(fleet))}
+        everyone = tuple(fleet)
+        if self.rounds.personal is not None:
+            everyone = tuple(sample(everyone, self.rounds.personal, self.seed, 0))
+        yield {"event": "end", "round": state.round, **self._personal(state, fleet, everyone)}
 
     def train(self, state: State, clock: float) -> Generator[Event, None, tuple[State, Event, list[Event]]]:
         """One round, neither evaluated nor saved: the state after it, its row, and its clients' rows.
@@ -93,8 +99,9 @@ class Server:
     def _cohort(self, round: int) -> dict[ClientId, Device]:
         fleet = self.engine.fleet()
         clients = tuple(fleet)
-        return {client: fleet[client] for client in cohort(clients, self.rounds.cohort, self.seed, round)}
+        return {client: fleet[client] for client in sample(clients, self.rounds.cohort, self.seed, round)}
 
+    @span("planning")
     def _plans(self, state: State, cohort: Mapping[ClientId, Device], training: bool = False) -> dict[ClientId, Plan]:
         """The method's plans, with what the server knows: the last round merged, and whose the head is."""
         plans = self.method.plan(state, cohort, self.seed)
@@ -166,6 +173,7 @@ class Server:
             received = self.wire.open_request(self.wire.request(kind, client, plan, state)).adapter
         return self.wire.open_reply(frame, kind, state.round + 1, client, plan, received)
 
+    @span("aggregation")
     def _merge(self, state: State, plans: Mapping[ClientId, Plan], arrived: tuple[ClientId, ...]) -> State:
         def read(client: ClientId, frame: bytes) -> Update:
             update = self._open("train", state, client, plans[client], frame).update
@@ -239,6 +247,7 @@ class Server:
             "peak_memory_bytes": max((row.get("peak_memory_bytes", 0.0) for row in timed), default=0.0),
         }  # fmt: skip
 
+    @span("evaluation")
     def _scores(self, after: State, cohort: Mapping[ClientId, Device]) -> dict[str, Any]:
         """The evaluations of this round, where it is one that is evaluated; the last always is."""
         if after.round % self.rounds.evaluate_every and after.round != after.rounds:
@@ -248,11 +257,12 @@ class Server:
         if self.evaluate is not None and not mine:  # with private parts there is no one global model
             found = self.evaluate(after.adapter, tuple(after.base_updates.values()))
             scores = {"accuracy": found["accuracy"], "loss": found["loss"]}
-        personal = self._personal(after, cohort, tuple(cohort))
+        personal = self._personal(after, cohort, tuple(cohort)[: self.rounds.personal])
         if self.evaluate is None and not mine:
             scores = {"accuracy": personal.pop("mean_accuracy"), "loss": personal.pop("mean_loss")}
         return scores | {k: v for k, v in personal.items() if not k.startswith("mean_")}
 
+    @span("evaluation")
     def _personal(
         self, state: State, fleet: Mapping[ClientId, Device], clients: tuple[ClientId, ...]
     ) -> dict[str, Any]:

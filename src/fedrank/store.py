@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save
 from fedrank import aggregation
 from fedrank.adapter import Adapter, below, from_arrays, to_arrays
 from fedrank.protocol import ClientId, State, Total, Update
+from fedrank.trace import span
 
 KEEP_LAST, KEEP_EVERY = 3, 10
 _CLIENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
@@ -160,6 +161,7 @@ class Store:
 
     # ---- states
 
+    @span("saving")
     def save_state(self, state: State, numerics: Mapping[str, Any]) -> None:
         """Commit a round: after this, resume starts here. Keeps the last 3 states and every 10th."""
         tensors = {f"adapter/{name}": array for name, array in to_arrays(state.adapter).items()}

@@ -273,3 +273,43 @@ def totals(found: dict[str, Any]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def profile(found: dict[str, Any]) -> Table:
+    """Where the seconds of a profiled run went."""
+    result = Table("where the time goes", "seconds", "share", "what it is")
+    for name, seconds in found["seconds"].items():
+        result.add_row(name, f"{seconds:.2f}", share(seconds / found["wall_seconds"]), SPANS.get(name, ""))
+    return result
+
+
+def advice(found: dict[str, Any], trace: Any) -> list[str]:
+    """What a profile comes to, in words."""
+    rounds, workers = found["rounds"], found["workers"]
+    share_ = sum(found["seconds"].get(name, 0.0) for name in STEPS) / max(found["round_seconds"], 1e-9)
+    lines = [
+        f"{rounds} rounds of {found['clients'] / rounds:.3g} clients, {found['examples']:.0f} examples: "
+        f"{found['wall_seconds']:.1f} s, of which {found['round_seconds']:.1f} s in rounds; local steps are "
+        f"{share(share_)} of these. Computed in {found['compute']} by {found['products']}, rows {found['rows']}.",
+    ]
+    if workers > 1:
+        lines.append(f"All in one process; a run here has {workers} workers.")
+    return [*lines, f"Every span: {trace}, for chrome://tracing or ui.perfetto.dev."]
+
+
+STEPS = ("data", "forward", "backward", "optimizer", "both levels")
+SPANS = {
+    "loading": "the model, the partition, the fleet",
+    "reading": "the rows, read and tokenised",
+    "data": "batches made",
+    "forward": "of local steps",
+    "backward": "of local steps",
+    "optimizer": "clipping, AdamW",
+    "both levels": "bilevel steps, there and back",
+    "planning": "the method's plans",
+    "wire": "frames packed and opened, on both sides",
+    "aggregation": "the method's merge",
+    "evaluation": "of the global model and of clients",
+    "saving": "states",
+    "the rest": "adapters to the device and back, private stores, ledgers",
+}

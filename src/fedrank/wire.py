@@ -15,6 +15,7 @@ from fedrank.adapter import Adapter
 from fedrank.frame import SCHEMA, Dtype, Refused, Sizes, pack, sizes, unpack
 from fedrank.layout import Layout
 from fedrank.protocol import ClientId, ModelSpec, Passes, Plan, State, Update, rng
+from fedrank.trace import span
 
 MAX_METRIC = 1e30
 RANGES = {
@@ -78,6 +79,7 @@ class Wire:
 
     # ---- server to client
 
+    @span("wire")
     def request(self, kind: Kind, client: ClientId, plan: Plan, state: State) -> bytes:
         """The server's frame for the round after `state`: the plan, and what of the adapter travels by it."""
         round, adapter = state.round + 1, state.adapter
@@ -98,6 +100,7 @@ class Wire:
         }
         return pack(meta, tensors)
 
+    @span("wire")
     def open_request(self, frame: bytes) -> Request:
         """Read on the client; Refused where the frame is not of this run or the base model differs."""
         meta, tensors = unpack(frame)
@@ -132,6 +135,7 @@ class Wire:
 
     # ---- client to server
 
+    @span("wire")
     def update(self, request: Request, update: Update) -> bytes:
         """The client's frame: of its trained components, what the plan sends up."""
         if request.plan.select is None:
@@ -152,6 +156,7 @@ class Wire:
         }
         return pack(meta, tensors)
 
+    @span("wire")
     def evaluation(self, request: Request, metrics: Mapping[str, float]) -> bytes:
         """The client's answer to an evaluation."""
         meta = self._meta("evaluation", request.round, request.client)
@@ -161,6 +166,7 @@ class Wire:
         """The client's word that it could not do its work."""
         return pack(self._meta("error", round, client) | {"digest": digest, "error": text[:400]}, {})
 
+    @span("wire")
     def open_reply(
         self, frame: bytes, kind: Kind, round: int, client: ClientId, plan: Plan, reference: Adapter
     ) -> Reply:

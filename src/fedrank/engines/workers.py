@@ -13,6 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from functools import partial
 from itertools import islice
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any
 
@@ -34,6 +35,7 @@ class Workers:
         self.count, self.threads = count, threads
         self.functions: list[Callable[[Any], Any]] = []
         self.pool: ProcessPoolExecutor | None = None
+        self.processes = set[BaseProcess]()
 
     def share(self, function: Callable[[Any], Any]) -> Spread:
         """The function over many arguments: results in the order of these, which are taken as they are needed."""
@@ -66,7 +68,10 @@ class Workers:
             for at in range(self.count):
                 own = cores[at * self.threads : (at + 1) * self.threads]
                 places.put(own if self.count * self.threads == len(cores) else [])
+            before = set(multiprocessing.active_children())
             self.pool = ProcessPoolExecutor(self.count, context, _begin, (self.functions, places))
+            self.pool.submit(int).result()  # all are forked with the first task
+            self.processes = set(multiprocessing.active_children()) - before
         return self.pool
 
     def __enter__(self) -> "Workers":
@@ -74,7 +79,10 @@ class Workers:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self.pool is not None:
-            self.pool.shutdown(wait=False, cancel_futures=True)
+            if kind is not None:  # nobody waits for what they are at
+                for process in self.processes:
+                    process.kill()
+            self.pool.shutdown(wait=kind is None, cancel_futures=True)
             self.pool = None
 
 
@@ -94,7 +102,8 @@ def keep_memory() -> None:
 
 
 def _begin(functions: list[Callable[[Any], Any]], places: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches the whole group: the first process says what is lost
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process ends the others
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _functions[:] = functions
     if cores := places.get():
         os.sched_setaffinity(0, cores)

@@ -90,6 +90,11 @@ class Bilevel:
     rule: Lower
     optimizer: torch.optim.Optimizer | None
 
+    @property
+    def single(self) -> bool:
+        """Whether there is nothing to learn below: training is then the plain one."""
+        return self.lower is not None and not self.lower.values
+
     def step(self, inner: Callable[[], Tensor], outer: Callable[[], Tensor]) -> Tensor:
         """Move the lower variables, leave the upper gradient in `upper.grads`, and return the loss after the move.
 

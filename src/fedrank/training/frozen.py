@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from fedrank.trace import span
 from fedrank.training import flow, packing
 from fedrank.training.models import Model
 from fedrank.training.tasks import Encoded
@@ -163,11 +164,14 @@ class Frozen:
     def logits(self, encoded: Encoded, rows: np.ndarray, device: str) -> tuple[Tensor, Tensor]:
         """The network's logits of these rows, packed where it can be, and their labels."""
         if self.first is None:
-            inputs, labels = encoded.batch(rows, device)
-            return self.network(**inputs), labels
-        inputs, labels = encoded.packed(rows, self.first, device)
-        packed = packing.pack(encoded.lengths[rows], self.dtype, device)
-        with packing.attention(self.base, packed):
+            with span("data"):
+                inputs, labels = encoded.batch(rows, device)
+            with span("forward"):
+                return self.network(**inputs), labels
+        with span("data"):
+            inputs, labels = encoded.packed(rows, self.first, device)
+            packed = packing.pack(encoded.lengths[rows], self.dtype, device)
+        with span("forward"), packing.attention(self.base, packed):
             return self.network(**inputs, packed=packed), labels
 
     def product(self, names: tuple[str, ...], weights: Mapping[str, Tensor] = {}) -> Product:

@@ -72,15 +72,17 @@ class Linears(torch.autograd.Function):
         g = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         down = product.backward(g) if ctx.needs_input_grad[0] else None
         for share, hidden in zip(shares, kept, strict=True):
-            back = g.new_empty(len(g), len(share.A))
-            for piece in share.pieces:
-                torch.mm(g[:, piece.out], piece.Bt.t(), out=back[:, piece.components])
-            back *= scale
             if share.learns_B:
                 weighted = hidden * scale if share.e is None else hidden * (share.e * scale)
                 for piece in share.pieces:
                     if piece.grad is not None:
                         piece.grad.addmm_(weighted[:, piece.components].t(), g[:, piece.out])
+            if down is None and share.grad_A is None and share.grad_e is None:
+                continue
+            back = g.new_empty(len(g), len(share.A))
+            for piece in share.pieces:
+                torch.mm(g[:, piece.out], piece.Bt.t(), out=back[:, piece.components])
+            back *= scale
             if share.grad_e is not None:
                 share.grad_e += (back * hidden).sum(0, dtype=share.grad_e.dtype)
             if share.e is not None:

@@ -19,10 +19,12 @@ from torch import Tensor
 from fedrank.adapter import Adapter
 from fedrank.config import Local
 from fedrank.protocol import Address, Job, Load, Lower, Observe, Update
+from fedrank.trace import span
 from fedrank.training import bilevel, fused, tasks
 from fedrank.training.frozen import Compute, Frozen, freeze
 from fedrank.training.hooks import Live, incremented, live, mounted, swapped
 from fedrank.training.models import Model
+from fedrank.training.packing import filled
 from fedrank.training.tasks import Encoded
 
 EVALUATION_BATCH = 64
@@ -96,32 +98,36 @@ class Trainer:
         two = None if lower is None else bilevel.begin(adapter, lower, job.plan.learn, self.device, optimizer)
         others = _batches(rows, local, job, "lower batches")
         started, losses, seen = time.perf_counter(), [], 0
-        network = self.frozen.network if two is None else self.model.network
+        on = self._mounted(adapter, job.base_updates) if two is None or two.single else self._twice(two, job)
+        network = self.frozen.network if two is None or two.single else self.model.network
         with (
             self._training(network, local.dropout, job),
-            self._mounted(adapter, job.base_updates) if two is None else self._twice(adapter, two.lower, job) as mount,
+            on as mount,
             self._watched(network) as forward,
         ):
             for at, batch in enumerate(_batches(rows, local, job)):
-                outer = partial(self._loss if two is None else self._plainly, batch)
-                if two is not None:
-                    loss = two.step(partial(self._again, next(others), job, at), outer)
+                if mount is None:
+                    assert two is not None
+                    inner, outer = partial(self._again, next(others), job, at), partial(self._plainly, batch)
+                    with span("both levels"):
+                        loss = two.step(inner, outer)
                 else:
-                    loss = outer()
-                    loss.backward()  # type: ignore[no-untyped-call]
-                if mount is not None:
-                    mount.collect()
+                    loss = self._loss(batch)
+                    with span("backward"):
+                        loss.backward()  # type: ignore[no-untyped-call]
+                        mount.collect()
                 losses.append(loss.detach())
                 if observe is not None:
                     observe(adapter.values, adapter.grads)
-                if local.clip is not None:
-                    torch.nn.utils.clip_grad_norm_(values, local.clip)
-                if optimizer is not None:
-                    optimizer.step()
-                for grad in adapter.grads.values():
-                    grad.zero_()
-                if mount is not None:
-                    mount.refresh()
+                with span("optimizer"):
+                    if local.clip is not None:
+                        torch.nn.utils.clip_grad_norm_(values, local.clip)
+                    if optimizer is not None:
+                        optimizer.step()
+                    for grad in adapter.grads.values():
+                        grad.zero_()
+                    if mount is not None:
+                        mount.refresh()
                 seen += len(batch)
         mean = float(torch.stack(losses).double().mean())
         if not math.isfinite(mean):
@@ -199,12 +205,12 @@ class Trainer:
         return fused.mounted(self.frozen, adapter, self._updated(updates))
 
     @contextmanager
-    def _twice(self, upper: Live, lower: Live | None, job: Job) -> Iterator[None]:
+    def _twice(self, two: bilevel.Bilevel, job: Job) -> Iterator[None]:
         """Both levels on the plain layers, which can be differentiated twice."""
         modules, heads = self.model.modules, self.model.heads
         with (
-            mounted(modules, heads, upper),
-            mounted(modules, heads, lower) if lower else nullcontext(),
+            mounted(modules, heads, two.upper),
+            mounted(modules, heads, two.lower) if two.lower else nullcontext(),
             swapped(modules, self._updated(job.base_updates)),
         ):
             yield
@@ -261,11 +267,18 @@ def batches(rows: np.ndarray, local: Local, draw: Callable[[int], np.random.Gene
             yield batch
 
 
-def workload(rows: np.ndarray, lengths: np.ndarray, local: Local, draw: Callable[[int], np.random.Generator]) -> Load:
-    """What a round's training on these rows goes through; each batch is padded to its longest row."""
-    shapes = [(len(batch), int(lengths[batch].max())) for batch in batches(rows, local, draw)]
-    tokens, pairs = [n * length for n, length in shapes], [n * length**2 for n, length in shapes]
-    return Load(len(shapes), sum(tokens), sum(pairs), max(tokens), max(pairs), sum(n for n, _ in shapes))
+def workload(
+    rows: np.ndarray,
+    lengths: np.ndarray,
+    local: Local,
+    draw: Callable[[int], np.random.Generator],
+    packed: bool = False,
+) -> Load:
+    """What a round's training on these rows goes through; a batch is packed, or padded to its longest row."""
+    parts = [lengths[batch] for batch in batches(rows, local, draw)]
+    tokens = [filled(int(part.sum())) if packed else len(part) * int(part.max()) for part in parts]
+    pairs = [len(part) * int(part.max()) ** 2 for part in parts]
+    return Load(len(parts), sum(tokens), sum(pairs), max(tokens), max(pairs), sum(map(len, parts)))
 
 
 def _schedule(kind: str, round: int, rounds: int) -> float:

@@ -35,7 +35,7 @@ def kept(job: Job) -> Network:
 
 
 def name(job: Job, context: Context) -> str:
-    return sorted({client for cohort in job.cohorts for client in cohort})[int(context.node_config["partition-id"])]
+    return str(job.about["clients"][int(context.node_config["partition-id"])])
 
 
 @app.query()

@@ -25,8 +25,7 @@ def answered(replies: Iterable[Message]) -> list[Message]:
 
 def nodes(grid: Grid, job: Job) -> dict[str, int]:
     """The node of each client, which only the node knows."""
-    count = len({client for cohort in job.cohorts for client in cohort})
-    while len(ids := list(grid.get_node_ids())) < count:
+    while len(ids := list(grid.get_node_ids())) < len(job.about["clients"]):
         time.sleep(0.1)
     queries = [Message(RecordDict(), message_type=MessageType.QUERY, dst_node_id=node) for node in ids]
     replies = answered(grid.send_and_receive(queries))

@@ -1,0 +1,179 @@
+"""The same federated job by everyone, in turns: python run.py DATA --peers PEERS_PYTHON
+
+DATA holds clinc150 and 20news. What is measured is kept in the results file and not measured again: a stopped run goes
+on. Every contestant is a process of its own, timed from outside; memory and CPU time are those of all its processes.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import psutil
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import machine  # noqa: E402
+
+MARK = "FEDRANK_BENCHMARK"  # in the environment of all that one contestant starts
+PAUSE = 0.5  # seconds between samples of memory and CPU time
+
+# processes, and the threads of each while clients train
+PEERS = {
+    "flower, as usual": (["flower.py", "--mode", "usual"], 1),
+    "flower, matched": (["flower.py", "--mode", "matched"], 2),
+    "peft, 1 x 2 threads": (["peft_loop.py", "--processes", "1", "--threads", "2"], 1),
+    "peft, 2 x 1 thread": (["peft_loop.py", "--processes", "2", "--threads", "1"], 2),
+    "peft, 2 x 1 thread, autocast": (["peft_loop.py", "--processes", "2", "--threads", "1", "--bf16"], 2),
+    "pfl, 1 x 2 threads": (["pfl_run.py", "--threads", "2"], 1),
+    "pfl, 2 x 1 thread": (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "pfl_run.py",
+                           "--threads", "1"], 2),
+}  # fmt: skip
+OURS = {
+    "fedrank, float32 by torch": (["engine.compute=float32", "engine.products=torch"], 2),
+    "fedrank, float32": (["engine.compute=float32"], 2),
+    "fedrank": ([], 2),
+}
+
+
+def marked(mark: str) -> Iterator[psutil.Process]:
+    """All processes that a contestant started, whoever their parent is by now."""
+    for process in psutil.process_iter(["environ"]):
+        if (process.info["environ"] or {}).get(MARK) == mark:
+            yield process
+
+
+class Watch(threading.Thread):
+    """The CPU seconds and the peak of memory, in bytes of PSS, of all processes that carry a mark."""
+
+    def __init__(self, mark: str) -> None:
+        super().__init__(daemon=True)
+        self.mark, self.done, self.peak, self.cpu = mark, threading.Event(), 0, dict[int, float]()
+
+    def run(self) -> None:
+        while not self.done.wait(PAUSE):
+            total = 0
+            for process in marked(self.mark):
+                try:
+                    total += process.memory_full_info().pss
+                    times = process.cpu_times()
+                    self.cpu[process.pid] = times.user + times.system
+                except psutil.Error:  # it has ended
+                    continue
+            self.peak = max(self.peak, total)
+
+
+def play(command: list[str], out: Path, processes: int) -> dict[str, Any]:
+    """Run one contestant and read what it reports."""
+    out.mkdir(parents=True, exist_ok=True)
+    mark = uuid.uuid4().hex
+    watch = Watch(mark)
+    environment = os.environ | {MARK: mark, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    launched = time.time()
+    watch.start()
+    with (out / "log.txt").open("w") as log:
+        run = subprocess.run(command, cwd=HERE, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    wall = time.time() - launched
+    watch.done.set()
+    watch.join()
+    if run.returncode:
+        raise SystemExit("\n".join((out / "log.txt").read_text().splitlines()[-20:]) + f"\n{command} failed, see {out}")
+    clock = json.loads((out / "clock.json").read_text())
+    rounds = clock["rounds"]
+    seconds = [round["ended"] - round["started"] for round in rounds]
+    updates, examples = (sum(round[key] for round in rounds) for key in ("updates", "examples"))
+    later = slice(1, None)  # the first round warms caches up
+    return {
+        "wall_seconds": wall,
+        "startup_seconds": rounds[0]["started"] - launched,
+        "evaluation_seconds": sum(e["ended"] - e["started"] for e in clock["evaluations"]),
+        "round_seconds": seconds,
+        "updates_per_second": updates / wall,
+        "steady_updates_per_second": sum(r["updates"] for r in rounds[later]) / sum(seconds[later]),
+        "steady_examples_per_second": sum(r["examples"] for r in rounds[later]) / sum(seconds[later]),
+        "outside_training_seconds": sum(seconds) - sum(r["train_seconds"] for r in rounds) / processes,
+        "cpu_seconds": sum(watch.cpu.values()),
+        "peak_pss_bytes": watch.peak,
+        "accuracy": clock["evaluations"][-1]["accuracy"],
+        "updates": updates,
+        "examples": examples,
+    }
+
+
+def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Median, least and most of each figure over the repeats."""
+    found: dict[str, Any] = {"repeats": len(records)}
+    for key, value in records[0].items():
+        if isinstance(value, float | int):
+            values = [record[key] for record in records]
+            found[key] = {"median": median(values), "least": min(values), "most": max(values)}
+    return found
+
+
+def distance(ours: Path, theirs: Path) -> dict[str, float]:
+    """Between two trained adapters with their heads: the largest difference, and that of the norms to the norm."""
+    a, b = (dict(np.load(path / "adapter.npz")) for path in (ours, theirs))
+    assert a.keys() == b.keys()
+    apart = np.concatenate([(a[name] - b[name]).ravel() for name in a])
+    whole = np.concatenate([b[name].ravel() for name in b])
+    return {"largest": float(np.abs(apart).max()), "relative": float(np.linalg.norm(apart) / np.linalg.norm(whole))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--peers", default=sys.executable, help="the Python of the environment that has the peers")
+    parser.add_argument("--datasets", default="clinc150,20news")
+    parser.add_argument("--rounds", default="10,50")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", default="", help="part of the contestants' names")
+    parser.add_argument("--work", type=Path, default=Path("runs/throughput"))
+    parser.add_argument("--results", type=Path, default=HERE.parent / "results" / "throughput.json")
+    args = parser.parse_args()
+    results = json.loads(args.results.read_text()) if args.results.exists() else {"jobs": {}}
+    results["machine"] = machine.describe()
+
+    def keep() -> None:
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+        args.results.write_text(json.dumps(results, indent=1))
+
+    for dataset in args.datasets.split(","):
+        for rounds in map(int, args.rounds.split(",")):
+            folder = (args.work / f"{dataset}-{rounds}").resolve()
+            if not (folder / "job" / "job.json").exists():
+                subprocess.run([sys.executable, HERE / "job.py", args.data / dataset, folder / "job", "--rounds",
+                                str(rounds)], check=True)  # fmt: skip
+            about = json.loads((folder / "job" / "job.json").read_text())
+            job = results["jobs"].setdefault(f"{dataset}, {rounds} rounds", {"records": {}})
+            job["flops"] = about["flops"]
+            for repeat in range(args.repeats):
+                for name, (words, processes) in (PEERS | OURS).items():
+                    records = job["records"].setdefault(name, [])
+                    if args.only not in name or len(records) > repeat:
+                        continue
+                    out = folder / f"{name.replace(' ', '-').replace(',', '')}-{repeat}"
+                    if name in PEERS:
+                        at = next(i for i, word in enumerate(words) if word.endswith(".py")) + 1
+                        command = [args.peers, *words[:at], str(folder / "job"), str(out), *words[at:]]
+                    else:
+                        command = [sys.executable, "fedrank_run.py", str((args.data / dataset).resolve()), str(out),
+                                   "--rounds", str(rounds), *words]  # fmt: skip
+                    found = play(command, out, processes)
+                    records.append(found)
+                    print(f"{time.strftime('%H:%M:%S')} {dataset} {rounds} {name}: {found['wall_seconds']:.1f} s, "
+                          f"{found['steady_updates_per_second']:.2f} updates/s, {found['accuracy']:.4f}", flush=True)  # fmt: skip
+                    job["summary"] = {n: summary(r) for n, r in job["records"].items() if r}
+                    keep()
+
+
+if __name__ == "__main__":
+    main()
