@@ -18,6 +18,7 @@ from fedrank.training.hooks import Live, Part
 class Piece(NamedTuple):
     """The components of one layer among those of its group. Bt, grad: (r, out)."""
 
+    layer: int
     out: slice
     components: slice
     Bt: Tensor
@@ -69,28 +70,27 @@ class Linears(torch.autograd.Function):
         rows, *kept = ctx.saved_tensors
         product, shares, scale, shape = ctx.rest
         parts = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        g = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        down = product.backward(g) if ctx.needs_input_grad[0] else None
+        down = None
+        if ctx.needs_input_grad[0]:
+            down = product.backward(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
         for share, hidden in zip(shares, kept, strict=True):
             if share.learns_B:
-                weighted = hidden * scale if share.e is None else hidden * (share.e * scale)
+                weighted = hidden if share.e is None else hidden * share.e
                 for piece in share.pieces:
                     if piece.grad is not None:
-                        piece.grad.addmm_(weighted[:, piece.components].t(), g[:, piece.out])
+                        piece.grad.addmm_(weighted[:, piece.components].t(), parts[piece.layer], alpha=scale)
             if down is None and share.grad_A is None and share.grad_e is None:
                 continue
-            back = g.new_empty(len(g), len(share.A))
-            for piece in share.pieces:
-                torch.mm(g[:, piece.out], piece.Bt.t(), out=back[:, piece.components])
-            back *= scale
+            backs = [product.product(parts[piece.layer], piece.Bt) for piece in share.pieces]
+            back = backs[0] if len(backs) == 1 else torch.cat(backs, 1)
             if share.grad_e is not None:
-                share.grad_e += (back * hidden).sum(0, dtype=share.grad_e.dtype)
+                share.grad_e.add_((back * hidden).sum(0, dtype=share.grad_e.dtype), alpha=scale)
             if share.e is not None:
                 back *= share.e
             if share.grad_A is not None:
-                share.grad_A.addmm_(back.t(), rows)
+                share.grad_A.addmm_(back.t(), rows, alpha=scale)
             if down is not None:
-                down.addmm_(back, share.A)
+                down.addmm_(back, share.A, alpha=scale)
         return None if down is None else down.view(shape), None, None, None, None
 
 
@@ -167,7 +167,7 @@ class Mount:
             bt = view(self.values, "B", index, index, outs[slot])
             assert bt is not None
             grad = view(self.grads, "B", index, index, outs[slot])
-            pieces.append(Piece(slice(first, first + outs[slot]), slice(done, done + rank), bt, grad))
+            pieces.append(Piece(slot, slice(first, first + outs[slot]), slice(done, done + rank), bt, grad))
             done += rank
         A, e, *grads = (view(flats, f, at[0], at[-1], inside if f == "A" else 1)
                         for flats in (self.values, self.grads) for f in "Ae")  # fmt: skip
@@ -184,7 +184,7 @@ def _resting(
     for slot, name in enumerate(names):
         if part := parts.get(name):
             first, rank = sum(outs[:slot]), len(part.A)
-            piece = Piece(slice(first, first + outs[slot]), slice(0, rank), part.Bt.to(dtype), None)
+            piece = Piece(slot, slice(first, first + outs[slot]), slice(0, rank), part.Bt.to(dtype), None)
             yield Share(part.A.to(dtype), None if part.e is None else part.e.to(dtype), [piece])
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,9 @@ class Packed:
     filled: int
     padded: Tensor
     real: Tensor | None
+    biases: dict[tuple[bool, torch.dtype], Tensor | None] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """(rows, longest)"""
         return len(self.lengths), len(self.padded) // len(self.lengths)
@@ -45,14 +47,17 @@ class Packed:
 
     def bias(self, causal: bool, dtype: torch.dtype) -> Tensor | None:
         """(rows or 1, 1 or longest, longest): what is added to the scores so that no token sees what it must not."""
-        longest = self.shape[1]
-        at, found = torch.arange(longest, device=self.lengths.device), None
-        if self.real is not None:
-            found = (at >= self.lengths[:, None])[:, None, :]
-        if causal:
-            later = (at > at[:, None])[None]
-            found = later if found is None else found | later
-        return None if found is None else torch.zeros((), dtype=dtype).masked_fill(found, -torch.inf)
+        if (causal, dtype) not in self.biases:  # one for all layers
+            longest, found = self.shape[1], None
+            at = torch.arange(longest, device=self.lengths.device)
+            if self.real is not None:
+                found = (at >= self.lengths[:, None])[:, None, :]
+            if causal:
+                later = (at > at[:, None])[None]
+                found = later if found is None else found | later
+            made = None if found is None else found.new_zeros((), dtype=dtype).masked_fill(found, -torch.inf)
+            self.biases[causal, dtype] = made
+        return self.biases[causal, dtype]
 
     def spread(self, part: Tensor) -> Tensor:
         """(heads, filled, width) -> (heads * rows, longest, width), anything at places without a token."""
