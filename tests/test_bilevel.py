@@ -18,8 +18,9 @@ from fedrank.config import Local
 from fedrank.protocol import Job, Lower, ModelSpec, Plan, rng
 from fedrank.training import models, tasks
 from fedrank.training.bilevel import DerivativeError, Loss, begin, hypergradient
+from fedrank.training.course import drawn_batches
 from fedrank.training.hooks import live, mounted
-from fedrank.training.local import Trainer, _batches
+from fedrank.training.local import Trainer
 
 OUT, IN, R, P = 5, 4, 3, 2
 RATE = 0.3
@@ -396,7 +397,7 @@ def test_09_without_a_second_level_training_is_the_plain_one(private_rank, deriv
 
 def test_the_lower_batches_are_drawn_apart():
     job = work()
-    upper, lower = list(_batches(ROWS, job.local, job)), list(_batches(ROWS, job.local, job, "lower batches"))
+    upper, lower = list(drawn_batches(ROWS, job.local, job)), list(drawn_batches(ROWS, job.local, job, "lower batches"))
     assert sorted(np.concatenate(lower)) == sorted(np.concatenate(upper)) == sorted(ROWS)
     assert not np.array_equal(upper[0], lower[0])
 
@@ -458,7 +459,7 @@ def test_where_nothing_above_learns_the_lower_level_takes_plain_sgd_steps():
     update = toy.trainer(1e-2).fit(alone, ROWS, lower=Lower(0.5, job.adapter))
     assert not update.adapter.blocks
     moved = from_arrays(update.private, job.adapter.scale)
-    (batch,) = _batches(ROWS, job.local, job, "lower batches")
+    (batch,) = drawn_batches(ROWS, job.local, job, "lower batches")
     seen: list[dict[str, Tensor]] = []
     toy.trainer(1e-2).fit(job, batch, lambda values, grads: seen.append({n: g.clone() for n, g in grads.items()}))
     (before, after), (gradient,) = (values(a) for a in (job.adapter, moved)), seen

@@ -23,7 +23,7 @@ from fedrank.selection import suffix
 from fedrank.store import Store, StoreError
 from fedrank.training.tasks import Encoded
 
-WALL = {"seconds", "wall_seconds", "train_seconds"}
+WALL = {"seconds", "wall_seconds", "train_seconds", "evaluation_seconds"}
 MIXED = "engine.fleet={devices: {jetson-tx2: 1, phone: 1, laptop: 2}, jitter: 0.3, redraw: 2}"
 
 

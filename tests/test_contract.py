@@ -27,7 +27,7 @@ from fedrank.protocol import Device, Job, Load, ModelSpec, Plan, State, Update, 
 from fedrank.selection import everything
 from fedrank.store import StoreError
 
-WALL = {"seconds", "wall_seconds", "train_seconds"}  # of this machine
+WALL = {"seconds", "wall_seconds", "train_seconds", "evaluation_seconds"}  # of this machine
 SETTINGS: dict[str, dict[str, Any]] = {"fedara": {"target_rank": 1}}
 
 # Settings other than the default ones that make another method of it; those play what a whole run needs.

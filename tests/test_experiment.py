@@ -26,7 +26,7 @@ from fedrank.store import StoreError
 
 ROUND = {
     "round", "accuracy", "loss", "personal_accuracy", "bytes_up", "bytes_down", "adapter_bytes_up", "adapter_bytes_down",
-    "clients_ok", "clients_failed", "components", "modules_alive", "lowest_active_block", "wall_seconds", "train_seconds",
+    "clients_ok", "clients_failed", "components", "modules_alive", "lowest_active_block", "wall_seconds", "train_seconds", "evaluation_seconds",
     "round_seconds", "clock_seconds", "waiting_seconds", "device_joules", "peak_memory_bytes",
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ from fedrank import levels
 from fedrank.adapter import Adapter, from_arrays
 from fedrank.methods.feddpa import FedDPA
 from fedrank.protocol import Job, State, Update
-from fedrank.training.local import _batches
+from fedrank.training.course import drawn_batches
 
 ROWS = np.arange(16)
 
@@ -43,7 +43,7 @@ def test_each_adapter_trains_in_its_turn_with_the_other_frozen():
     }
     assert toy.same(first.adapter, common.union(private))
     assert "h" not in first.plan.learn
-    batches = [np.concatenate(list(_batches(ROWS, job.local, job))) for job in (first, second)]
+    batches = [np.concatenate(list(drawn_batches(ROWS, job.local, job))) for job in (first, second)]
     assert not np.array_equal(*batches)
     assert np.array_equal(*map(np.sort, batches))
     trained = replace(mine.adapter, dense={})

@@ -62,7 +62,7 @@ def plain(model: Model, on: Live, batch: tuple[dict[str, torch.Tensor], torch.Te
 
 
 def ours(base: Frozen, on: Live, batch: tuple[dict[str, torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    with fused.mounted(base, on) as mount:
+    with fused.mounted(base, [on]) as (mount,):
         logits = base.network(**batch[0])
         tasks.loss(logits, batch[1]).backward()
         mount.collect()

@@ -15,7 +15,7 @@ import toy
 from fedrank.adapter import Adapter, gaussian, kaiming
 from fedrank.config import Local
 from fedrank.protocol import Job, Plan, Update, rng
-from fedrank.training import local, models, tasks
+from fedrank.training import course, local, models, tasks
 from fedrank.training.data import Rows
 from fedrank.training.local import Trainer, TrainingError
 
@@ -83,14 +83,14 @@ def test_epochs_or_exactly_so_many_steps(settings, steps, seen):
 
 def test_every_epoch_sees_every_row_once_in_its_own_order():
     job = work(epochs=3)
-    batches = list(local._batches(ROWS, job.local, job))
+    batches = list(course.drawn_batches(ROWS, job.local, job))
     epochs = [np.concatenate(batches[i : i + 3]) for i in (0, 3, 6)]
     assert all(sorted(epoch) == sorted(ROWS) for epoch in epochs)
     assert not np.array_equal(epochs[0], epochs[1])
-    again = list(local._batches(ROWS, job.local, job))
+    again = list(course.drawn_batches(ROWS, job.local, job))
     assert all(np.array_equal(a, b) for a, b in zip(batches, again, strict=True))
     for other in (work(round=2), work(client="c1")):
-        assert not np.array_equal(next(local._batches(ROWS, other.local, other)), batches[0])
+        assert not np.array_equal(next(course.drawn_batches(ROWS, other.local, other)), batches[0])
 
 
 # ---- at which rate
@@ -154,7 +154,7 @@ def test_gradients_do_not_leak_into_the_next_step():
     seen: list[np.ndarray] = []
     fit(work(steps=2, lr=1e-30), observe=lambda values, grads: seen.append(grads["B"].clone().numpy()))
     job = work()
-    second = list(local._batches(ROWS, job.local, job))[1]
+    second = list(course.drawn_batches(ROWS, job.local, job))[1]
     alone: list[np.ndarray] = []
     fit(
         work(steps=1, batch_size=64),

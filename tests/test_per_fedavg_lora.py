@@ -15,8 +15,8 @@ from fedrank.client import Site
 from fedrank.methods.fedavg import FedAvg
 from fedrank.methods.per_fedavg_lora import PerFedAvgLoRA
 from fedrank.protocol import Job, Lower, Plan, State, Update, rng
+from fedrank.training.course import drawn_batches
 from fedrank.training.hooks import live
-from fedrank.training.local import _batches
 
 ROWS = np.arange(16)
 
@@ -41,7 +41,7 @@ def test_a_client_predicts_after_one_sgd_step_on_a_batch_of_its_own(rate, learn)
     method = PerFedAvgLoRA(rate)
     job = work(method, learn, evaluating=True)
     found = method.adapt(job)
-    batch = next(_batches(ROWS, job.local, job, "lower batches"))
+    batch = next(drawn_batches(ROWS, job.local, job, "lower batches"))
     seen: list[dict[str, torch.Tensor]] = []
     toy.trainer(1e-2).fit(
         work(method), batch, lambda values, grads: seen.append({n: g.clone() for n, g in grads.items()})
@@ -100,7 +100,7 @@ def test_clients_that_disagree_are_told_apart_by_their_step(tmp_path):
         plan = Plan({}, f.last.adapter.ids, up="")
         job = toy.job(toy.encoder().spec, f.last.adapter, plan, f.sites[name].fit, name, round=7)
         rows = np.arange(16 * at, 16 * at + 16)
-        before, after = (teacher.evaluate(a, swapped, rows)["loss"] for a in (job.adapter, method.adapt(job)))
+        before, after = (teacher.evaluate(a, teacher.train, rows)["loss"] for a in (job.adapter, method.adapt(job)))
         better.append(before - after)
     assert min(better) > 0.1
 

@@ -20,7 +20,7 @@ from fedrank.frame import unpack
 ROOT = Path(fedrank.__file__).parent
 
 FLOORS = [
-    {"adapter"},
+    {"adapter", "together", "trace"},
     {"protocol"},
     {"aggregation", "exactness", "levels", "optimizer", "products", "selection"}
     | {"cost", "fleet", "frame", "increments", "layout", "wire", "config", "store", "ledger"},
@@ -29,7 +29,7 @@ FLOORS = [
     {"client"},
     {"server", "export"},
     {"engines"},
-    {"experiment", "forecast", "parts"},
+    {"experiment", "forecast", "parts", "profile"},
     {"cli", "views"},
 ]
 HEAVY = {"torch", "transformers", "tokenizers", "peft", "sklearn", "flwr", "datasets"}

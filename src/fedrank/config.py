@@ -144,6 +144,7 @@ class EngineSettings(BaseModel, extra="forbid", frozen=True):
     """threads: of each worker. workers: processes that share the work; null for as many as fill this machine's cores.
     failure_rate: share of requests that get no answer, drawn by address.
 
+    stack: clients that are trained together, over one pass of the frozen model; null: by the length of the rows.
     compute: the type of activations and of products with frozen weights; adapters, their gradients and the optimizer
     are float32 in any case. products: whose library computes these. auto: what is fastest when it is tried at the start.
     fleet: the clients' devices, on whose simulated clock rounds are played; by default one nominal kind.
@@ -153,6 +154,7 @@ class EngineSettings(BaseModel, extra="forbid", frozen=True):
     kind: Literal["local"] = "local"
     threads: Positive = 1
     workers: Positive | None = None
+    stack: Positive | None = None
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     products: Literal["auto", "torch", "onednn"] = "auto"
     failure_rate: Share = 0.0

@@ -60,7 +60,9 @@ class Parts:
         config = self.config
         wire = Wire(self.spec, self.begin.adapter, config.wire.dtype, self.run_id, config.seed, self.numerics)
         sites = cache(lambda client: self.site(client, wire, store))
-        engine = LocalEngine(self.devices, sites, config.engine.failure_rate, config.seed, self.workers.share)
+        engine = LocalEngine(
+            self.devices, sites, config.engine.failure_rate, config.seed, config.engine.stack or 1, self.workers.share
+        )
         return Server(
             self.method, engine, wire, store, config.rounds, config.seed, config.adapter.head, self.evaluate,
             config.server, self.cost if config.engine.timing == "modelled" else None,
@@ -94,7 +96,13 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
     encode = partial(tasks.encode, tokenizer=model.tokenizer, task=config.task, max_length=config.local.max_length)
     with span("reading"):
         train, test = encode(dataset.train), encode(dataset.test)
-    measured = config.engine.timing == "measured"
+    measured = engine.timing == "measured"
+    workers = Workers(engine.workers or fitting(engine.threads, config.device, model.spec.parameters), engine.threads)
+    if engine.stack is None:
+        engine = engine.model_copy(
+            update={"stack": 1 if measured else local.stacking(model, train, config, workers.count)}
+        )
+        config = config.model_copy(update={"engine": engine})
     trainer = local.Trainer(
         model, train, test, config.local.lr or chosen.default_lr, engine.threads, config.device, compute, measured
     )
@@ -134,7 +142,6 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
         device = machines.at(client, round)
         return costs.predict(spec, start, plan, load(client, round), device, bytes_down, bytes_up)
 
-    workers = Workers(engine.workers or fitting(engine.threads, config.device, model.spec.parameters), engine.threads)
     if workers.count > 1:
         trainer.frozen.ready()
 
@@ -174,7 +181,9 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
     }  # fmt: skip
     run_id = f"{rng(config.seed, 'run', settings.dump(_identity(config))).integers(1 << 62):016x}"
     drawn = {f"{n}.{p}": t.numpy(force=True) for n, m in model.drawn.items() for p, t in m.named_parameters()}
-    numerics = {"fedrank": fedrank.__version__} | local.numerics(engine.threads, config.device, compute, packed)
+    numerics = {"fedrank": fedrank.__version__} | local.numerics(
+        engine.threads, config.device, compute, packed, engine.stack or 1
+    )
     return Parts(
         config, chosen, spec, begin, run_id, devices, rows, trainer, site, cost, evaluate, workers, numerics, drawn, facts, about,
     )  # fmt: skip

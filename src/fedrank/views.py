@@ -185,7 +185,7 @@ def summary(summary: dict[str, Any]) -> Table:
         ("components, start and end", f"{summary['components_at_start']} and {summary['components']}"),
         ("modules alive", f"{summary['modules_alive']} of {summary['modules']}"),
         ("client updates merged / failed", f"{summary['clients_ok']} / {summary['clients_failed']}"),
-        ("seconds, of which training", f"{summary['wall_seconds']:.0f}, {summary['train_seconds']:.0f}"),
+        ("seconds; training, all workers added up", f"{summary['wall_seconds']:.0f}, {summary['train_seconds']:.0f}"),
         (
             "simulated time, energy",
             f"{duration(summary['clock_seconds'])}, {energy(summary['device_joules'])}",

@@ -5,16 +5,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
-from fedrank import client
+from fedrank import client, together
 from fedrank.engines.workers import Spread
 from fedrank.frame import Refused, digest
 from fedrank.protocol import ClientId, Device, rng
 
 log = logging.getLogger(__name__)
-Sent = tuple[ClientId, bytes, float | None]
+Sent = tuple[ClientId, bytes, float | None]  # to whom, the request, the deadline
 
 
-def inline(function: Callable[[Sent], bytes | None]) -> Spread:
+def inline(function: Callable[[list[Sent]], list[bytes | None]]) -> Spread:
     """The function over many arguments, one after the other in this process."""
     return partial(map, function)
 
@@ -24,14 +24,16 @@ class Local:
     """devices: every client. site: its client side, made when first needed.
 
     failure_rate: the share of requests that get no answer, drawn by what is asked, so that it repeats.
-    share: makes one function into one over many arguments, on workers perhaps; replies come in the order of requests.
+    stack: how many clients are trained together. share: makes one function into one over many arguments, on workers
+    perhaps; replies come in the order of requests.
     """
 
     devices: Mapping[ClientId, Device]
     site: Callable[[ClientId], client.Site]
     failure_rate: float
     seed: int
-    share: Callable[[Callable[[Sent], bytes | None]], Spread] = inline
+    stack: int = 1
+    share: Callable[[Callable[[list[Sent]], list[bytes | None]]], Spread] = inline
     _answers: Spread = field(init=False)
 
     def __post_init__(self) -> None:
@@ -43,23 +45,52 @@ class Local:
     def exchange(
         self, requests: Iterable[tuple[ClientId, Callable[[], bytes]]], seconds: float | None
     ) -> Iterator[tuple[ClientId, bytes]]:
-        names = list[ClientId]()
+        named = list[list[ClientId]]()
 
-        def sent() -> Iterator[Sent]:
-            for name, build in requests:
-                frame = build()
-                if self.failure_rate and rng(self.seed, "failure", digest(frame)).random() < self.failure_rate:
-                    continue
-                names.append(name)
-                yield name, frame, seconds
+        def sent() -> Iterator[list[Sent]]:
+            for group in self._groups(requests):
+                frames = [(name, build(), seconds) for name, build in group]
+                asked = [(name, frame, until) for name, frame, until in frames if not self._fails(frame)]
+                if asked:
+                    named.append([name for name, _, _ in asked])
+                    yield asked
 
-        for at, reply in enumerate(self._answers(sent())):
-            if reply is not None:
-                yield names[at], reply
+        for at, replies in enumerate(self._answers(sent())):
+            for name, reply in zip(named[at], replies, strict=True):
+                if reply is not None:
+                    yield name, reply
 
-    def _answer(self, sent: Sent) -> bytes | None:
-        """A client's reply; None where none comes."""
-        name, frame, seconds = sent
+    def _fails(self, frame: bytes) -> bool:
+        return bool(self.failure_rate) and rng(self.seed, "failure", digest(frame)).random() < self.failure_rate
+
+    def _groups(
+        self, requests: Iterable[tuple[ClientId, Callable[[], bytes]]]
+    ) -> Iterable[list[tuple[ClientId, Callable[[], bytes]]]]:
+        """Who is trained together: groups of at most `stack`, about equal in rows, the same whoever computes them."""
+        if self.stack == 1:
+            return ([request] for request in requests)
+        waiting = list(requests)
+        groups: list[list[int]] = [[] for _ in range(-(-len(waiting) // self.stack))]
+        sizes = [0] * len(groups)
+        for at in sorted(range(len(waiting)), key=lambda at: -self.devices[waiting[at][0]].examples):
+            least = min((n for n, group in enumerate(groups) if len(group) < self.stack), key=sizes.__getitem__)
+            groups[least].append(at)
+            sizes[least] += self.devices[waiting[at][0]].examples
+        return ([waiting[at] for at in sorted(group)] for group in groups)
+
+    def _answer(self, sent: list[Sent]) -> list[bytes | None]:
+        """The replies of these clients, which work together; None where none comes."""
+        codes = [partial(self._reply, *one) for one in sent]
+        if len(codes) == 1:
+            return [codes[0]()]
+        with self.site(sent[0][0]).session():
+            replies = together.meet(codes)
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise reply
+        return replies
+
+    def _reply(self, name: ClientId, frame: bytes, seconds: float | None) -> bytes | None:
         try:
             return client.handle(frame, self.site(name), seconds)
         except client.Late:  # on the simulated clock: its answer would not be waited for

@@ -20,7 +20,7 @@ from typing import Any
 Spread = Callable[[Iterable[Any]], Iterator[Any]]
 
 TRIM, TOP_PAD, MMAP = -1, -2, -3  # mallopt's parameters, in glibc's malloc.h
-KEPT = 1 << 30  # bytes
+KEPT, LARGEST = 1 << 30, 1 << 25  # bytes; above 32 MiB glibc takes no threshold for mmap
 
 _functions: list[Callable[[Any], Any]] = []  # of a worker, from the process it was forked from
 
@@ -97,7 +97,7 @@ def keep_memory() -> None:
     """Let this process keep freed memory: with glibc's defaults every step gets its activations from the kernel anew."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        for parameter, value in ((MMAP, KEPT), (TRIM, KEPT), (TOP_PAD, 1 << 26)):
+        for parameter, value in ((MMAP, LARGEST), (TRIM, KEPT), (TOP_PAD, 1 << 26)):
             libc.mallopt(parameter, value)
 
 

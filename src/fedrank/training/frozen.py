@@ -153,6 +153,10 @@ class Frozen:
     products: dict[tuple[str, ...], Product] = field(default_factory=dict)
 
     @property
+    def packs(self) -> bool:
+        return self.first is not None
+
+    @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.compute.dtype]
 

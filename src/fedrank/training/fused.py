@@ -2,17 +2,19 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fedrank.training.frozen import Frozen, Product
-from fedrank.training.hooks import Live, Part
+from fedrank.training.hooks import Live
+from fedrank.training.tasks import Encoded
 
 
 class Piece(NamedTuple):
@@ -26,8 +28,16 @@ class Piece(NamedTuple):
 
 
 @dataclass(eq=False)
+class Place:
+    """Where one client's tokens and rows are in a pass over several clients'; None: it has none in it."""
+
+    tokens: slice | None = field(default_factory=lambda: slice(None))
+    rows: slice | None = field(default_factory=lambda: slice(None))
+
+
+@dataclass(eq=False)
 class Share:
-    """Components of the layers that read one input, all of which learn or are all frozen. A: (r, in), e: (r,).
+    """A client's components of the layers that read one input, which all learn or are all frozen. A: (r, in), e: (r,).
 
     Gradients are added into the tensors given for them; None: that factor does not learn.
     """
@@ -35,6 +45,8 @@ class Share:
     A: Tensor
     e: Tensor | None
     pieces: list[Piece]
+    scale: float
+    place: Place
     grad_A: Tensor | None = None
     grad_e: Tensor | None = None
 
@@ -48,57 +60,59 @@ class Linears(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, learning: Tensor | None, product: Product, shares: list[Share], scale: float
+        ctx: Any, x: Tensor, learning: Tensor | None, product: Product, shares: list[Share]
     ) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1])
         y = product.forward(rows)
+        present = [(share, share.place.tokens) for share in shares if share.place.tokens is not None]
         kept: list[Tensor | None] = []
-        for share in shares:
-            hidden = product.product(rows, share.A)
+        for share, at in present:
+            hidden = product.product(rows[at], share.A)
             weighted = hidden if share.e is None else hidden * share.e
             for piece in share.pieces:
-                y[:, piece.out].addmm_(weighted[:, piece.components], piece.Bt, alpha=scale)
+                y[at, piece.out].addmm_(weighted[:, piece.components], piece.Bt, alpha=share.scale)
             kept.append(hidden if share.learns_B or share.grad_e is not None else None)
-        read = rows if any(share.grad_A is not None for share in shares) else None
+        read = rows if any(share.grad_A is not None for share, _ in present) else None
         ctx.save_for_backward(read, *kept)
-        ctx.rest = product, shares, scale, x.shape
+        ctx.rest = product, present, x.shape
         return tuple(part.view(*x.shape[:-1], -1) for part in torch.split(y, product.outs, 1))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, *kept = ctx.saved_tensors
-        product, shares, scale, shape = ctx.rest
-        parts = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        product, present, shape = ctx.rest
+        whole = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         down = None
         if ctx.needs_input_grad[0]:
-            down = product.backward(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
-        for share, hidden in zip(shares, kept, strict=True):
+            down = product.backward(whole[0] if len(whole) == 1 else torch.cat(whole, 1))
+        for (share, at), hidden in zip(present, kept, strict=True):
+            parts = [grad[at] for grad in whole]
             if share.learns_B:
                 weighted = hidden if share.e is None else hidden * share.e
                 for piece in share.pieces:
                     if piece.grad is not None:
-                        piece.grad.addmm_(weighted[:, piece.components].t(), parts[piece.layer], alpha=scale)
+                        piece.grad.addmm_(weighted[:, piece.components].t(), parts[piece.layer], alpha=share.scale)
             if down is None and share.grad_A is None and share.grad_e is None:
                 continue
             backs = [product.product(parts[piece.layer], piece.Bt) for piece in share.pieces]
             back = backs[0] if len(backs) == 1 else torch.cat(backs, 1)
             if share.grad_e is not None:
-                share.grad_e.add_((back * hidden).sum(0, dtype=share.grad_e.dtype), alpha=scale)
+                share.grad_e.add_((back * hidden).sum(0, dtype=share.grad_e.dtype), alpha=share.scale)
             if share.e is not None:
                 back *= share.e
             if share.grad_A is not None:
-                share.grad_A.addmm_(back.t(), rows, alpha=scale)
+                share.grad_A.addmm_(back.t(), rows[at], alpha=share.scale)
             if down is not None:
-                down.addmm_(back, share.A, alpha=scale)
-        return None if down is None else down.view(shape), None, None, None, None
+                down[at].addmm_(back, share.A, alpha=share.scale)
+        return None if down is None else down.view(shape), None, None, None
 
 
 class Group:
     """Layers that read one input: the first of them that is called computes them all."""
 
-    def __init__(self, product: Product, shares: list[Share], scale: float, learning: Tensor | None) -> None:
-        self.product, self.shares, self.scale, self.learning = product, shares, scale, learning
+    def __init__(self, product: Product, shares: list[Share], learning: Tensor | None) -> None:
+        self.product, self.shares, self.learning = product, shares, learning
         self.read: Tensor | None = None
         self.made: list[Tensor | None] = []
 
@@ -108,7 +122,7 @@ class Group:
                 x,
                 list(
                     Linears.apply(  # type: ignore[no-untyped-call]
-                        x.to(self.product.dtype), self.learning, self.product, self.shares, self.scale
+                        x.to(self.product.dtype), self.learning, self.product, self.shares
                     )
                 ),
             )
@@ -126,6 +140,7 @@ class Mount:
     live: Live
     values: dict[str, Tensor]
     grads: dict[str, Tensor]
+    place: Place = field(default_factory=Place)
 
     def __post_init__(self) -> None:
         self.parts = list(self.live.learning.values())
@@ -169,53 +184,81 @@ class Mount:
             grad = view(self.grads, "B", index, index, outs[slot])
             pieces.append(Piece(slot, slice(first, first + outs[slot]), slice(done, done + rank), bt, grad))
             done += rank
-        A, e, *grads = (view(flats, f, at[0], at[-1], inside if f == "A" else 1)
-                        for flats in (self.values, self.grads) for f in "Ae")  # fmt: skip
+        e, A, *grads = (view(flats, f, at[0], at[-1], inside if f == "A" else 1)
+                        for flats in (self.values, self.grads) for f in "eA")  # fmt: skip
         assert A is not None
-        return Share(
-            A, None if e is None else e.view(-1), pieces, grads[0], None if grads[1] is None else grads[1].view(-1)
-        )
+        flat = None if grads[0] is None else grads[0].view(-1)
+        return Share(A, None if e is None else e.view(-1), pieces, self.live.scale, self.place, grads[1], flat)
 
-
-def _resting(
-    parts: Mapping[str, Part], names: Sequence[str], outs: Sequence[int], dtype: torch.dtype
-) -> Iterator[Share]:
-    """The frozen components of these layers."""
-    for slot, name in enumerate(names):
-        if part := parts.get(name):
-            first, rank = sum(outs[:slot]), len(part.A)
-            piece = Piece(slot, slice(first, first + outs[slot]), slice(0, rank), part.Bt.to(dtype), None)
-            yield Share(part.A.to(dtype), None if part.e is None else part.e.to(dtype), [piece])
+    def resting(self, names: Sequence[str], outs: Sequence[int], dtype: torch.dtype) -> Iterator[Share]:
+        """The frozen components of these layers."""
+        for slot, name in enumerate(names):
+            if part := self.live.frozen.get(name):
+                first, rank = sum(outs[:slot]), len(part.A)
+                piece = Piece(slot, slice(first, first + outs[slot]), slice(0, rank), part.Bt.to(dtype), None)
+                e = None if part.e is None else part.e.to(dtype)
+                yield Share(part.A.to(dtype), e, [piece], self.live.scale, self.place)
 
 
 @contextmanager
-def mounted(frozen: Frozen, live: Live, weights: Mapping[str, Tensor] = {}) -> Iterator[Mount]:
-    """The adapter on the base while the block runs; the layers compute as `frozen` does.
+def mounted(frozen: Frozen, lives: Sequence[Live], weights: Mapping[str, Tensor] = {}) -> Iterator[list[Mount]]:
+    """The adapters of one or more clients on the base while the block runs; the layers compute as `frozen` does.
 
     weights: other frozen weights, (out, in), in the place of these layers' own.
     """
-    dtype = frozen.dtype
-    values = {f: flat.detach().to(dtype) for f, flat in live.flats.items()}
-    grads = {f: g if f == "e" or dtype == g.dtype else torch.zeros_like(g, dtype=dtype) for f, g in live.grads.items()
-             if f in values}  # fmt: skip
-    mount, called = Mount(live, values, grads), list[tuple[nn.Module, Callable[..., Tensor]]]()
+    mounts, called = [_mount(live, frozen.dtype) for live in lives], list[tuple[nn.Module, Callable[..., Tensor]]]()
     for names in frozen.groups:
         product = frozen.product(names, weights)
-        learning = list(mount.learning(names, product.outs))
-        shares = learning + list(_resting(live.frozen, names, product.outs, dtype))
-        recorded = torch.empty(0, device=live.device, requires_grad=True) if learning and grads else None
-        group = Group(product, shares, live.scale, recorded)
+        learning = [share for mount in mounts for share in mount.learning(names, product.outs)]
+        resting = [share for mount in mounts for share in mount.resting(names, product.outs, frozen.dtype)]
+        learns = any(share.learns_B or share.grad_A is not None or share.grad_e is not None for share in learning)
+        recorded = torch.empty(0, device=lives[0].device, requires_grad=True) if learns else None
+        group = Group(product, learning + resting, recorded)
         called += [(frozen.layers[name], partial(group, at)) for at, name in enumerate(names)]
-    called += [(layer, partial(_head, live.dense, name)) for name, layer in frozen.heads.items() if live.dense]
+    if any(live.dense for live in lives):
+        called += [(layer, partial(_head, mounts, name)) for name, layer in frozen.heads.items()]
     for layer, forward in called:
         layer.forward = forward  # seen before the class's own; the module itself stays as it is
     try:
-        yield mount
+        yield mounts
     finally:
         for layer, _ in called:
             del layer.forward
 
 
-def _head(dense: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
-    weight = dense[f"{name}.weight"]
-    return functional.linear(x.to(weight.dtype), weight, dense.get(f"{name}.bias"))
+def _mount(live: Live, dtype: torch.dtype) -> Mount:
+    values = {f: flat.detach().to(dtype) for f, flat in live.flats.items()}
+    grads = {f: g if f == "e" or dtype == g.dtype else torch.zeros_like(g, dtype=dtype) for f, g in live.grads.items()
+             if f in values}  # fmt: skip
+    return Mount(live, values, grads)
+
+
+def _head(mounts: Sequence[Mount], name: str, x: Tensor) -> Tensor:
+    """Each client's head on its own rows."""
+    parts = []
+    for mount in mounts:
+        if mount.place.rows is not None:
+            weight, bias = mount.live.dense[f"{name}.weight"], mount.live.dense.get(f"{name}.bias")
+            parts.append(functional.linear(x[mount.place.rows].to(weight.dtype), weight, bias))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def outputs(
+    frozen: Frozen, encoded: Encoded, steps: Sequence[tuple[Mount, np.ndarray]], mounts: Sequence[Mount], device: str
+) -> list[tuple[Tensor, Tensor]]:
+    """Logits and labels of each client's rows, from one pass over all of them. mounts: all that are there."""
+    for mount in mounts:
+        mount.place.tokens = mount.place.rows = None
+    rows, tokens = 0, 0
+    lengths = [encoded.lengths[batch] for _, batch in steps]
+    longest = max(int(part.max()) for part in lengths)
+    for (mount, batch), part in zip(steps, lengths, strict=True):
+        taken = int(part.sum()) if frozen.packs else len(batch) * longest
+        mount.place.rows, mount.place.tokens = slice(rows, rows + len(batch)), slice(tokens, tokens + taken)
+        rows, tokens = rows + len(batch), tokens + taken
+    steps[-1][0].place.tokens = slice(tokens - taken, None)  # with what fills up, which has no gradient
+    logits, labels = frozen.logits(encoded, np.concatenate([batch for _, batch in steps]), device)
+    if encoded.generates and frozen.packs:
+        cuts = [(slice(None), mount.place.tokens) for mount, _ in steps]
+        return [(logits[cut], labels[cut]) for cut in cuts]
+    return [(logits[mount.place.rows], labels[mount.place.rows]) for mount, _ in steps]

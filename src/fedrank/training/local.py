@@ -1,12 +1,10 @@
 """The local step: train an adapter on a client's rows, or count what it predicts right."""
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -16,33 +14,35 @@ import transformers
 import xxhash
 from torch import Tensor
 
+from fedrank import together
 from fedrank.adapter import Adapter
-from fedrank.config import Local
+from fedrank.config import Config, Local
 from fedrank.protocol import Address, Job, Load, Lower, Observe, Update
 from fedrank.trace import span
-from fedrank.training import bilevel, fused, tasks
+from fedrank.training import course, fused, tasks
+from fedrank.training.course import Ask, Course, TrainingError, batches
 from fedrank.training.frozen import Compute, Frozen, freeze
-from fedrank.training.hooks import Live, incremented, live, mounted, swapped
+from fedrank.training.hooks import incremented, live, mounted, swapped
 from fedrank.training.models import Model
 from fedrank.training.packing import filled
 from fedrank.training.tasks import Encoded
 
 EVALUATION_BATCH = 64
+SMALL = 1_000_000  # parameters: a smaller model is trained faster than clients meet
+PASS_CPU, PASS_GPU = 1024, 16384  # tokens of a pass that keep a core, or a GPU, busy
 EXACT = Compute("float32", "torch")
 
 
-class TrainingError(RuntimeError):
-    """Local training that cannot give an update."""
-
-
-def numerics(threads: int, device: str, compute: Compute = EXACT, packed: bool = False) -> dict[str, Any]:
+def numerics(
+    threads: int, device: str, compute: Compute = EXACT, packed: bool = False, stack: int = 1
+) -> dict[str, Any]:
     """All that bit equality hangs on; two runs agree to the bit only where these agree."""
     return {
         "compute": compute.dtype,
         "products": compute.library,
         "device": device if device == "cpu" else torch.cuda.get_device_name(device),
         "threads": threads,
-        "stack": 1,
+        "stack": stack,
         "rows": "packed" if packed else "padded",
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -77,6 +77,9 @@ class Trainer:
     @contextmanager
     def session(self) -> Iterator[None]:
         """The worker's threads, which are part of its numerics; the caller's number is put back."""
+        if together.meeting():  # who called it has entered a session, and computes
+            yield
+            return
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
@@ -87,65 +90,78 @@ class Trainer:
     def fit(self, job: Job, rows: np.ndarray, observe: Observe | None = None, lower: Lower | None = None) -> Update:
         """Train the job's planned components on these rows; a fresh AdamW sees exactly those tensors.
 
-        With a lower level each step is a bilevel one, whose lower batches are drawn apart.
+        With a lower level each step is a bilevel one, whose lower batches are drawn apart. In a meeting it is done
+        together with the other clients that are there.
         """
-        local: Local = job.local
-        train, frozen = job.adapter.take(job.plan.train), job.adapter.take(job.plan.frozen)
-        adapter = live(train, frozen, job.plan.learn, self.device)
-        rate = (local.lr or self.lr) * _schedule(local.schedule, job.round, job.rounds)
-        values = list(adapter.values.values())
-        optimizer = torch.optim.AdamW(values, lr=rate, weight_decay=0.0) if values else None
-        two = None if lower is None else bilevel.begin(adapter, lower, job.plan.learn, self.device, optimizer)
-        others = _batches(rows, local, job, "lower batches")
-        started, losses, seen = time.perf_counter(), [], 0
-        on = self._mounted(adapter, job.base_updates) if two is None or two.single else self._twice(two, job)
-        network = self.frozen.network if two is None or two.single else self.model.network
+        update: Update = together.ask(self.fit_all, Ask(job, rows, observe, lower))
+        return update
+
+    def fit_all(self, asks: list[Ask]) -> list[Update | TrainingError]:
+        """Several clients' trainings, stacked over one pass of the frozen base where they go through it alike."""
+        courses = [course.begin(ask, self.lr, self.device) for ask in asks]
+        stacks: dict[Any, list[Course]] = {}
+        for at, one in enumerate(courses):
+            job = one.ask.job
+            # What is drawn in a pass, and what is timed, has to be one client's.
+            alone = not one.single or job.local.dropout > 0 or self.timed
+            alike = at if alone else (_digest(job.base_updates), tuple(one.live.learning), job.plan.learn)
+            stacks.setdefault(alike, []).append(one)
+        for stack in stacks.values():
+            if stack[0].single:
+                self._train(stack)
+            else:
+                self._train_twice(stack[0])
+        return [_outcome(one) for one in courses]
+
+    def _train(self, stack: list[Course]) -> None:
+        """All steps of these clients; the k-th steps of all that have so many are one pass."""
+        job, frozen = stack[0].ask.job, self.frozen
         with (
-            self._training(network, local.dropout, job),
-            on as mount,
+            self._training(frozen.network, job.local.dropout, job),
+            fused.mounted(frozen, [one.live for one in stack], self._updated(job.base_updates)) as mounts,
+            self._watched(frozen.network) as forward,
+        ):
+            while True:
+                started = time.perf_counter()
+                steps = [(one, mount, batch) for one, mount in zip(stack, mounts, strict=True)
+                         if (batch := next(one.batches, None)) is not None]  # fmt: skip
+                if not steps:
+                    break
+                passed = [(mount, batch) for _, mount, batch in steps]
+                outputs = fused.outputs(frozen, self.train, passed, mounts, self.device)
+                found = [tasks.loss(logits, labels) for logits, labels in outputs]
+                with span("backward"):
+                    torch.stack(found).sum().backward()  # type: ignore[no-untyped-call]
+                for (one, mount, batch), loss in zip(steps, found, strict=True):
+                    one.step(loss, mount)
+                    one.seen += len(batch)
+                seconds, rows = time.perf_counter() - started, sum(len(batch) for *_, batch in steps)
+                for one, _, batch in steps:
+                    one.seconds += seconds * len(batch) / rows
+        if self.timed:
+            stack[0].forward_seconds = sum(forward)
+
+    def _train_twice(self, one: Course) -> None:
+        """A client's bilevel steps, on the plain layers, which can be differentiated twice."""
+        job, two, network = one.ask.job, one.two, self.model.network
+        assert two is not None
+        modules, heads = self.model.modules, self.model.heads
+        others, started = course.drawn_batches(one.ask.rows, job.local, job, "lower batches"), time.perf_counter()
+        with (
+            self._training(network, job.local.dropout, job),
+            mounted(modules, heads, two.upper),
+            mounted(modules, heads, two.lower) if two.lower else nullcontext(),
+            swapped(modules, self._updated(job.base_updates)),
             self._watched(network) as forward,
         ):
-            for at, batch in enumerate(_batches(rows, local, job)):
-                if mount is None:
-                    assert two is not None
-                    inner, outer = partial(self._again, next(others), job, at), partial(self._plainly, batch)
-                    with span("both levels"):
-                        loss = two.step(inner, outer)
-                else:
-                    loss = self._loss(batch)
-                    with span("backward"):
-                        loss.backward()  # type: ignore[no-untyped-call]
-                        mount.collect()
-                losses.append(loss.detach())
-                if observe is not None:
-                    observe(adapter.values, adapter.grads)
-                with span("optimizer"):
-                    if local.clip is not None:
-                        torch.nn.utils.clip_grad_norm_(values, local.clip)
-                    if optimizer is not None:
-                        optimizer.step()
-                    for grad in adapter.grads.values():
-                        grad.zero_()
-                    if mount is not None:
-                        mount.refresh()
-                seen += len(batch)
-        mean = float(torch.stack(losses).double().mean())
-        if not math.isfinite(mean):
-            raise TrainingError(f"the loss became {mean}; a lower local.lr than {rate:g} may help")
-        metrics = {
-            "loss": mean,
-            "steps": float(len(losses)),
-            "seconds": time.perf_counter() - started,
-            "rows_seen": float(seen),
-        }
+            for at, batch in enumerate(one.batches):
+                with span("both levels"):
+                    loss = two.step(partial(self._again, next(others), job, at), partial(self._plainly, batch))
+                one.step(loss, None)
+                one.seen += len(batch)
+        one.seconds += time.perf_counter() - started
         if self.timed:
-            metrics["forward_seconds"] = sum(forward)
-        private = {} if two is None else two.private
-        return Update(adapter.export(train), examples=len(rows), metrics=metrics, private=private)
-
-    def _loss(self, batch: np.ndarray) -> torch.Tensor:
-        """The loss of what is mounted, on these rows."""
-        return tasks.loss(*self.frozen.logits(self.train, batch, self.device))
+            one.forward_seconds = sum(forward)
 
     def _plainly(self, batch: np.ndarray) -> torch.Tensor:
         """The loss of what is mounted on the plain layers, on these rows."""
@@ -168,16 +184,36 @@ class Trainer:
         self, adapter: Adapter, encoded: Encoded, rows: np.ndarray, base_updates: tuple[Adapter, ...] = ()
     ) -> dict[str, float]:
         """Loss and accuracy of the adapter on these rows (of completion tokens where the task generates)."""
-        return scores(
-            self.counts(adapter, encoded, tasks.by_length(encoded, rows, EVALUATION_BATCH), base_updates), len(rows)
-        )
+        found: dict[str, float] = together.ask(self.evaluate_all, (adapter, encoded, rows, base_updates))
+        return found
+
+    def evaluate_all(
+        self, asked: list[tuple[Adapter, Encoded, np.ndarray, tuple[Adapter, ...]]]
+    ) -> list[dict[str, float]]:
+        """Of several adapters, each on its rows, in one pass over the frozen base where all rows are of one set."""
+        (_, encoded, _, updates), *rest = asked
+        if any(other[1] is not encoded or _digest(other[3]) != _digest(updates) for other in rest):
+            return [self.evaluate_all([one])[0] for one in asked]
+        mounts = [live(one[0], Adapter({}, one[0].scale, {}), "", self.device) for one in asked]
+        size = max(1, EVALUATION_BATCH // len(asked))
+        batches = [list(tasks.by_length(encoded, one[2], size)) for one in asked]
+        counts: list[list[tuple[float, int, int]]] = [[] for _ in asked]
+        with torch.inference_mode(), fused.mounted(self.frozen, mounts, self._updated(updates)) as mounted:
+            for at in range(max(map(len, batches))):
+                here = [n for n, own in enumerate(batches) if at < len(own)]
+                passed = [(mounted[n], batches[n][at]) for n in here]
+                for n, (logits, labels) in zip(
+                    here, fused.outputs(self.frozen, encoded, passed, mounted, self.device), strict=True
+                ):
+                    counts[n].append(tasks.counts(logits, labels))
+        return [scores(own, len(one[2])) for own, one in zip(counts, asked, strict=True)]
 
     def counts(
         self, adapter: Adapter, encoded: Encoded, batches: Iterable[np.ndarray], base_updates: tuple[Adapter, ...] = ()
     ) -> list[tuple[float, int, int]]:
         """Summed loss, right predictions, and predictions of each batch."""
         mount = live(adapter, Adapter({}, adapter.scale, {}), "", self.device)
-        with torch.inference_mode(), self._mounted(mount, base_updates):
+        with torch.inference_mode(), fused.mounted(self.frozen, [mount], self._updated(base_updates)):
             return [tasks.counts(*self.frozen.logits(encoded, batch, self.device)) for batch in batches]
 
     @contextmanager
@@ -200,20 +236,6 @@ class Trainer:
         finally:
             before.remove()
             after.remove()
-
-    def _mounted(self, adapter: Live, updates: tuple[Adapter, ...]) -> AbstractContextManager[fused.Mount]:
-        return fused.mounted(self.frozen, adapter, self._updated(updates))
-
-    @contextmanager
-    def _twice(self, two: bilevel.Bilevel, job: Job) -> Iterator[None]:
-        """Both levels on the plain layers, which can be differentiated twice."""
-        modules, heads = self.model.modules, self.model.heads
-        with (
-            mounted(modules, heads, two.upper),
-            mounted(modules, heads, two.lower) if two.lower else nullcontext(),
-            swapped(modules, self._updated(job.base_updates)),
-        ):
-            yield
 
     def _updated(self, updates: tuple[Adapter, ...]) -> dict[str, Tensor]:
         """The weights of the base with these increments, added up from its own; the last sum is kept."""
@@ -242,29 +264,29 @@ class Trainer:
                     layer.p = rate
 
 
+def stacking(model: Model, train: Encoded, config: Config, workers: int) -> int:
+    """How many clients of a cohort are best trained together: enough for a pass to be worth its overhead."""
+    if model.spec.parameters < SMALL:
+        return 1
+    tokens = int(train.lengths.mean()) * config.local.batch_size
+    most = max(1, (PASS_CPU if config.device == "cpu" else PASS_GPU) // tokens)
+    turns = -(-config.rounds.cohort // (workers * most))  # of each worker, so that all have about as much to do
+    return -(-config.rounds.cohort // (workers * turns))
+
+
+def _outcome(one: Course) -> Update | TrainingError:
+    try:
+        return one.update()
+    except TrainingError as error:
+        return error
+
+
 def scores(counts: Iterable[tuple[float, int, int]], rows: int) -> dict[str, float]:
     """Loss and accuracy from the counts of all batches, in their order."""
     losses, rights, knowns = zip((0.0, 0, 0), *counts, strict=True)
     if not sum(knowns):
         raise TrainingError("no rows to evaluate on")
     return {"loss": sum(losses) / sum(knowns), "accuracy": sum(rights) / sum(knowns), "rows": float(rows)}
-
-
-def _batches(rows: np.ndarray, local: Local, job: Job, stream: str = "batches") -> Iterator[np.ndarray]:
-    return batches(rows, local, partial(job.rng, stream))
-
-
-def batches(rows: np.ndarray, local: Local, draw: Callable[[int], np.random.Generator]) -> Iterator[np.ndarray]:
-    """`local.epochs` epochs, each in an order drawn for it, or exactly `local.steps` batches over as many as that takes."""
-    done = 0
-    for epoch in count():
-        if local.steps is None and epoch == local.epochs:
-            return
-        for batch in tasks.shuffled(rows, local.batch_size, draw(epoch)):
-            if done == local.steps:
-                return
-            done += 1
-            yield batch
 
 
 def workload(
@@ -279,12 +301,6 @@ def workload(
     tokens = [filled(int(part.sum())) if packed else len(part) * int(part.max()) for part in parts]
     pairs = [len(part) * int(part.max()) ** 2 for part in parts]
     return Load(len(parts), sum(tokens), sum(pairs), max(tokens), max(pairs), sum(map(len, parts)))
-
-
-def _schedule(kind: str, round: int, rounds: int) -> float:
-    """The learning rate's factor in a round of 1..rounds: it falls over the run, not within a round."""
-    left = 1 - (round - 1) / rounds
-    return {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[kind]
 
 
 def _digest(updates: tuple[Adapter, ...]) -> str:
