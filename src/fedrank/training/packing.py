@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
 NAME = "fedrank"  # of this attention among those of transformers
-STEP = 16  # tokens are filled up to a multiple of this
+STEP = 32  # tokens are filled up to a multiple of this
 
 _packed: ContextVar["Packed"] = ContextVar("packed")
 
