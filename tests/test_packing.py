@@ -1,0 +1,130 @@
+"""Packed rows: the same function and gradients as padded ones, and nothing that fills up has a part in them."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+import toy
+from fedrank.adapter import kaiming
+from fedrank.protocol import rng
+from fedrank.training import fused, models, packing, tasks
+from fedrank.training.data import Rows
+from fedrank.training.frozen import Compute, Frozen, freeze
+from fedrank.training.hooks import live
+from fedrank.training.models import Model
+
+EXACT = Compute("float32", "torch")
+
+
+@pytest.fixture(scope="module", params=["encoder", "decoder"])
+def model(request: pytest.FixtureRequest) -> Model:
+    if request.param == "encoder":
+        return toy.encoder()
+    return models.load(toy.settings(model={"name": "tiny-decoder"}, task="generate"), ())
+
+
+@pytest.fixture(scope="module")
+def encoded(model: Model) -> tasks.Encoded:
+    if model.task == "classify":
+        return toy.encoded("train")
+    texts = toy.texts(16, 0).text
+    rows = Rows([text[:5] for text in texts], completion=[text[: 2 + at] for at, text in enumerate(texts)])
+    return tasks.encode(rows, model.tokenizer, "generate", 32)
+
+
+def passed(frozen: Frozen, model: Model, encoded: tasks.Encoded, rows: np.ndarray) -> tuple[float, dict[str, torch.Tensor]]:
+    start = model.spec.with_head(kaiming(model.spec.shapes, 3, 2.0, rng(0, "start")))
+    draw = rng(1, "B")
+    for block in start.blocks.values():
+        block.B[:] = draw.normal(size=block.B.shape) / 10
+    on = live(start, start.take({}), "BAh", "cpu")
+    with fused.mounted(frozen, [on]) as mounts:
+        ((logits, labels),) = fused.outputs(frozen, encoded, [(mounts[0], rows)], mounts, "cpu")
+        loss = tasks.loss(logits, labels)
+        loss.backward()
+    return float(loss), {name: grad.clone() for name, grad in on.grads.items()}
+
+
+@pytest.mark.parametrize("rows", [np.arange(7), np.array([3]), np.array([5, 5, 2])])
+def test_packed_and_padded_rows_give_the_same_loss_and_gradients(model, encoded, rows):
+    frozen = freeze(model, EXACT, "cpu")
+    assert frozen.first == 0
+    found = passed(frozen, model, encoded, rows)
+    frozen.first = None
+    expected = passed(frozen, model, encoded, rows)
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    for name, grad in expected[1].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-3, atol=1e-5)
+
+
+def test_the_models_own_attention_is_put_back(model, encoded):
+    before = model.base.config._attn_implementation
+    passed(freeze(model, EXACT, "cpu"), model, encoded, np.arange(4))
+    assert model.base.config._attn_implementation == before
+    inputs, _ = encoded.batch(np.arange(2), "cpu")
+    model.network(**inputs)
+
+
+def test_a_model_that_reads_a_fixed_place_is_padded(tmp_path):
+    assert freeze(toy.loaded("bert", tmp_path / "bert"), EXACT, "cpu").first is None
+
+
+@pytest.mark.parametrize("family", ["RobertaConfig", "DistilBertConfig", "ElectraConfig"])
+def test_a_trial_decides_where_positions_begin(family, tmp_path):
+    """RoBERTa counts from its padding's id on; whatever a model does, packed rows mean what padded ones do."""
+    import transformers
+
+    sizes = {"vocab_size": 260, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    if family == "DistilBertConfig":
+        sizes = {"vocab_size": 260, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
+    config = getattr(transformers, family)(max_position_embeddings=64, pad_token_id=1, **sizes)
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    toy.encoder().tokenizer.save_pretrained(tmp_path)
+    model = models.load(toy.settings(model={"name": str(tmp_path), "pooling": "mean"}), toy.LABELS)
+    data, frozen = toy.encoded("train"), freeze(model, EXACT, "cpu")
+    assert frozen.first == {"RobertaConfig": 2, "DistilBertConfig": frozen.first, "ElectraConfig": 0}[family]
+    found = passed(frozen, model, data, np.arange(6))[0]
+    frozen.first = None
+    assert found == pytest.approx(passed(frozen, model, data, np.arange(6))[0], rel=1e-4)
+
+
+@pytest.fixture
+def draws() -> Iterator[torch.Generator]:
+    yield torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [[4, 9, 1], [16, 16], [7]])
+def test_attention_is_that_of_each_row_to_itself(lengths, causal, draws):
+    packed = packing.pack(np.array(lengths), torch.float64, "cpu")
+    heads, width = 3, 8
+    q, k, v = (torch.randn(heads, packed.filled, width, generator=draws, dtype=torch.float64).requires_grad_() for _ in range(3))
+    bias = packed.bias(causal, torch.float64)
+    found = packing.Attention.apply(q, k, v, packed, bias, 0.5, 0.0)
+    weight = torch.randn(found.shape, generator=draws, dtype=torch.float64)
+    weight[sum(lengths) :] = 0
+    ours = torch.autograd.grad((found * weight).sum(), (q, k, v))
+    expected, at = torch.zeros_like(found), 0
+    for length in lengths:
+        part = [x[:, at : at + length] for x in (q, k, v)]
+        own = torch.nn.functional.scaled_dot_product_attention(*(x[None] for x in part), is_causal=causal, scale=0.5)
+        expected = torch.cat([expected[:at], own[0].transpose(0, 1), expected[at + length :]])
+        at += length
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(ours, torch.autograd.grad((expected * weight).sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_attention_drops_shares_and_its_gradient_knows_which(draws):
+    packed = packing.pack(np.array([6, 3]), torch.float64, "cpu")
+    q, k, v = (torch.randn(2, packed.filled, 4, generator=draws, dtype=torch.float64).requires_grad_() for _ in range(3))
+
+    def drop(*parts: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(3)
+        return packing.Attention.apply(*parts, packed, packed.bias(False, torch.float64), 0.5, 0.4)
+
+    with torch.random.fork_rng():
+        assert torch.autograd.gradcheck(drop, (q, k, v), nondet_tol=0.0)
+        assert not torch.allclose(drop(q, k, v), packing.Attention.apply(q, k, v, packed, packed.bias(False, torch.float64), 0.5, 0.0))

@@ -1,0 +1,137 @@
+"""Clients that are trained or scored together: as one by one, to float tolerance, and the same whoever does it."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import toy
+from fedrank import experiment
+from fedrank.adapter import kaiming
+from fedrank.config import Local
+from fedrank.engines import local as engine
+from fedrank.protocol import Device, Job, Plan, rng
+from fedrank.training import models
+from fedrank.training.course import Ask, TrainingError
+from fedrank.training.local import Trainer
+
+ROWS = {"c0": np.arange(20), "c1": np.arange(20, 31), "c2": np.arange(31, 64)}
+
+
+@pytest.fixture(scope="module", params=["packed", "padded"])
+def trainer(request: pytest.FixtureRequest) -> Trainer:
+    if request.param == "packed":
+        return toy.trainer(1e-2)
+    model = models.load(toy.settings(model={"name": "tiny-encoder"}), toy.LABELS)
+    return Trainer(model, toy.encoded("train"), toy.encoded("test"), 1e-2, 1, "cpu")
+
+
+def asks(trainer: Trainer, ranks: dict[str, int] = dict.fromkeys(ROWS, 3), **settings: Any) -> list[Ask]:
+    spec = trainer.model.spec
+    start = spec.with_head(kaiming(spec.shapes, 3, spec.scale, rng(0, "start")))
+    found = []
+    for name, rows in ROWS.items():
+        adapter = start.take({module: np.arange(ranks[name]) for module in start.blocks})
+        plan, local = Plan(adapter.ids), Local(**{"batch_size": 8, **settings})
+        job = Job(plan, 2, 10, spec, adapter, (), {}, local, Device(name, len(rows)), 0, print)
+        found.append(Ask(job, rows, None, None))
+    return found
+
+
+def near(a: Any, b: Any) -> None:
+    for name, array in toy.arrays(a).items():
+        np.testing.assert_allclose(array, toy.arrays(b)[name], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("ranks", [{"c0": 3, "c1": 3, "c2": 3}, {"c0": 1, "c1": 3, "c2": 2}])
+@pytest.mark.parametrize("settings", [{}, {"steps": 1}, {"epochs": 2, "clip": 0.1}])
+def test_trained_together_as_one_by_one(trainer, ranks, settings):
+    """Clients of unlike numbers of rows and ranks; who has no batch left drops out of the pass."""
+    together = trainer.fit_all(asks(trainer, ranks, **settings))
+    for found, ask in zip(together, asks(trainer, ranks, **settings), strict=True):
+        alone = trainer.fit_all([ask])[0]
+        near(found.adapter, alone.adapter)
+        assert found.metrics["loss"] == pytest.approx(alone.metrics["loss"], rel=1e-4)
+        assert (found.examples, found.metrics["steps"], found.metrics["rows_seen"]) == (
+            alone.examples, alone.metrics["steps"], alone.metrics["rows_seen"],
+        )  # fmt: skip
+
+
+def test_what_is_observed_and_changed_is_each_clients_own(trainer):
+    seen: dict[str, int] = {}
+
+    def observe(name: str, values: Any, grads: Any) -> None:
+        seen[name] = seen.get(name, 0) + 1
+        if name == "c1":
+            for grad in grads.values():
+                grad.zero_()
+
+    given = [replace(ask, observe=partial(observe, ask.job.device.id)) for ask in asks(trainer)]
+    found = trainer.fit_all(given)
+    assert seen == {"c0": 3, "c1": 2, "c2": 5}
+    assert toy.same(found[1].adapter, given[1].job.adapter)
+    assert not toy.same(found[0].adapter, given[0].job.adapter)
+
+
+def test_dropout_is_drawn_for_each_client_alone(trainer):
+    together = trainer.fit_all(asks(trainer, dropout=0.3))
+    for found, ask in zip(together, asks(trainer, dropout=0.3), strict=True):
+        assert toy.same(found.adapter, trainer.fit_all([ask])[0].adapter)
+
+
+def test_one_that_fails_fails_alone(trainer):
+    given = asks(trainer)
+    broken = replace(given[1].job, local=Local(batch_size=8, lr=1e37, clip=None, epochs=2))
+    found = trainer.fit_all([given[0], replace(given[1], job=broken), given[2]])
+    assert isinstance(found[1], TrainingError)
+    near(found[0].adapter, trainer.fit_all([given[0]])[0].adapter)
+
+
+def test_scored_together_as_one_by_one(trainer):
+    """Each adapter on its rows."""
+    spec = trainer.model.spec
+    adapters = [replace(toy.drawn(replace(spec, rank=2, scale=0.1), seed), dense=spec.dense) for seed in range(3)]
+    asked = [(adapter, trainer.test, rows, ()) for adapter, rows in zip(adapters, (np.arange(9), np.arange(9, 40), np.arange(5)), strict=True)]
+    for found, one in zip(trainer.evaluate_all(asked), asked, strict=True):
+        alone = trainer.evaluate_all([one])[0]
+        assert found["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+        assert (found["accuracy"], found["rows"]) == (alone["accuracy"], alone["rows"])
+
+
+def test_groups_are_about_equal_in_rows_and_hold_everyone_once():
+    devices = {f"c{n}": Device(f"c{n}", examples) for n, examples in enumerate((90, 10, 20, 80, 50, 40, 60))}
+    carrier = engine.Local(devices, print, 0.0, 0, 3)
+    groups = [[name for name, _ in group] for group in carrier._groups((name, bytes) for name in devices)]
+    assert sorted(name for group in groups for name in group) == sorted(devices)
+    sizes = [sum(devices[name].examples for name in group) for group in groups]
+    assert len(groups) == 3
+    assert max(sizes) - min(sizes) <= 40
+    assert all(group == sorted(group) for group in groups)
+
+
+def config(data: Path, **engine_settings: Any) -> dict[str, Any]:
+    return {
+        "model": {"name": "tiny-encoder", "pooling": "mean"}, "data": {"name": "docstrings", "train_limit": 240, "test_limit": 60},
+        "clients": {"count": 6}, "rounds": {"count": 2, "cohort": 5, "evaluate_every": 1}, "local": {"max_length": 32},
+        "adapter": {"rank": 4}, "method": {"name": "feddpa"}, "engine": engine_settings,
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_workers_change_no_bit_and_a_stack_next_to_nothing(tmp_path):
+    """A method that trains twice and scores personal models, over the whole engine."""
+    runs = {
+        (stack, workers): experiment.run(config(tmp_path, stack=stack, workers=workers), out=tmp_path / f"{stack}-{workers}")
+        for stack, workers in ((1, 1), (1, 2), (3, 1), (3, 2))
+    }
+    for stack in (1, 3):
+        one, two = (runs[stack, workers].state.adapter for workers in (1, 2))
+        assert toy.same(one, two)
+        rows = [[{k: v for k, v in row.items() if "seconds" not in k} for row in runs[stack, w].rounds] for w in (1, 2)]
+        assert rows[0] == rows[1]
+    near(runs[1, 1].state.adapter, runs[3, 1].state.adapter)
+    assert runs[3, 1].summary["numerics"]["stack"] == 3
+    assert runs[1, 1].summary["personal_accuracy"] == pytest.approx(runs[3, 1].summary["personal_accuracy"], abs=0.02)

@@ -1,0 +1,113 @@
+"""Worker processes: the same results in the same order, what they log, and their end."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import pytest
+
+from fedrank.engines.workers import Workers, fitting
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+
+
+def square(number: int) -> tuple[int, int]:
+    return number**2, os.getpid()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_results_come_in_order_whoever_makes_them(count):
+    with Workers(count, 1) as workers:
+        spread = workers.share(square)
+        found = list(spread(range(10)))
+        assert [value for value, _ in found] == [n**2 for n in range(10)]
+        processes = {process for _, process in found}
+        assert (os.getpid() in processes) == (count == 1)
+        assert len(processes) <= count
+        assert [value for value, _ in spread([])] == []
+
+
+def test_arguments_are_taken_as_they_are_needed():
+    taken = []
+
+    def numbers():
+        for n in range(20):
+            taken.append(n)
+            yield n
+
+    with Workers(2, 1) as workers:
+        results = workers.share(square)(numbers())
+        next(results)
+        assert len(taken) <= 5
+        results.close()
+
+
+def test_what_a_worker_logs_is_logged_here(caplog):
+    def warn(number: int) -> int:
+        logging.getLogger("fedrank.test").warning("number %d", number)
+        return number
+
+    with Workers(2, 1) as workers:
+        assert list(workers.share(warn)(range(3))) == [0, 1, 2]
+    assert [record.getMessage() for record in caplog.records] == ["number 0", "number 1", "number 2"]
+
+
+def test_an_error_in_a_worker_is_raised_here():
+    def fail(number: int) -> int:
+        raise ValueError(f"not {number}")
+
+    with Workers(2, 1) as workers, pytest.raises(ValueError, match="not 0"):
+        list(workers.share(fail)([0]))
+
+
+def test_a_worker_that_is_killed_is_noticed():
+    def die(number: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with Workers(2, 1) as workers, pytest.raises(BrokenProcessPool):
+        list(workers.share(die)([0]))
+
+
+def test_workers_end_when_they_are_left():
+    with Workers(2, 1) as workers:
+        found = {process for _, process in workers.share(square)(range(8))}
+    assert not any(Path(f"/proc/{process}").exists() for process in found)
+
+
+def test_workers_end_with_the_process_that_made_them(tmp_path):
+    """Even where that is killed."""
+    code = (
+        "import os, sys, time\nfrom fedrank.engines.workers import Workers\n"
+        "def who(n):\n    time.sleep(0.05)\n    return os.getpid()\n"
+        "w = Workers(2, 1)\nprint(*set(w.share(who)(range(8))), flush=True)\ntime.sleep(60)\n"
+    )
+    made = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert made.stdout is not None
+    processes = [int(word) for word in made.stdout.readline().split()]
+    assert processes
+    made.kill()
+    made.wait()
+    until = time.monotonic() + 20
+    while any(_alive(process) for process in processes) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(_alive(process) for process in processes)
+
+
+def _alive(process: int) -> bool:
+    status = Path(f"/proc/{process}/stat")
+    try:
+        return status.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_as_many_as_fill_the_cores():
+    cores = len(os.sched_getaffinity(0))
+    assert fitting(1, "cpu", 10**7) == cores
+    assert fitting(2 * cores, "cpu", 10**7) == 1
+    assert fitting(1, "cuda", 10**7) == fitting(1, "cpu", 10**4) == 1
