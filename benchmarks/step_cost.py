@@ -30,8 +30,9 @@ def main() -> None:
     rows = data.load(None, settings.data.path, "classify", settings.data.columns.model_dump(), 2000, 0)
     model = models.load(settings, rows.labels)
     encoded = tasks.encode(rows.train, model.tokenizer, "classify", LENGTH)
-    full = {name: [ids * 8 for ids in column] for name, column in encoded.fields.items()}  # every row fills the length
-    encoded = tasks.Encoded({n: [ids[:LENGTH] for ids in c] for n, c in full.items()}, encoded.labels, encoded.pad)
+    count = len(encoded)  # every row fills the length
+    fields = {name: np.resize(ids, count * LENGTH) for name, ids in encoded.fields.items()}
+    encoded = tasks.Encoded(fields, LENGTH * np.arange(count + 1), encoded.labels, encoded.pad)
     trainer = local.Trainer(model, encoded, encoded, 1e-3, 1, "cpu")
     state, _ = Store.open(path).state(0 if when == "first" else None)
     fit = partial(trainer.fit, rows=np.arange(STEPS * BATCH))
