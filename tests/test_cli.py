@@ -19,7 +19,7 @@ import toy
 from fedrank import cli, views
 from fedrank.store import Store
 
-COMMANDS = ("run", "resume", "cost", "import", "export", "show", "methods")
+COMMANDS = ("run", "resume", "cost", "profile", "import", "export", "show", "methods")
 Fed = Callable[..., Any]
 
 
@@ -432,3 +432,34 @@ def test_import(fed: Fed, run: Path, config: Path, tmp_path: Path) -> None:
 )
 def test_sizes_for_people(count: float, text: str) -> None:
     assert views.size(count) == text
+
+
+# ---- profile
+
+
+def test_profile_says_where_the_time_goes(fed, config, tmp_path):
+    """Every second of it once, and every span in a file that a trace viewer opens."""
+    trace = tmp_path / "trace.json"
+    result = fed("profile", config, "--rounds", "3", "--trace", trace, "--json")
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert {"reading", "data", "forward", "backward", "optimizer", "wire", "aggregation", "evaluation"} <= found[
+        "seconds"
+    ].keys()
+    assert sum(found["seconds"].values()) == pytest.approx(found["wall_seconds"])
+    assert all(seconds >= 0 for seconds in found["seconds"].values())
+    assert (found["rounds"], found["clients"]) == (3, 6)
+    names = [event["name"] for event in json.loads(trace.read_text())["traceEvents"]]
+    assert names.count("aggregation") == 3
+    assert names.count("backward") == names.count("optimizer") > 6
+    words = fed("profile", config, "--trace", trace).stdout
+    assert "the method's merge" in words
+    assert "2 rounds of 2 clients" in words
+    assert trace.name in words
+
+
+def test_profile_of_a_config_with_a_mistake(fed, config, tmp_path):
+    result = fed("profile", config, "local.epoch=2", "--trace", tmp_path / "trace.json")
+    assert result.exit_code == 2
+    assert "did you mean 'local.epochs'?" in result.stderr
+    assert not (tmp_path / "trace.json").exists()

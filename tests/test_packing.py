@@ -1,7 +1,5 @@
 """Packed rows: the same function and gradients as padded ones, and nothing that fills up has a part in them."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -34,7 +32,9 @@ def encoded(model: Model) -> tasks.Encoded:
     return tasks.encode(rows, model.tokenizer, "generate", 32)
 
 
-def passed(frozen: Frozen, model: Model, encoded: tasks.Encoded, rows: np.ndarray) -> tuple[float, dict[str, torch.Tensor]]:
+def passed(
+    frozen: Frozen, model: Model, encoded: tasks.Encoded, rows: np.ndarray
+) -> tuple[float, dict[str, torch.Tensor]]:
     start = model.spec.with_head(kaiming(model.spec.shapes, 3, 2.0, rng(0, "start")))
     draw = rng(1, "B")
     for block in start.blocks.values():
@@ -76,7 +76,13 @@ def test_a_trial_decides_where_positions_begin(family, tmp_path):
     """RoBERTa counts from its padding's id on; whatever a model does, packed rows mean what padded ones do."""
     import transformers
 
-    sizes = {"vocab_size": 260, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes = {
+        "vocab_size": 260,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
     if family == "DistilBertConfig":
         sizes = {"vocab_size": 260, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
     config = getattr(transformers, family)(max_position_embeddings=64, pad_token_id=1, **sizes)
@@ -91,16 +97,19 @@ def test_a_trial_decides_where_positions_begin(family, tmp_path):
 
 
 @pytest.fixture
-def draws() -> Iterator[torch.Generator]:
-    yield torch.Generator().manual_seed(0)
+def draws() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("lengths", [[4, 9, 1], [16, 16], [7]])
 def test_attention_is_that_of_each_row_to_itself(lengths, causal, draws):
-    packed = packing.pack(np.array(lengths), torch.float64, "cpu")
+    packed = packing.pack(np.array(lengths), [len(lengths)], torch.float64, "cpu")
     heads, width = 3, 8
-    q, k, v = (torch.randn(heads, packed.filled, width, generator=draws, dtype=torch.float64).requires_grad_() for _ in range(3))
+    q, k, v = (
+        torch.randn(heads, packed.filled, width, generator=draws, dtype=torch.float64).requires_grad_()
+        for _ in range(3)
+    )
     bias = packed.bias(causal, torch.float64)
     found = packing.Attention.apply(q, k, v, packed, bias, 0.5, 0.0)
     weight = torch.randn(found.shape, generator=draws, dtype=torch.float64)
@@ -118,8 +127,10 @@ def test_attention_is_that_of_each_row_to_itself(lengths, causal, draws):
 
 
 def test_attention_drops_shares_and_its_gradient_knows_which(draws):
-    packed = packing.pack(np.array([6, 3]), torch.float64, "cpu")
-    q, k, v = (torch.randn(2, packed.filled, 4, generator=draws, dtype=torch.float64).requires_grad_() for _ in range(3))
+    packed = packing.pack(np.array([6, 3]), [2], torch.float64, "cpu")
+    q, k, v = (
+        torch.randn(2, packed.filled, 4, generator=draws, dtype=torch.float64).requires_grad_() for _ in range(3)
+    )
 
     def drop(*parts: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(3)
@@ -127,4 +138,6 @@ def test_attention_drops_shares_and_its_gradient_knows_which(draws):
 
     with torch.random.fork_rng():
         assert torch.autograd.gradcheck(drop, (q, k, v), nondet_tol=0.0)
-        assert not torch.allclose(drop(q, k, v), packing.Attention.apply(q, k, v, packed, packed.bias(False, torch.float64), 0.5, 0.0))
+        assert not torch.allclose(
+            drop(q, k, v), packing.Attention.apply(q, k, v, packed, packed.bias(False, torch.float64), 0.5, 0.0)
+        )

@@ -72,7 +72,9 @@ def test_what_fails_fails_alone():
     def own() -> None:
         raise OSError("own")
 
-    found = together.meet([lambda: together.ask(many, 2), lambda: together.ask(many, 3), own, lambda: together.ask(broken, 1)])
+    found = together.meet(
+        [lambda: together.ask(many, 2), lambda: together.ask(many, 3), own, lambda: together.ask(broken, 1)]
+    )
     assert found[0] == 2
     assert [type(error) for error in found[1:]] == [ValueError, OSError, KeyError]
     with pytest.raises(ValueError, match="three"):

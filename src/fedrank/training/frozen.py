@@ -165,16 +165,19 @@ class Frozen:
         for names in self.groups:
             self.product(names).turn()
 
-    def logits(self, encoded: Encoded, rows: np.ndarray, device: str) -> tuple[Tensor, Tensor]:
-        """The network's logits of these rows, packed where it can be, and their labels."""
+    def logits(
+        self, encoded: Encoded, rows: np.ndarray, device: str, counts: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """The network's logits of these rows, packed where it can be, and their labels. counts: each client's rows."""
+        counts = counts or [len(rows)]
         if self.first is None:
             with span("data"):
                 inputs, labels = encoded.batch(rows, device)
             with span("forward"):
                 return self.network(**inputs), labels
         with span("data"):
-            inputs, labels = encoded.packed(rows, self.first, device)
-            packed = packing.pack(encoded.lengths[rows], self.dtype, device)
+            inputs, labels = encoded.packed(rows, counts, self.first, device)
+            packed = packing.pack(encoded.lengths[rows], counts, self.dtype, device)
         with span("forward"), packing.attention(self.base, packed):
             return self.network(**inputs, packed=packed), labels
 
@@ -221,7 +224,7 @@ def _first(model: Model, device: str) -> int | None:
     rows = Encoded({"input_ids": ids}, np.array([0, 2, 7, 10]), np.zeros(3, np.int64), {"input_ids": 0})
     tables = (layer for name, layer in model.base.named_modules() if name.endswith("position_embeddings"))
     offset = next((table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None), 0)
-    packed = packing.pack(rows.lengths, torch.float32, device)
+    packed = packing.pack(rows.lengths, [3], torch.float32, device)
     with torch.inference_mode():
         inputs = rows.batch(np.arange(3), device)[0]
         expected = model.network(**inputs)
@@ -230,7 +233,7 @@ def _first(model: Model, device: str) -> int | None:
         for first in {0, offset}:
             try:
                 with packing.attention(model.base, packed):
-                    found = model.network(**rows.packed(np.arange(3), first, device)[0], packed=packed).view_as(
+                    found = model.network(**rows.packed(np.arange(3), [3], first, device)[0], packed=packed).view_as(
                         expected
                     )
             except (RuntimeError, TypeError, ValueError, IndexError):

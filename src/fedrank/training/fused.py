@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from fedrank.training.frozen import Frozen, Product
 from fedrank.training.hooks import Live
+from fedrank.training.packing import filled
 from fedrank.training.tasks import Encoded
 
 
@@ -253,11 +254,11 @@ def outputs(
     lengths = [encoded.lengths[batch] for _, batch in steps]
     longest = max(int(part.max()) for part in lengths)
     for (mount, batch), part in zip(steps, lengths, strict=True):
-        taken = int(part.sum()) if frozen.packs else len(batch) * longest
+        taken = filled(int(part.sum())) if frozen.packs else len(batch) * longest
         mount.place.rows, mount.place.tokens = slice(rows, rows + len(batch)), slice(tokens, tokens + taken)
         rows, tokens = rows + len(batch), tokens + taken
-    steps[-1][0].place.tokens = slice(tokens - taken, None)  # with what fills up, which has no gradient
-    logits, labels = frozen.logits(encoded, np.concatenate([batch for _, batch in steps]), device)
+    batches = [batch for _, batch in steps]
+    logits, labels = frozen.logits(encoded, np.concatenate(batches), device, [len(batch) for batch in batches])
     if encoded.generates and frozen.packs:
         cuts = [(slice(None), mount.place.tokens) for mount, _ in steps]
         return [(logits[cut], labels[cut]) for cut in cuts]

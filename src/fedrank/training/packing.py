@@ -1,6 +1,6 @@
 """Rows of different lengths one after the other, without padding: their places, their attention, their mean."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,14 +23,16 @@ _packed: ContextVar["Packed"] = ContextVar("packed")
 class Packed:
     """Where packed rows are, shared by all layers of a pass.
 
-    lengths: (rows,), tokens of each row. filled: all tokens, with those that only fill up, after the rows.
+    lengths: (rows,), tokens of each row. filled: all tokens, with those that only fill up, after each client's.
     padded: (rows * longest,), the token at each place of the padded layout, any where there is none.
-    real: (tokens of the rows,), each token's place there; None where both layouts are the same.
+    at: (tokens of the rows,), where each is. real: (tokens of the rows,), each token's place in the padded layout; None
+    where both layouts are the same.
     """
 
     lengths: Tensor
     filled: int
     padded: Tensor
+    at: Tensor
     real: Tensor | None
     biases: dict[tuple[bool, torch.dtype], Tensor | None] = field(default_factory=dict)
 
@@ -42,7 +44,7 @@ class Packed:
     def mean(self, hidden: Tensor) -> Tensor:
         """(filled, width) -> (rows, width), the mean over each row's tokens."""
         owner = torch.repeat_interleave(self.lengths)
-        sums = hidden.new_zeros(len(self.lengths), hidden.shape[-1]).index_add(0, owner, hidden[: len(owner)])
+        sums = hidden.new_zeros(len(self.lengths), hidden.shape[-1]).index_add(0, owner, hidden[self.at])
         return sums / self.lengths[:, None]
 
     def bias(self, causal: bool, dtype: torch.dtype) -> Tensor | None:
@@ -70,7 +72,7 @@ class Packed:
         if self.real is None:
             return self.spread(part)
         found = part.new_zeros(len(part), len(self.padded), part.shape[2])
-        found.index_copy_(1, self.real, part[:, : len(self.real)])
+        found.index_copy_(1, self.real, part.index_select(1, self.at))
         return found.view(-1, self.shape[1], part.shape[2])
 
     def gather(self, part: Tensor, heads: int) -> Tensor:
@@ -78,10 +80,8 @@ class Packed:
         flat = part.view(heads, -1, part.shape[2]).transpose(0, 1)
         if self.real is None:
             return flat.contiguous()
-        found = part.new_empty(self.filled, heads, part.shape[2])
-        torch.index_select(flat, 0, self.real, out=found[: len(self.real)])
-        found[len(self.real) :] = 0
-        return found
+        found = part.new_zeros(self.filled, heads, part.shape[2])
+        return found.index_copy_(0, self.at, flat.index_select(0, self.real))
 
 
 def filled(tokens: int) -> int:
@@ -89,17 +89,31 @@ def filled(tokens: int) -> int:
     return -(-tokens // STEP) * STEP
 
 
-def pack(lengths: np.ndarray, dtype: torch.dtype, device: str) -> Packed:
+def layout(lengths: np.ndarray, counts: Sequence[int]) -> tuple[np.ndarray, list[int]]:
+    """(tokens,): the place of each token, and (clients,): the tokens of each client, filled up.
+
+    counts: how many of the rows are each client's, whose tokens lie together.
+    """
+    own = [int(part.sum()) for part in np.split(lengths, np.cumsum(counts)[:-1])]
+    sizes = [filled(tokens) for tokens in own]
+    begins = np.cumsum(sizes) - sizes
+    return np.concatenate([begin + np.arange(tokens) for begin, tokens in zip(begins, own, strict=True)]), sizes
+
+
+def pack(lengths: np.ndarray, counts: Sequence[int], dtype: torch.dtype, device: str) -> Packed:
     # torch's softmax in bfloat16 is several times slower where a row of scores does not fill its vectors.
     rows, vector = len(lengths), 32 if dtype == torch.bfloat16 else 1
     longest = -(-int(lengths.max()) // vector) * vector
-    tokens = int(lengths.sum())
+    at, sizes = layout(lengths, counts)
     there = np.arange(longest) < lengths[:, None]
-    starts = np.cumsum(lengths) - lengths
+    starts = at[np.cumsum(lengths) - lengths]
     padded = np.where(there, starts[:, None] + np.arange(longest), starts[:, None]).reshape(-1)
-    same = filled(tokens) == tokens == rows * longest
+    same = sum(sizes) == len(at) == rows * longest
     real = None if same else torch.from_numpy(np.flatnonzero(there)).to(device)
-    return Packed(torch.from_numpy(lengths).to(device), filled(tokens), torch.from_numpy(padded).to(device), real)
+    return Packed(
+        torch.from_numpy(lengths).to(device), sum(sizes), torch.from_numpy(padded).to(device),
+        torch.from_numpy(at).to(device), real,
+    )  # fmt: skip
 
 
 class Attention(torch.autograd.Function):

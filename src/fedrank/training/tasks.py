@@ -1,6 +1,6 @@
 """Tasks: rows become token ids once, batches are padded to their longest row, logits become loss and counts."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedrank.training.data import Rows
-from fedrank.training.packing import filled
+from fedrank.training.packing import layout
 
 IGNORED = -100  # a position that has no label
 
@@ -55,23 +55,29 @@ class Encoded:
             return inputs, padded(self.labels, IGNORED)
         return inputs, torch.from_numpy(self.labels[rows]).to(device)
 
-    def packed(self, rows: np.ndarray, first: int, device: str) -> tuple[dict[str, Tensor], Tensor]:
-        """These rows one after the other as one of a batch, filled up, and their labels. first: a row's first position."""
-        starts, lengths = self.starts[rows], self.lengths[rows]
+    def packed(
+        self, rows: np.ndarray, counts: Sequence[int], first: int, device: str
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """These rows one after the other as one of a batch, each client's filled up, and their labels.
+
+        counts: how many of the rows are each client's. first: the position of a row's first token.
+        """
+        lengths = self.lengths[rows]
+        at, sizes = layout(lengths, counts)
         begins = np.cumsum(lengths) - lengths
-        places = np.arange(int(lengths.sum())) - np.repeat(begins, lengths)
-        at = np.repeat(starts, lengths) + places
+        places = np.arange(len(at)) - np.repeat(begins, lengths)
+        token = np.repeat(self.starts[rows], lengths) + places
 
         def whole(tokens: np.ndarray, fill: int) -> Tensor:
-            result = np.full(filled(len(tokens)), fill, np.int64)
-            result[: len(tokens)] = tokens
+            result = np.full(sum(sizes), fill, np.int64)
+            result[at] = tokens
             return torch.from_numpy(result)[None].to(device)
 
-        inputs = {name: whole(tokens[at], self.pad[name]) for name, tokens in self.fields.items()}
+        inputs = {name: whole(tokens[token], self.pad[name]) for name, tokens in self.fields.items()}
         inputs["position_ids"] = whole(places + first, first)
         if not self.generates:
             return inputs, torch.from_numpy(self.labels[rows]).to(device)
-        labels = self.labels[at]
+        labels = self.labels[token]
         labels[begins] = IGNORED  # nothing before them is of their row
         return inputs, whole(labels, IGNORED)
 
