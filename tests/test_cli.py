@@ -451,7 +451,7 @@ def test_profile_says_where_the_time_goes(fed, config, tmp_path):
     assert (found["rounds"], found["clients"]) == (3, 6)
     names = [event["name"] for event in json.loads(trace.read_text())["traceEvents"]]
     assert names.count("aggregation") == 3
-    assert names.count("backward") == names.count("optimizer") > 6
+    assert names.count("backward") == names.count("optimizer") >= 6
     words = fed("profile", config, "--trace", trace).stdout
     assert "the method's merge" in words
     assert "2 rounds of 2 clients" in words

@@ -44,7 +44,7 @@ def passed(
         ((logits, labels),) = fused.outputs(frozen, encoded, [(mounts[0], rows)], mounts, "cpu")
         loss = tasks.loss(logits, labels)
         loss.backward()
-    return float(loss), {name: grad.clone() for name, grad in on.grads.items()}
+    return float(loss.detach()), {name: grad.clone() for name, grad in on.grads.items()}
 
 
 @pytest.mark.parametrize("rows", [np.arange(7), np.array([3]), np.array([5, 5, 2])])
@@ -88,7 +88,8 @@ def test_a_trial_decides_where_positions_begin(family, tmp_path):
     config = getattr(transformers, family)(max_position_embeddings=64, pad_token_id=1, **sizes)
     transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
     toy.encoder().tokenizer.save_pretrained(tmp_path)
-    model = models.load(toy.settings(model={"name": str(tmp_path), "pooling": "mean"}), toy.LABELS)
+    settings = toy.settings(model={"name": str(tmp_path), "pooling": "mean"}, local={"max_length": 16})
+    model = models.load(settings, toy.LABELS)
     data, frozen = toy.encoded("train"), freeze(model, EXACT, "cpu")
     assert frozen.first == {"RobertaConfig": 2, "DistilBertConfig": frozen.first, "ElectraConfig": 0}[family]
     found = passed(frozen, model, data, np.arange(6))[0]

@@ -92,6 +92,7 @@ def test_workers_end_with_the_process_that_made_them(tmp_path):
     assert processes
     made.kill()
     made.wait()
+    made.stdout.close()
     until = time.monotonic() + 20
     while any(_alive(process) for process in processes) and time.monotonic() < until:
         time.sleep(0.05)
