@@ -15,7 +15,6 @@ from fedrank.training.hooks import Live, live
 from fedrank.training.models import Model
 
 LIBRARIES = ("torch", "onednn") if onednn() else ("torch",)
-EXACT = Compute("float32", "torch")
 
 
 @pytest.fixture(scope="module", params=("bert", "llama", "gpt2"))
@@ -93,3 +92,16 @@ def test_bfloat16_is_near_in_function_and_gradients(model, batch, how, library):
     for name, grad in one.grads.items():
         assert two.grads[name].dtype == torch.float32
         assert torch.nn.functional.cosine_similarity(two.grads[name], grad, 0) > 0.99, name
+
+
+def test_updated_weights_are_made_ready_once_and_used(model):
+    base = freeze(model, Compute("float32", "torch"), "cpu")
+    names = base.groups[0]
+    x = torch.ones(2, base.product(names).weights[0].shape[1])
+    weights = {names[0]: base.product(names).weights[0] + 1}
+    own, other = base.product(names), base.product(names, weights)
+    assert base.product(names, weights) is other
+    assert base.product(names) is own
+    assert not torch.allclose(other.forward(x), own.forward(x))
+    assert base.product(names, dict(weights)) is not other
+    assert base.product(base.groups[-1], weights) is base.product(base.groups[-1])

@@ -142,3 +142,13 @@ def test_attention_drops_shares_and_its_gradient_knows_which(draws):
         assert not torch.allclose(
             drop(q, k, v), packing.Attention.apply(q, k, v, packed, packed.bias(False, torch.float64), 0.5, 0.0)
         )
+
+
+@pytest.mark.parametrize("name", ["sliding_window", "softcap"])
+def test_attention_that_is_more_than_that_is_refused(name):
+    """Short rows would not show it: the trial has to fail."""
+    parts = [torch.zeros(1, 2, 32, 4) for _ in range(3)]
+    with packing.attention(toy.encoder().base, packing.pack(np.array([3]), [1], torch.float32, "cpu")):
+        packing.attend(torch.nn.Module(), *parts, None)
+        with pytest.raises(ValueError, match=name):
+            packing.attend(torch.nn.Module(), *parts, None, **{name: 4})

@@ -91,7 +91,7 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
         compute = frozen.choose(model.modules.values(), config.device, engine.threads, engine.compute, engine.products)
     except ValueError as error:
         raise ConfigError(f"engine.products: {error}") from None
-    engine = engine.model_copy(update={"compute": compute.dtype, "products": compute.library})
+    engine = engine.model_copy(update={"compute": compute.dtype, "products": compute.products})
     config = config.model_copy(update={"engine": engine})
     encode = partial(tasks.encode, tokenizer=model.tokenizer, task=config.task, max_length=config.local.max_length)
     with span("reading"):

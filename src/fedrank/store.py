@@ -73,14 +73,31 @@ class Private:
 
     def save_base(self, updates: Mapping[int, Adapter]) -> None:
         """Keep base updates as they came; they are the same for every client of this place."""
-        for round, update in updates.items():
-            path, data = self._base(round), save({n: np.asarray(a, order="C") for n, a in to_arrays(update).items()})
-            if not path.exists() or path.read_bytes() != data:
-                write(path, data)
-            if update.dense:  # it sums up all before it, and no later request names those
-                for number, old in _numbered(path.parent).items():
-                    if number < round:
-                        old.unlink()
+        if not updates:
+            return
+        with self._alone():
+            for round, update in updates.items():
+                path, data = (
+                    self._base(round),
+                    save({n: np.asarray(a, order="C") for n, a in to_arrays(update).items()}),
+                )
+                if not path.exists() or path.read_bytes() != data:
+                    write(path, data)
+                if update.dense:  # it sums up all before it, and no later request names those
+                    for number, old in _numbered(path.parent).items():
+                        if number < round:
+                            old.unlink()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The clients of several workers keep their base updates in one folder; the lock goes with the process."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        folder = os.open(self.root, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
 
     def load(self, client: ClientId, since: int) -> dict[str, np.ndarray] | None:
         """The version of round `since`, never a newer one; None where that round left none."""

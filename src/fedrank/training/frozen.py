@@ -27,10 +27,10 @@ GAIN = {"bfloat16": 1.4, "onednn": 1.2}  # how much faster it has to be to be ch
 
 
 class Compute(NamedTuple):
-    """dtype: of activations and of products with frozen weights. library: whose products these are."""
+    """dtype: of activations and of products with frozen weights. products: whose library computes these."""
 
     dtype: str
-    library: str
+    products: str
 
 
 def onednn() -> bool:
@@ -65,7 +65,7 @@ def choose(
     seconds = _seconds(options, weight, threads)
     best = options[0]
     for option in options[1:]:
-        gain = GAIN[option.dtype if option.dtype != best.dtype else option.library]
+        gain = GAIN[option.dtype if option.dtype != best.dtype else option.products]
         if seconds[option] * gain < seconds[best]:
             best = option
     return best
@@ -107,7 +107,7 @@ class Product:
 
     def backward(self, grad: Tensor) -> Tensor:
         """(rows, out) -> (rows, in)"""
-        if self.compute.library == "torch":
+        if self.compute.products == "torch":
             return grad @ self.weight
         self.turn()
         assert self._across is not None
@@ -115,21 +115,21 @@ class Product:
 
     def turn(self) -> None:
         """Have the weight the other way round too, as a backward pass that gets here needs it."""
-        if self._across is None and self.compute.library != "torch":
+        if self._across is None and self.compute.products != "torch":
             with torch.inference_mode(False), torch.no_grad():
                 whole = self.weights[0] if len(self.weights) == 1 else torch.cat(list(self.weights))
                 self._across = self._packed(whole.t())
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + b by the chosen library."""
-        if self.compute.library == "torch":
+        if self.compute.products == "torch":
             return functional.linear(x, weight, bias)
         found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return found
 
     def _packed(self, weight: Tensor) -> Tensor:
         weight = weight.to(self.dtype).contiguous()
-        if self.compute.library == "torch":
+        if self.compute.products == "torch":
             return weight
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         return packed
@@ -151,6 +151,8 @@ class Frozen:
     compute: Compute
     first: int | None
     products: dict[tuple[str, ...], Product] = field(default_factory=dict)
+    updated: dict[tuple[str, ...], Product] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)  # those that `updated` was made of
 
     @property
     def packs(self) -> bool:
@@ -182,15 +184,16 @@ class Frozen:
             return self.network(**inputs, packed=packed), labels
 
     def product(self, names: tuple[str, ...], weights: Mapping[str, Tensor] = {}) -> Product:
-        """Of the layers of one group, with other weights in their places where given."""
-        layers = [self.layers[name] for name in names]
-        biases = [layer.bias if isinstance(layer.bias, Tensor) else None for layer in layers]
-        if any(name in weights for name in names):
+        """Of the layers of one group, with other weights in their places where given; those of the last mapping are kept."""
+        if self.weights is not weights and weights:
+            self.weights, self.updated = weights, {}
+        kept = self.updated if any(name in weights for name in names) else self.products
+        if names not in kept:
+            layers = [self.layers[name] for name in names]
+            biases = [layer.bias if isinstance(layer.bias, Tensor) else None for layer in layers]
             own = [weights.get(name, _matrix(layer)) for name, layer in zip(names, layers, strict=True)]
-            return Product(own, biases, self.compute)
-        if names not in self.products:
-            self.products[names] = Product([_matrix(layer) for layer in layers], biases, self.compute)
-        return self.products[names]
+            kept[names] = Product(own, biases, self.compute)
+        return kept[names]
 
 
 def freeze(model: Model, compute: Compute, device: str) -> Frozen:
@@ -231,7 +234,7 @@ def _first(model: Model, device: str) -> int | None:
         expected = model.network(**inputs)
         if model.task == "generate":
             expected = expected[inputs["attention_mask"].bool()]
-        for first in {0, offset}:
+        for first in sorted({0, offset}):
             try:
                 with packing.attention(model.base, packed):
                     found = model.network(**rows.packed(np.arange(3), [3], first, device)[0], packed=packed)

@@ -119,14 +119,9 @@ class Group:
 
     def __call__(self, at: int, x: Tensor) -> Tensor:
         if self.read is not x or self.made[at] is None:
-            self.read, self.made = (
-                x,
-                list(
-                    Linears.apply(  # type: ignore[no-untyped-call]
-                        x.to(self.product.dtype), self.learning, self.product, self.shares
-                    )
-                ),
-            )
+            rows = x.to(self.product.dtype)
+            made = Linears.apply(rows, self.learning, self.product, self.shares)  # type: ignore[no-untyped-call]
+            self.read, self.made = x, list(made)
         found, self.made[at] = self.made[at], None
         if not any(part is not None for part in self.made):
             self.read = None

@@ -39,7 +39,7 @@ def numerics(
     """All that bit equality hangs on; two runs agree to the bit only where these agree."""
     return {
         "compute": compute.dtype,
-        "products": compute.library,
+        "products": compute.products,
         "device": device if device == "cpu" else torch.cuda.get_device_name(device),
         "threads": threads,
         "stack": stack,
@@ -198,12 +198,12 @@ class Trainer:
         size = max(1, EVALUATION_BATCH // len(asked))
         batches = [list(tasks.by_length(encoded, one[2], size)) for one in asked]
         counts: list[list[tuple[float, int, int]]] = [[] for _ in asked]
-        with torch.inference_mode(), fused.mounted(self.frozen, mounts, self._updated(updates)) as mounted:
+        with torch.inference_mode(), fused.mounted(self.frozen, mounts, self._updated(updates)) as on:
             for at in range(max(map(len, batches))):
                 here = [n for n, own in enumerate(batches) if at < len(own)]
-                passed = [(mounted[n], batches[n][at]) for n in here]
+                passed = [(on[n], batches[n][at]) for n in here]
                 for n, (logits, labels) in zip(
-                    here, fused.outputs(self.frozen, encoded, passed, mounted, self.device), strict=True
+                    here, fused.outputs(self.frozen, encoded, passed, on, self.device), strict=True
                 ):
                     counts[n].append(tasks.counts(logits, labels))
         return [scores(own, len(one[2])) for own, one in zip(counts, asked, strict=True)]

@@ -14,6 +14,8 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
 NAME = "fedrank"  # of this attention among those of transformers
+# What some models' attention has beside softmax over the row: it would not show in a trial with short rows.
+UNLIKE = {"attention_mask", "sliding_window", "softcap", "s_aux", "position_bias"}
 STEP = 32  # tokens are filled up to a multiple of this
 
 _packed: ContextVar["Packed"] = ContextVar("packed")
@@ -170,6 +172,12 @@ def attend(
     scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None, **rest: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attention as transformers calls it, for the rows of the `packed` block around the call. query: (1, heads, tokens, width)."""
+    if odd := [
+        name
+        for name, value in {**rest, "attention_mask": attention_mask}.items()
+        if name in UNLIKE and value is not None
+    ]:
+        raise ValueError(f"packed rows have no attention with {odd}")
     packed = _packed.get()
     if key.shape[1] != query.shape[1]:
         key, value = (part.repeat_interleave(query.shape[1] // key.shape[1], 1) for part in (key, value))
