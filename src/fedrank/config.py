@@ -147,6 +147,8 @@ class EngineSettings(BaseModel, extra="forbid", frozen=True):
     stack: clients that are trained together, over one pass of the frozen model; null: by the length of the rows.
     compute: the type of activations and of products with frozen weights; adapters, their gradients and the optimizer
     are float32 in any case. products: whose library computes these. auto: what is fastest when it is tried at the start.
+    prefix_bytes: of hidden states below the blocks that learn, kept on disk for each set of rows; 0: they are computed
+    anew for every batch.
     fleet: the clients' devices, on whose simulated clock rounds are played; by default one nominal kind.
     timing: that clock runs by the model of `fedrank.cost`, or by the wall time that training takes here.
     """
@@ -157,6 +159,7 @@ class EngineSettings(BaseModel, extra="forbid", frozen=True):
     stack: Positive | None = None
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     products: Literal["auto", "torch", "onednn"] = "auto"
+    prefix_bytes: Annotated[int, Field(ge=0)] = 4_000_000_000
     failure_rate: Share = 0.0
     fleet: FleetSettings | None = None
     timing: Literal["modelled", "measured"] = "modelled"

@@ -104,12 +104,13 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
         )
         config = config.model_copy(update={"engine": engine})
     trainer = local.Trainer(
-        model, train, test, config.local.lr or chosen.default_lr, engine.threads, config.device, compute, measured
-    )
+        model, train, test, config.local.lr or chosen.default_lr, engine.threads, config.device, compute, measured,
+        engine.prefix_bytes,
+    )  # fmt: skip
     own_rows, own_set = (dataset.test, test) if shares.test_from == "test" else (dataset.train, train)
     index = {name: at for at, name in enumerate(shares.names)}
     rows = dict(zip(shares.names, shares.train, strict=True))
-    lengths, packed = train.lengths, trainer.frozen.first is not None
+    lengths, packed, begins = train.lengths, trainer.frozen.packs, bool(trainer.kept)
 
     def load(client: ClientId, round: int) -> Load:
         draw = partial(rng, config.seed, "job", round, client, "batches")  # the address of a job's
@@ -182,7 +183,7 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
     run_id = f"{rng(config.seed, 'run', settings.dump(_identity(config))).integers(1 << 62):016x}"
     drawn = {f"{n}.{p}": t.numpy(force=True) for n, m in model.drawn.items() for p, t in m.named_parameters()}
     numerics = {"fedrank": fedrank.__version__} | local.numerics(
-        engine.threads, config.device, compute, packed, engine.stack or 1
+        engine.threads, config.device, compute, packed, engine.stack or 1, begins
     )
     return Parts(
         config, chosen, spec, begin, run_id, devices, rows, trainer, site, cost, evaluate, workers, numerics, drawn, facts, about,

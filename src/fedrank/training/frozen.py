@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from fedrank.trace import span
-from fedrank.training import flow, packing
+from fedrank.training import flow, packing, prefix
 from fedrank.training.models import Model
 from fedrank.training.tasks import Encoded
 
@@ -140,7 +140,7 @@ class Frozen:
     """A base model that computes in its own way. layers: the linear ones of its blocks, called through `groups`.
 
     groups: the names of layers that read one input, together. first: the position of a row's first token, where rows
-    can be packed; None: they are padded.
+    can be packed; None: they are padded. blocks: None where a forward pass cannot begin at one of them.
     """
 
     network: nn.Module
@@ -150,6 +150,7 @@ class Frozen:
     groups: tuple[tuple[str, ...], ...]
     compute: Compute
     first: int | None
+    blocks: prefix.Blocks | None
     products: dict[tuple[str, ...], Product] = field(default_factory=dict)
     updated: dict[tuple[str, ...], Product] = field(default_factory=dict)
     weights: Mapping[str, Tensor] = field(default_factory=dict)  # those that `updated` was made of
@@ -208,7 +209,39 @@ def freeze(model: Model, compute: Compute, device: str) -> Frozen:
     there = {name: network.get_submodule(paths[layer]) for name, layer in (layers | model.heads).items()}
     heads = {name: there.pop(name) for name in model.heads}
     base = network.get_submodule(paths[model.base])
-    return Frozen(network, base, there, heads, tuple(groups), compute, _first(model, device))
+    tuples = _tuples(model, device)
+    blocks = None if tuples is None else prefix.Blocks(prefix.blocks(base, list(there)), tuples)
+    return Frozen(network, base, there, heads, tuple(groups), compute, _first(model, device), blocks)
+
+
+def _trial(model: Model) -> Encoded:
+    """Three rows of different lengths, without padding's ids."""
+    padding = [pad for pad in (model.tokenizer.pad_token_id, model.base.config.pad_token_id) if pad is not None]
+    ids = np.setdiff1d(np.arange(13, dtype=np.int32), padding)[-10:]
+    return Encoded({"input_ids": ids}, np.array([0, 2, 7, 10]), np.zeros(3, np.int64), {"input_ids": 0})
+
+
+def _alike(found: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def _tuples(model: Model, device: str) -> bool | None:
+    """Whether the model's blocks return tuples; None where a trial that begins at the last of them fails."""
+    modules = prefix.blocks(model.base, list(model.modules))
+    inputs, last = _trial(model).batch(np.arange(3), device)[0], max(modules)
+    with torch.inference_mode():
+        expected = model.network(**inputs)
+        for tuples in (False, True):
+            blocks = prefix.Blocks(modules, tuples)
+            try:
+                states = blocks.entering(last, lambda: model.network(**inputs))
+                with blocks.starting(last, states.clone()):
+                    found = model.network(**inputs)
+            except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError):
+                continue
+            if states.shape[:2] == inputs["input_ids"].shape and _alike(found, expected):
+                return tuples
+    return None
 
 
 def _first(model: Model, device: str) -> int | None:
@@ -223,9 +256,7 @@ def _first(model: Model, device: str) -> int | None:
     )
     if device != "cpu" or not able or (model.task != "generate" and model.pooling != "mean"):
         return None
-    padding = [pad for pad in (model.tokenizer.pad_token_id, model.base.config.pad_token_id) if pad is not None]
-    ids = np.setdiff1d(np.arange(13, dtype=np.int32), padding)[-10:]
-    rows = Encoded({"input_ids": ids}, np.array([0, 2, 7, 10]), np.zeros(3, np.int64), {"input_ids": 0})
+    rows = _trial(model)
     tables = (layer for name, layer in model.base.named_modules() if name.endswith("position_embeddings"))
     offset = next((table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None), 0)
     packed = packing.pack(rows.lengths, [3], torch.float32, device)
@@ -240,8 +271,8 @@ def _first(model: Model, device: str) -> int | None:
                     found = model.network(**rows.packed(np.arange(3), [3], first, device)[0], packed=packed)
             except (RuntimeError, TypeError, ValueError, IndexError):
                 continue
-            found = found[0, : len(ids)] if model.task == "generate" else found
-            if torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
+            found = found[0, : rows.starts[-1]] if model.task == "generate" else found
+            if _alike(found, expected):
                 return first
     return None
 

@@ -1,7 +1,7 @@
 """Adapted linear layers as one autograd function for each input: base, adapter, and both gradients, nothing else kept."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from fedrank.trace import span
 from fedrank.training.frozen import Frozen, Product
 from fedrank.training.hooks import Live
 from fedrank.training.packing import filled
+from fedrank.training.prefix import Prefix, laid
 from fedrank.training.tasks import Encoded
 
 
@@ -240,21 +242,38 @@ def _head(mounts: Sequence[Mount], name: str, x: Tensor) -> Tensor:
 
 
 def outputs(
-    frozen: Frozen, encoded: Encoded, steps: Sequence[tuple[Mount, np.ndarray]], mounts: Sequence[Mount], device: str
-) -> list[tuple[Tensor, Tensor]]:
-    """Logits and labels of each client's rows, from one pass over all of them. mounts: all that are there."""
+    frozen: Frozen, encoded: Encoded, steps: Sequence[tuple[Mount, np.ndarray]], mounts: Sequence[Mount], device: str,
+    prefixes: Sequence[Prefix] = (),
+) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+    """Logits and labels of each client's rows, from one pass over all of them. mounts: all that are there.
+
+    prefixes: of each client, where the pass begins above what is frozen.
+    """
+    batches = [batch for _, batch in steps]
+    counts, every = [len(batch) for batch in batches], np.concatenate(batches)
+    begun = _begun(frozen, prefixes, batches, encoded.lengths[every], device) if prefixes else nullcontext()
     for mount in mounts:
         mount.place.tokens = mount.place.rows = None
     rows, tokens = 0, 0
-    lengths = [encoded.lengths[batch] for _, batch in steps]
+    lengths = [encoded.lengths[batch] for batch in batches]
     longest = max(int(part.max()) for part in lengths)
     for (mount, batch), part in zip(steps, lengths, strict=True):
         taken = filled(int(part.sum())) if frozen.packs else len(batch) * longest
         mount.place.rows, mount.place.tokens = slice(rows, rows + len(batch)), slice(tokens, tokens + taken)
         rows, tokens = rows + len(batch), tokens + taken
-    batches = [batch for _, batch in steps]
-    logits, labels = frozen.logits(encoded, np.concatenate(batches), device, [len(batch) for batch in batches])
+    with begun:
+        logits, labels = frozen.logits(encoded, every, device, counts)
     if encoded.generates and frozen.packs:
         cuts = [(slice(None), mount.place.tokens) for mount, _ in steps]
         return [(logits[cut], labels[cut]) for cut in cuts]
     return [(logits[mount.place.rows], labels[mount.place.rows]) for mount, _ in steps]
+
+
+def _begun(
+    frozen: Frozen, prefixes: Sequence[Prefix], batches: Sequence[np.ndarray], lengths: np.ndarray, device: str
+) -> AbstractContextManager[None]:
+    """The pass over these batches begins with their states at the entrance of the lowest block with components."""
+    with span("prefix"):
+        states = torch.cat([prefix.states(batch) for prefix, batch in zip(prefixes, batches, strict=True)])
+        counts = [len(batch) for batch in batches]
+        return prefixes[0].blocks.starting(prefixes[0].at, laid(states, lengths, counts, frozen.packs, device))

@@ -1,7 +1,7 @@
 """The local step: train an adapter on a client's rows, or count what it predicts right."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -19,12 +19,14 @@ from fedrank.adapter import Adapter
 from fedrank.config import Config, Local
 from fedrank.protocol import Address, Job, Load, Lower, Observe, Update
 from fedrank.trace import span
-from fedrank.training import course, fused, tasks
+from fedrank.training import course, fused, prefix, tasks
 from fedrank.training.course import Ask, Course, TrainingError, batches
 from fedrank.training.frozen import Compute, Frozen, freeze
+from fedrank.training.fused import Mount
 from fedrank.training.hooks import incremented, live, mounted, swapped
 from fedrank.training.models import Model
 from fedrank.training.packing import filled
+from fedrank.training.prefix import Kept, Prefix
 from fedrank.training.tasks import Encoded
 
 EVALUATION_BATCH = 64
@@ -34,7 +36,12 @@ EXACT = Compute("float32", "torch")
 
 
 def numerics(
-    threads: int, device: str, compute: Compute = EXACT, packed: bool = False, stack: int = 1
+    threads: int,
+    device: str,
+    compute: Compute = EXACT,
+    packed: bool = False,
+    stack: int = 1,
+    prefix: bool = False,
 ) -> dict[str, Any]:
     """All that bit equality hangs on; two runs agree to the bit only where these agree."""
     return {
@@ -44,6 +51,7 @@ def numerics(
         "threads": threads,
         "stack": stack,
         "rows": "packed" if packed else "padded",
+        "prefix": "apart" if prefix else "in every pass",
         "torch": torch.__version__,
         "numpy": np.__version__,
         "transformers": transformers.__version__,
@@ -57,7 +65,8 @@ class Trainer:
     """One frozen model and its tokenised data, shared by all clients of this process.
 
     compute: how the model does; bilevel steps, which are differentiated twice, take the plain layers in float32.
-    timed: forward passes are.
+    timed: forward passes are. prefix_bytes: what may be kept on disk for either set of rows, of the hidden states below
+    the lowest block with components; where they would not fit, no pass begins above them.
     """
 
     model: Model
@@ -68,11 +77,20 @@ class Trainer:
     device: str
     compute: Compute = EXACT
     timed: bool = False
+    prefix_bytes: int = 0
     working: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @cached_property
     def frozen(self) -> Frozen:
         return freeze(self.model, self.compute, self.device)
+
+    @cached_property
+    def kept(self) -> dict[Encoded, Kept]:
+        """Where hidden states are kept; made before workers are, so that they share it."""
+        width, dtype = self.model.base.config.get_text_config().hidden_size, self.frozen.dtype
+        sets = [] if self.frozen.blocks is None else [self.train, self.test]
+        fitting = [one for one in sets if int(one.starts[-1]) * width * dtype.itemsize <= self.prefix_bytes]
+        return {one: Kept(one, width, dtype) for one in fitting}
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -121,25 +139,61 @@ class Trainer:
             fused.mounted(frozen, [one.live for one in stack], self._updated(job.base_updates)) as mounts,
             self._watched(frozen.network) as forward,
         ):
+            chunks = [tasks.by_length(self.train, one.ask.rows, prefix.CHUNK) for one in stack]
+            frozen_parts = [one.ask.job.adapter.take(one.ask.job.plan.frozen) for one in stack]
+            prefixes = self._prefixes(self.train, mounts, chunks, job.base_updates, frozen_parts)
             while True:
                 started = time.perf_counter()
-                steps = [(one, mount, batch) for one, mount in zip(stack, mounts, strict=True)
-                         if (batch := next(one.batches, None)) is not None]  # fmt: skip
+                steps = [(at, batch) for at, one in enumerate(stack) if (batch := next(one.batches, None)) is not None]
                 if not steps:
                     break
-                passed = [(mount, batch) for _, mount, batch in steps]
-                outputs = fused.outputs(frozen, self.train, passed, mounts, self.device)
+                passed = [(mounts[at], batch) for at, batch in steps]
+                begun = [prefixes[at] for at, _ in steps] if prefixes else []
+                outputs = fused.outputs(frozen, self.train, passed, mounts, self.device, begun)
                 found = [tasks.loss(logits, labels) for logits, labels in outputs]
                 with span("backward"):
                     torch.stack(found).sum().backward()  # type: ignore[no-untyped-call]
-                for (one, mount, batch), loss in zip(steps, found, strict=True):
-                    one.step(loss, mount)
-                    one.seen += len(batch)
-                seconds, rows = time.perf_counter() - started, sum(len(batch) for *_, batch in steps)
-                for one, _, batch in steps:
-                    one.seconds += seconds * len(batch) / rows
+                for (at, batch), loss in zip(steps, found, strict=True):
+                    stack[at].step(loss, mounts[at])
+                    stack[at].seen += len(batch)
+                seconds, rows = time.perf_counter() - started, sum(len(batch) for _, batch in steps)
+                for at, batch in steps:
+                    stack[at].seconds += seconds * len(batch) / rows
         if self.timed:
             stack[0].forward_seconds = sum(forward)
+
+    def _prefixes(
+        self, encoded: Encoded, mounts: list[Mount], batches: Sequence[Iterable[np.ndarray]], updates: tuple[Adapter, ...],
+        frozen: list[Adapter],
+    ) -> list[Prefix]:  # fmt: skip
+        """What is frozen below the lowest block that one of the mounted adapters trains or has, of each; else nothing.
+
+        batches: of each, the rows that are computed together where they are not kept. frozen: the other components.
+        """
+        blocks = self.frozen.blocks
+        if encoded not in self.kept or blocks is None:
+            return []
+        names = [name for mount in mounts for name in mount.live.learning]
+        at, found = prefix.lowest(names, blocks.modules), []
+        if at == min(blocks.modules):
+            return []
+        for mount, own, resting in zip(mounts, batches, frozen, strict=True):
+            below = {name: part for name, part in resting.blocks.items() if prefix.lowest([name], blocks.modules) < at}
+            base = _digest((*updates, Adapter(below, resting.scale, {})))
+            run = partial(self._below, encoded, mount, mounts)
+            chunks = prefix.chunked(own, at, base)
+            found.append(Prefix(self.kept[encoded], blocks, at, chunks, run, self.frozen.packs))
+        return found
+
+    def _below(self, encoded: Encoded, mount: Mount, mounts: list[Mount], rows: np.ndarray) -> None:
+        """A forward pass of one client's rows, without dropout."""
+        network = self.frozen.network
+        training = network.training
+        network.eval()
+        try:
+            fused.outputs(self.frozen, encoded, [(mount, rows)], mounts, self.device)
+        finally:
+            network.train(training)
 
     def _train_twice(self, one: Course) -> None:
         """A client's bilevel steps, on the plain layers, which can be differentiated twice."""
@@ -194,27 +248,32 @@ class Trainer:
         (_, encoded, _, updates), *rest = asked
         if any(other[1] is not encoded or _digest(other[3]) != _digest(updates) for other in rest):
             return [self.evaluate_all([one])[0] for one in asked]
-        mounts = [live(one[0], Adapter({}, one[0].scale, {}), "", self.device) for one in asked]
+        mounts = [live(one[0], _nothing(one[0]), "", self.device) for one in asked]
         size = max(1, EVALUATION_BATCH // len(asked))
         batches = [list(tasks.by_length(encoded, one[2], size)) for one in asked]
         counts: list[list[tuple[float, int, int]]] = [[] for _ in asked]
         with torch.inference_mode(), fused.mounted(self.frozen, mounts, self._updated(updates)) as on:
+            prefixes = self._prefixes(encoded, on, batches, updates, [_nothing(one[0]) for one in asked])
             for at in range(max(map(len, batches))):
                 here = [n for n, own in enumerate(batches) if at < len(own)]
                 passed = [(on[n], batches[n][at]) for n in here]
-                for n, (logits, labels) in zip(
-                    here, fused.outputs(self.frozen, encoded, passed, on, self.device), strict=True
-                ):
+                begun = [prefixes[n] for n in here] if prefixes else []
+                outputs = fused.outputs(self.frozen, encoded, passed, on, self.device, begun)
+                for n, (logits, labels) in zip(here, outputs, strict=True):
                     counts[n].append(tasks.counts(logits, labels))
         return [scores(own, len(one[2])) for own, one in zip(counts, asked, strict=True)]
 
     def counts(
-        self, adapter: Adapter, encoded: Encoded, batches: Iterable[np.ndarray], base_updates: tuple[Adapter, ...] = ()
+        self, adapter: Adapter, encoded: Encoded, batches: list[np.ndarray], base_updates: tuple[Adapter, ...] = ()
     ) -> list[tuple[float, int, int]]:
         """Summed loss, right predictions, and predictions of each batch."""
-        mount = live(adapter, Adapter({}, adapter.scale, {}), "", self.device)
-        with torch.inference_mode(), fused.mounted(self.frozen, [mount], self._updated(base_updates)):
-            return [tasks.counts(*self.frozen.logits(encoded, batch, self.device)) for batch in batches]
+        alone = live(adapter, _nothing(adapter), "", self.device)
+        with torch.inference_mode(), fused.mounted(self.frozen, [alone], self._updated(base_updates)) as on:
+            prefixes, found = self._prefixes(encoded, on, [batches], base_updates, [_nothing(adapter)]), []
+            for batch in batches:
+                [(logits, labels)] = fused.outputs(self.frozen, encoded, [(on[0], batch)], on, self.device, prefixes)
+                found.append(tasks.counts(logits, labels))
+        return found
 
     @contextmanager
     def _watched(self, network: torch.nn.Module) -> Iterator[list[float]]:
@@ -230,7 +289,7 @@ class Trainer:
             return time.perf_counter()
 
         before = network.register_forward_pre_hook(lambda *_: seconds.append(-now()))
-        after = network.register_forward_hook(lambda *_: seconds.append(now()))
+        after = network.register_forward_hook(lambda *_: seconds.append(now()), always_call=True)
         try:
             yield seconds
         finally:
@@ -272,6 +331,10 @@ def stacking(model: Model, train: Encoded, config: Config, workers: int) -> int:
     most = max(1, (PASS_CPU if config.device == "cpu" else PASS_GPU) // tokens)
     turns = -(-config.rounds.cohort // (workers * most))  # of each worker, so that all have about as much to do
     return -(-config.rounds.cohort // (workers * turns))
+
+
+def _nothing(like: Adapter) -> Adapter:
+    return Adapter({}, like.scale, {})
 
 
 def _outcome(one: Course) -> Update | TrainingError:
