@@ -103,16 +103,15 @@ def draws() -> torch.Generator:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("lengths", [[4, 9, 1], [16, 16], [7]])
+@pytest.mark.parametrize("lengths", [[4, 9, 1], [16, 16], [7], [20, 20, 9, 33, 70, 3, 65]])
 def test_attention_is_that_of_each_row_to_itself(lengths, causal, draws):
-    packed = packing.pack(np.array(lengths), [len(lengths)], torch.float64, "cpu")
+    packed = packing.pack(np.array(lengths), [len(lengths)], "cpu")
     heads, width = 3, 8
     q, k, v = (
         torch.randn(heads, packed.filled, width, generator=draws, dtype=torch.float64).requires_grad_()
         for _ in range(3)
     )
-    bias = packed.bias(causal, torch.float64)
-    found = packing.Attention.apply(q, k, v, packed, bias, 0.5, 0.0)
+    found = packing.Attention.apply(q, k, v, packed, causal, 0.5, 0.0)
     weight = torch.randn(found.shape, generator=draws, dtype=torch.float64)
     weight[sum(lengths) :] = 0
     ours = torch.autograd.grad((found * weight).sum(), (q, k, v))
@@ -128,27 +127,25 @@ def test_attention_is_that_of_each_row_to_itself(lengths, causal, draws):
 
 
 def test_attention_drops_shares_and_its_gradient_knows_which(draws):
-    packed = packing.pack(np.array([6, 3]), [2], torch.float64, "cpu")
+    packed = packing.pack(np.array([6, 3]), [2], "cpu")
     q, k, v = (
         torch.randn(2, packed.filled, 4, generator=draws, dtype=torch.float64).requires_grad_() for _ in range(3)
     )
 
     def drop(*parts: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(3)
-        return packing.Attention.apply(*parts, packed, packed.bias(False, torch.float64), 0.5, 0.4)
+        return packing.Attention.apply(*parts, packed, False, 0.5, 0.4)
 
     with torch.random.fork_rng():
         assert torch.autograd.gradcheck(drop, (q, k, v), nondet_tol=0.0)
-        assert not torch.allclose(
-            drop(q, k, v), packing.Attention.apply(q, k, v, packed, packed.bias(False, torch.float64), 0.5, 0.0)
-        )
+        assert not torch.allclose(drop(q, k, v), packing.Attention.apply(q, k, v, packed, False, 0.5, 0.0))
 
 
 @pytest.mark.parametrize("name", ["sliding_window", "softcap"])
 def test_attention_that_is_more_than_that_is_refused(name):
     """Short rows would not show it: the trial has to fail."""
     parts = [torch.zeros(1, 2, 32, 4) for _ in range(3)]
-    with packing.attention(toy.encoder().base, packing.pack(np.array([3]), [1], torch.float32, "cpu")):
+    with packing.attention(toy.encoder().base, packing.pack(np.array([3]), [1], "cpu")):
         packing.attend(torch.nn.Module(), *parts, None)
         with pytest.raises(ValueError, match=name):
             packing.attend(torch.nn.Module(), *parts, None, **{name: 4})

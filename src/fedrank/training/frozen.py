@@ -180,7 +180,7 @@ class Frozen:
                 return self.network(**inputs), labels
         with span("data"):
             inputs, labels = encoded.packed(rows, counts, self.first, device)
-            packed = packing.pack(encoded.lengths[rows], counts, self.dtype, device)
+            packed = packing.pack(encoded.lengths[rows], counts, device)
         with span("forward"), packing.attention(self.base, packed):
             return self.network(**inputs, packed=packed), labels
 
@@ -259,7 +259,7 @@ def _first(model: Model, device: str) -> int | None:
     rows = _trial(model)
     tables = (layer for name, layer in model.base.named_modules() if name.endswith("position_embeddings"))
     offset = next((table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None), 0)
-    packed = packing.pack(rows.lengths, [3], torch.float32, device)
+    packed = packing.pack(rows.lengths, [3], device)
     with torch.inference_mode():
         inputs = rows.batch(np.arange(3), device)[0]
         expected = model.network(**inputs)

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,49 @@ from transformers import AttentionInterface
 NAME = "fedrank"  # of this attention among those of transformers
 # What some models' attention has beside softmax over the row: it would not show in a trial with short rows.
 UNLIKE = {"attention_mask", "sliding_window", "softcap", "s_aux", "position_bias"}
-STEP = 32  # tokens are filled up to a multiple of this
+STEP = 32  # tokens are filled up to a multiple of this, and tiles are at least so wide: softmax is slow on less
 
 _packed: ContextVar["Packed"] = ContextVar("packed")
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """Rows of like length side by side in tiles of one width, so that short ones fill the vectors of a product.
+
+    owner: (tiles, width), the row at each place, -1 where there is none. tokens: (tiles * width,), the packed token at
+    each place, any where there is none. places, at: (their tokens,), where the tokens of these rows are in the tiles,
+    and where packed.
+    """
+
+    owner: Tensor
+    tokens: Tensor
+    places: Tensor
+    at: Tensor
+    biases: dict[tuple[bool, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def bias(self, causal: bool, dtype: torch.dtype) -> Tensor:
+        """(tiles, width, width): what is added to the scores so that no token sees another row, or a later token."""
+        if (causal, dtype) not in self.biases:  # one for all layers
+            unseen = self.owner[:, :, None] != self.owner[:, None, :]
+            if causal:
+                unseen |= torch.ones_like(unseen[0]).triu(1)
+            self.biases[causal, dtype] = unseen.new_zeros((), dtype=dtype).masked_fill(unseen, -torch.inf)
+        return self.biases[causal, dtype]
+
+    def spread(self, part: Tensor) -> Tensor:
+        """(heads, filled, size) -> (heads * tiles, width, size), anything at places without a token."""
+        return part.index_select(1, self.tokens).view(-1, self.owner.shape[1], part.shape[2])
+
+    def spread_zeros(self, part: Tensor) -> Tensor:
+        """The same, with zeros at places without a token."""
+        found = part.new_zeros(len(part), len(self.tokens), part.shape[2])
+        found.index_copy_(1, self.places, part.index_select(1, self.at))
+        return found.view(-1, self.owner.shape[1], part.shape[2])
+
+    def gather(self, part: Tensor, into: Tensor) -> None:
+        """(heads * tiles, width, size) to where its tokens are in (heads, filled, size)."""
+        flat = part.view(len(into), -1, part.shape[2])
+        into.index_copy_(1, self.at, flat.index_select(1, self.places))
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,22 +65,13 @@ class Packed:
     """Where packed rows are, shared by all layers of a pass.
 
     lengths: (rows,), tokens of each row. filled: all tokens, with those that only fill up, after each client's.
-    padded: (rows * longest,), the token at each place of the padded layout, any where there is none.
-    at: (tokens of the rows,), where each is. real: (tokens of the rows,), each token's place in the padded layout; None
-    where both layouts are the same.
+    at: (tokens of the rows,), where each is. tiles: the rows as attention computes them, by their length.
     """
 
     lengths: Tensor
     filled: int
-    padded: Tensor
     at: Tensor
-    real: Tensor | None
-    biases: dict[tuple[bool, torch.dtype], Tensor | None] = field(default_factory=dict)
-
-    @cached_property
-    def shape(self) -> tuple[int, int]:
-        """(rows, longest)"""
-        return len(self.lengths), len(self.padded) // len(self.lengths)
+    tiles: tuple[Tiles, ...]
 
     def mean(self, hidden: Tensor) -> Tensor:
         """(filled, width) -> (rows, width), the mean over each row's tokens."""
@@ -49,46 +79,14 @@ class Packed:
         sums = hidden.new_zeros(len(self.lengths), hidden.shape[-1]).index_add(0, owner, hidden[self.at])
         return sums / self.lengths[:, None]
 
-    def bias(self, causal: bool, dtype: torch.dtype) -> Tensor | None:
-        """(rows or 1, 1 or longest, longest): what is added to the scores so that no token sees what it must not."""
-        if (causal, dtype) not in self.biases:  # one for all layers
-            longest, found = self.shape[1], None
-            at = torch.arange(longest, device=self.lengths.device)
-            if self.real is not None:
-                found = (at >= self.lengths[:, None])[:, None, :]
-            if causal:
-                later = (at > at[:, None])[None]
-                found = later if found is None else found | later
-            made = None if found is None else found.new_zeros((), dtype=dtype).masked_fill(found, -torch.inf)
-            self.biases[causal, dtype] = made
-        return self.biases[causal, dtype]
-
-    def spread(self, part: Tensor) -> Tensor:
-        """(heads, filled, width) -> (heads * rows, longest, width), anything at places without a token."""
-        if self.real is None:
-            return part.clone(memory_format=torch.contiguous_format).view(-1, self.shape[1], part.shape[2])
-        return part.index_select(1, self.padded).view(-1, self.shape[1], part.shape[2])
-
-    def spread_zeros(self, part: Tensor) -> Tensor:
-        """The same, with zeros at places without a token."""
-        if self.real is None:
-            return self.spread(part)
-        found = part.new_zeros(len(part), len(self.padded), part.shape[2])
-        found.index_copy_(1, self.real, part.index_select(1, self.at))
-        return found.view(-1, self.shape[1], part.shape[2])
-
-    def gather(self, part: Tensor, heads: int) -> Tensor:
-        """(heads * rows, longest, width) -> (filled, heads, width), zeros for what only fills up."""
-        flat = part.view(heads, -1, part.shape[2]).transpose(0, 1)
-        if self.real is None:
-            return flat.contiguous()
-        found = part.new_zeros(self.filled, heads, part.shape[2])
-        return found.index_copy_(0, self.at, flat.index_select(0, self.real))
-
 
 def filled(tokens: int) -> int:
     """The tokens with those that fill up: a kernel is made for every number of tokens, which costs more than these."""
-    return -(-tokens // STEP) * STEP
+    return filled_to(tokens, STEP)
+
+
+def filled_to(tokens: int, size: int) -> int:
+    return -(-tokens // size) * size
 
 
 def layout(lengths: np.ndarray, counts: Sequence[int]) -> tuple[np.ndarray, list[int]]:
@@ -102,69 +100,82 @@ def layout(lengths: np.ndarray, counts: Sequence[int]) -> tuple[np.ndarray, list
     return np.concatenate([begin + np.arange(tokens) for begin, tokens in zip(begins, own, strict=True)]), sizes
 
 
-def pack(lengths: np.ndarray, counts: Sequence[int], dtype: torch.dtype, device: str) -> Packed:
-    # torch's softmax in bfloat16 is several times slower where a row of scores does not fill its vectors.
-    rows, vector = len(lengths), 32 if dtype == torch.bfloat16 else 1
-    longest = -(-int(lengths.max()) // vector) * vector
+def pack(lengths: np.ndarray, counts: Sequence[int], device: str) -> Packed:
     at, sizes = layout(lengths, counts)
-    there = np.arange(longest) < lengths[:, None]
-    starts = at[np.cumsum(lengths) - lengths]
-    padded = np.where(there, starts[:, None] + np.arange(longest), starts[:, None]).reshape(-1)
-    same = sum(sizes) == len(at) == rows * longest
-    real = None if same else torch.from_numpy(np.flatnonzero(there)).to(device)
-    return Packed(
-        torch.from_numpy(lengths).to(device), sum(sizes), torch.from_numpy(padded).to(device),
-        torch.from_numpy(at).to(device), real,
-    )  # fmt: skip
+    ends = np.cumsum(lengths)
+    doublings = np.ceil(np.log2(np.maximum(lengths, STEP) / STEP)).astype(int)
+    tiles = []
+    for doubling in np.unique(doublings):
+        rows = np.flatnonzero(doublings == doubling)
+        own = np.concatenate([at[ends[row] - lengths[row] : ends[row]] for row in rows])
+        tiles.append(_tiles(lengths[rows], own, device))
+    return Packed(torch.from_numpy(lengths).to(device), sum(sizes), torch.from_numpy(at).to(device), tuple(tiles))
+
+
+def _tiles(lengths: np.ndarray, at: np.ndarray, device: str) -> Tiles:
+    """Rows in their order, as many in a tile as it holds. at: their tokens' places, packed."""
+    width, starts, used = filled(int(lengths.max())), list[int](), 0
+    for length in lengths.tolist():
+        if used % width + length > width:
+            used = filled_to(used, width)
+        starts.append(used)
+        used += length
+    count = -(-used // width)
+    begins = np.cumsum(lengths) - lengths
+    places = np.arange(len(at)) + np.repeat(np.array(starts) - begins, lengths)
+    owner, tokens = np.full(count * width, -1), np.zeros(count * width, np.int64)
+    owner[places], tokens[places] = np.repeat(np.arange(len(lengths)), lengths), at
+
+    def there(part: np.ndarray) -> Tensor:
+        return torch.from_numpy(part).to(device)
+
+    return Tiles(there(owner.reshape(count, width)), there(tokens), there(places), there(at))
 
 
 class Attention(torch.autograd.Function):
     """Softmax attention of every packed row to itself. query, key, value: (heads, filled, width of a head).
 
-    Exact: all scores are made, a head at a time of every row together, and kept for backward.
+    Exact: all scores of a tile are made and kept for backward.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        packed: Packed,
-        bias: Tensor | None,
-        scale: float,
-        drop: float,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, packed: Packed, causal: bool, scale: float, drop: float
     ) -> Tensor:
         """(filled, heads, width of a head)"""
-        heads = query.shape[0]
-        rows, longest = packed.shape
-        q, k, v = (packed.spread(part) for part in (query, key, value))
-        q *= scale
-        scores = torch.bmm(q, k.transpose(1, 2))
-        if bias is not None:
-            scores.view(heads, rows, longest, longest).add_(bias)
-        shares = torch.softmax(scores, -1)
-        kept = torch.empty_like(shares).bernoulli_(1 - drop).div_(1 - drop) if drop else None
-        mixed = torch.bmm(shares if kept is None else shares * kept, v)
-        ctx.save_for_backward(q, k, v, shares, kept)
-        ctx.rest = packed, heads, scale
-        return packed.gather(mixed, heads)
+        made = torch.zeros_like(query)
+        saved: list[Tensor | None] = []
+        for tiles in packed.tiles:
+            q, k, v = (tiles.spread(part) for part in (query, key, value))
+            q *= scale
+            scores = torch.bmm(q, k.transpose(1, 2))
+            scores.view(len(query), -1, *scores.shape[1:]).add_(tiles.bias(causal, scores.dtype))
+            shares = torch.softmax(scores, -1)
+            kept = torch.empty_like(shares).bernoulli_(1 - drop).div_(1 - drop) if drop else None
+            tiles.gather(torch.bmm(shares if kept is None else shares * kept, v), made)
+            saved += [q, k, v, shares, kept]
+        ctx.save_for_backward(*saved)
+        ctx.rest = packed, scale
+        return made.transpose(0, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, shares, kept = ctx.saved_tensors
-        packed, heads, scale = ctx.rest
-        g = packed.spread_zeros(grad.transpose(0, 1))
-        of_shares = torch.bmm(g, v.transpose(1, 2))
-        if kept is not None:
-            of_shares *= kept
-        of_value = torch.bmm((shares if kept is None else shares * kept).transpose(1, 2), g)
-        of_scores = torch._softmax_backward_data(of_shares, shares, -1, shares.dtype)
-        of_query = torch.bmm(of_scores, k).mul_(scale)
-        of_key = torch.bmm(of_scores.transpose(1, 2), q)
-        found = [packed.gather(part, heads).transpose(0, 1) for part in (of_query, of_key, of_value)]
-        return (*found, None, None, None, None)
+        packed, scale = ctx.rest
+        made = [torch.zeros_like(grad.transpose(0, 1)) for _ in range(3)]
+        saved = iter(ctx.saved_tensors)
+        for tiles, (q, k, v, shares, kept) in zip(packed.tiles, zip(*[saved] * 5, strict=True), strict=True):
+            g = tiles.spread_zeros(grad.transpose(0, 1))
+            of_shares = torch.bmm(g, v.transpose(1, 2))
+            if kept is not None:
+                of_shares *= kept
+            of_value = torch.bmm((shares if kept is None else shares * kept).transpose(1, 2), g)
+            of_scores = torch._softmax_backward_data(of_shares, shares, -1, shares.dtype)
+            of_query = torch.bmm(of_scores, k).mul_(scale)
+            of_key = torch.bmm(of_scores.transpose(1, 2), q)
+            for part, into in zip((of_query, of_key, of_value), made, strict=True):
+                tiles.gather(part, into)
+        return (*made, None, None, None, None)
 
 
 def attend(
@@ -183,9 +194,8 @@ def attend(
         key, value = (part.repeat_interleave(query.shape[1] // key.shape[1], 1) for part in (key, value))
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    bias = packed.bias(causal, query.dtype)
     mixed: Tensor = Attention.apply(  # type: ignore[no-untyped-call]
-        query[0], key[0], value[0], packed, bias, scale, dropout
+        query[0], key[0], value[0], packed, causal, scale, dropout
     )
     return mixed[None], None
 
