@@ -261,6 +261,7 @@ def test_the_numerics_record_says_what_the_bits_hang_on():
     found = local.numerics(3, "cpu")
     assert found == {
         "compute": "float32", "products": "torch", "device": "cpu", "threads": 3, "stack": 1, "rows": "padded",
+        "prefix": "in every pass",
         "torch": torch.__version__, "numpy": np.__version__, "transformers": transformers.__version__,
         "tokenizers": tokenizers.__version__, "cpu": torch.backends.cpu.get_cpu_capability(),
     }  # fmt: skip

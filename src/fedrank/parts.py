@@ -107,7 +107,7 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
         model, train, test, config.local.lr or chosen.default_lr, engine.threads, config.device, compute, measured,
         engine.prefix_bytes,
     )  # fmt: skip
-    own_rows, own_set = (dataset.test, test) if shares.test_from == "test" else (dataset.train, train)
+    own_label, own_set = (dataset.test.label, test) if shares.test_from == "test" else (dataset.train.label, train)
     index = {name: at for at, name in enumerate(shares.names)}
     rows = dict(zip(shares.names, shares.train, strict=True))
     lengths, packed, begins = train.lengths, trainer.frozen.packs, bool(trainer.kept)
@@ -127,7 +127,7 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
 
     def personal(mine: np.ndarray, adapter: Adapter, base: tuple[Adapter, ...]) -> dict[str, float]:
         found = trainer.evaluate(adapter, own_set, mine, base)
-        return found if own_rows.label is None else found | {"majority": local.majority(own_rows.label[mine])}
+        return found if own_label is None else found | {"majority": local.majority(own_label[mine])}
 
     def site(client: ClientId, wire: Wire, store: Store) -> Site:
         mine = shares.test[index[client]]

@@ -1,6 +1,7 @@
 """Worker processes: forked from this one, so that they share its model and data, each on its own cores."""
 
 import ctypes
+import gc
 import logging
 import multiprocessing
 import os
@@ -68,6 +69,9 @@ class Workers:
             for at in range(self.count):
                 own = cores[at * self.threads : (at + 1) * self.threads]
                 places.put(own if self.count * self.threads == len(cores) else [])
+            gc.collect()
+            give_back()
+            gc.freeze()  # else collecting garbage would write to, and so copy, all that is shared
             before = set(multiprocessing.active_children())
             self.pool = ProcessPoolExecutor(self.count, context, _begin, (self.functions, places))
             self.pool.submit(int).result()  # all are forked with the first task
@@ -99,6 +103,13 @@ def keep_memory() -> None:
     if hasattr(libc, "mallopt"):
         for parameter, value in ((MMAP, LARGEST), (TRIM, KEPT), (TOP_PAD, 1 << 26)):
             libc.mallopt(parameter, value)
+
+
+def give_back() -> None:
+    """Return freed memory, such as that of the texts before they were tokens, to the system."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _begin(functions: list[Callable[[Any], Any]], places: Any) -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from fedrank.trace import span
 from fedrank.training.frozen import Frozen, Product
 from fedrank.training.hooks import Live
-from fedrank.training.packing import filled
+from fedrank.training.packing import layout
 from fedrank.training.prefix import Prefix, laid
 from fedrank.training.tasks import Encoded
 
@@ -251,16 +251,15 @@ def outputs(
     """
     batches = [batch for _, batch in steps]
     counts, every = [len(batch) for batch in batches], np.concatenate(batches)
-    begun = _begun(frozen, prefixes, batches, encoded.lengths[every], device) if prefixes else nullcontext()
+    lengths = encoded.lengths[every]
+    begun = _begun(frozen, prefixes, batches, lengths, device) if prefixes else nullcontext()
     for mount in mounts:
         mount.place.tokens = mount.place.rows = None
     rows, tokens = 0, 0
-    lengths = [encoded.lengths[batch] for batch in batches]
-    longest = max(int(part.max()) for part in lengths)
-    for (mount, batch), part in zip(steps, lengths, strict=True):
-        taken = filled(int(part.sum())) if frozen.packs else len(batch) * longest
-        mount.place.rows, mount.place.tokens = slice(rows, rows + len(batch)), slice(tokens, tokens + taken)
-        rows, tokens = rows + len(batch), tokens + taken
+    sizes = layout(lengths, counts)[1] if frozen.packs else [int(lengths.max()) * count for count in counts]
+    for (mount, _), count, taken in zip(steps, counts, sizes, strict=True):
+        mount.place.rows, mount.place.tokens = slice(rows, rows + count), slice(tokens, tokens + taken)
+        rows, tokens = rows + count, tokens + taken
     with begun:
         logits, labels = frozen.logits(encoded, every, device, counts)
     if encoded.generates and frozen.packs:

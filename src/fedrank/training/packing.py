@@ -81,21 +81,19 @@ class Packed:
 
 
 def filled(tokens: int) -> int:
-    """The tokens with those that fill up: a kernel is made for every number of tokens, which costs more than these."""
-    return filled_to(tokens, STEP)
-
-
-def filled_to(tokens: int, size: int) -> int:
-    return -(-tokens // size) * size
+    """The tokens with those that fill up: for every number of tokens kernels are made and kept, which costs more."""
+    step = max(STEP, 1 << tokens.bit_length() >> 4)  # an eighth of the power of two below
+    return -(-tokens // step) * step
 
 
 def layout(lengths: np.ndarray, counts: Sequence[int]) -> tuple[np.ndarray, list[int]]:
-    """(tokens,): the place of each token, and (clients,): the tokens of each client, filled up.
+    """(tokens,): the place of each token, and (clients,): the tokens of each client, filled up as their sum is.
 
     counts: how many of the rows are each client's, whose tokens lie together.
     """
     own = [int(part.sum()) for part in np.split(lengths, np.cumsum(counts)[:-1])]
     sizes = [filled(tokens) for tokens in own]
+    sizes[-1] += filled(sum(sizes)) - sum(sizes)
     begins = np.cumsum(sizes) - sizes
     return np.concatenate([begin + np.arange(tokens) for begin, tokens in zip(begins, own, strict=True)]), sizes
 
@@ -117,7 +115,7 @@ def _tiles(lengths: np.ndarray, at: np.ndarray, device: str) -> Tiles:
     width, starts, used = filled(int(lengths.max())), list[int](), 0
     for length in lengths.tolist():
         if used % width + length > width:
-            used = filled_to(used, width)
+            used += -used % width
         starts.append(used)
         used += length
     count = -(-used // width)

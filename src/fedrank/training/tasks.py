@@ -1,10 +1,13 @@
 """Tasks: rows become token ids once, batches are padded to their longest row, logits become loss and counts."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, chain
-from typing import Any
+from itertools import chain
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -15,6 +18,8 @@ from fedrank.training.data import Rows
 from fedrank.training.packing import layout
 
 IGNORED = -100  # a position that has no label
+CHUNK = 1024  # rows that are tokenised at a time
+LABELS = "labels"  # of tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,16 +88,22 @@ class Encoded:
 
 
 def encode(rows: Rows, tokenizer: Any, task: str, max_length: int) -> Encoded:
-    """Tokenise rows for a task; texts are cut to `max_length` tokens, of a prompt the start goes first."""
+    """Tokenise rows for a task; texts are cut to `max_length` tokens, of a prompt the start goes first.
+
+    The ids lie in memory-mapped files without names, which processes forked later share.
+    """
+    parts = (rows.take(np.arange(at, min(at + CHUNK, len(rows)))) for at in range(0, len(rows), CHUNK))
     if task == "generate":
-        return _prompts(rows, tokenizer, max_length)
-    assert rows.label is not None
+        return _written((_prompts(part, tokenizer, max_length) for part in parts), tokenizer, None)
+    return _written((_texts(part, tokenizer, max_length) for part in parts), tokenizer, rows.label)
+
+
+def _texts(rows: Rows, tokenizer: Any, max_length: int) -> dict[str, list[list[int]]]:
     kept = tokenizer(rows.text, rows.text_b, truncation=True, max_length=max_length)
-    fields = {name: kept[name] for name in tokenizer.model_input_names if name in kept and name != "attention_mask"}
-    return _encoded(fields, rows.label, tokenizer)
+    return {name: kept[name] for name in tokenizer.model_input_names if name in kept and name != "attention_mask"}
 
 
-def _prompts(rows: Rows, tokenizer: Any, max_length: int) -> Encoded:
+def _prompts(rows: Rows, tokenizer: Any, max_length: int) -> dict[str, list[list[int]]]:
     assert rows.completion is not None
     ids, labels = [], []
     heads = tokenizer(rows.text, add_special_tokens=True)["input_ids"]
@@ -103,14 +114,25 @@ def _prompts(rows: Rows, tokenizer: Any, max_length: int) -> Encoded:
         head = head[-(max_length - len(tail)) :]
         ids.append(head + tail)
         labels.append([IGNORED] * len(head) + tail)
-    return _encoded({"input_ids": ids}, np.concatenate(labels).astype(np.int64), tokenizer)
+    return {"input_ids": ids, LABELS: labels}
 
 
-def _encoded(fields: Mapping[str, list[list[int]]], labels: np.ndarray, tokenizer: Any) -> Encoded:
-    starts = np.array([0, *accumulate(len(ids) for ids in fields["input_ids"])])
-    flat = {name: np.fromiter(chain.from_iterable(rows), np.int32, int(starts[-1])) for name, rows in fields.items()}
+def _written(parts: Iterable[dict[str, list[list[int]]]], tokenizer: Any, labels: np.ndarray | None) -> Encoded:
+    """labels: of the rows; None where each token has its own."""
+    lengths, fields = list[int](), dict[str, np.ndarray]()
+    with ExitStack() as stack:
+        files = defaultdict[str, IO[bytes]](lambda: stack.enter_context(tempfile.TemporaryFile()))
+        for part in parts:
+            lengths += map(len, part["input_ids"])
+            for name, lists in part.items():
+                files[name].write(np.fromiter(chain.from_iterable(lists), np.int32).tobytes())
+        for name, file in files.items():
+            file.flush()
+            fields[name] = np.memmap(file, np.int32, "r")
+    found = fields.pop(LABELS) if labels is None else labels
     fill = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0)}
-    return Encoded(flat, starts, labels, {name: fill.get(name, 0) for name in fields})
+    starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    return Encoded(fields, starts, found, {name: fill.get(name, 0) for name in fields})
 
 
 def loss(logits: Tensor, labels: Tensor) -> Tensor:
