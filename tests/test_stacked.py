@@ -11,11 +11,11 @@ import pytest
 
 import toy
 from fedrank import experiment
-from fedrank.adapter import kaiming
+from fedrank.adapter import gaussian, kaiming
 from fedrank.config import Local
 from fedrank.engines import local as engine
 from fedrank.protocol import Device, Job, Plan, rng
-from fedrank.training import models
+from fedrank.training import linears, models
 from fedrank.training.course import Ask, TrainingError
 from fedrank.training.local import Trainer
 
@@ -142,3 +142,29 @@ def test_workers_change_no_bit_and_a_stack_next_to_nothing(tmp_path):
     near(runs[1, 1].state.adapter, runs[3, 1].state.adapter)
     assert runs[3, 1].summary["numerics"]["stack"] == 3
     assert runs[1, 1].summary["personal_accuracy"] == pytest.approx(runs[3, 1].summary["personal_accuracy"], abs=0.02)
+
+
+@pytest.mark.parametrize("factors", ["BAh", "BeAh"])
+def test_padded_clients_that_are_alike_are_one_batched_product(monkeypatch, factors):
+    """As many products for three clients as for one, where all have batches of as many rows."""
+    model = models.load(toy.settings(model={"name": "tiny-encoder"}), toy.LABELS)
+    trainer = Trainer(model, toy.encoded("train"), toy.encoded("test"), 1e-2, 1, "cpu")
+    trainer.frozen.first = None
+    make = gaussian if "e" in factors else kaiming
+    start = model.spec.with_head(make(model.spec.shapes, 3, model.spec.scale, rng(0, "start")))
+
+    def ask(name: str) -> Ask:
+        plan, settings = Plan(start.ids, learn=factors), Local(batch_size=8, steps=2)
+        job = Job(plan, 2, 10, model.spec, start, (), {}, settings, Device(name, 20), 0, print)
+        return Ask(job, ROWS[name][:11], None, None)
+
+    counts = list[int]()
+    for names in (["c0"], list(ROWS)):
+        called = list[int]()
+        monkeypatch.setattr(linears, "_add", lambda *given, add=linears._add, to=called: to.append(1) or add(*given))
+        found = trainer.fit_all([ask(name) for name in names])
+        monkeypatch.undo()
+        counts.append(len(called))
+    assert 0 < counts[0] == counts[1]
+    for name, together in zip(ROWS, found, strict=True):
+        near(together.adapter, trainer.fit_all([ask(name)])[0].adapter)
