@@ -5,6 +5,7 @@ python job.py DATA OUT --rounds 10. Needs fedrank; the contestants read the fold
 
 import argparse
 import json
+from collections.abc import Iterable
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -44,8 +45,8 @@ def ragged(lists: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     return np.array([value for part in lists for value in part], np.int64), starts
 
 
-def write(out: Path, raw: dict[str, Any]) -> None:
-    chosen = config.load(raw)
+def write(out: Path, raw: dict[str, Any], overrides: Iterable[str] = ()) -> None:
+    chosen = config.load(raw, overrides)
     parts = prepare(chosen)
     chosen = parts.config
     out.mkdir(parents=True, exist_ok=True)
@@ -91,8 +92,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--evaluate-every", type=int, default=10)
-    args = parser.parse_args()
-    write(args.out, settings(args.data, args.rounds, args.evaluate_every))
+    parser.add_argument("overrides", nargs="*", help="of fedrank's config, key=value")
+    args = parser.parse_intermixed_args()
+    write(args.out, settings(args.data, args.rounds, args.evaluate_every), args.overrides)
 
 
 if __name__ == "__main__":

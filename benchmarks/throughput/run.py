@@ -119,13 +119,52 @@ def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def gemm() -> dict[str, float]:
+    """FLOP/s of matrix products on all cores of this machine, now."""
+    done = subprocess.run([sys.executable, "floor.py"], cwd=HERE, check=True, capture_output=True, text=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def floor(job: dict[str, Any]) -> dict[str, Any]:
+    """Seconds that the job's FLOPs take at the measured rate of products, and that share of the time in rounds."""
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        seconds = job["flops"] / median(measured[dtype] for measured in job["gemm_flops_per_second"])
+        shares = {
+            name: seconds / median(sum(record["round_seconds"]) for record in records)
+            for name, records in job["records"].items()
+            if records
+        }
+        found[dtype] = {"seconds": seconds, "share_of_round_seconds": shares}
+    return found
+
+
 def distance(ours: Path, theirs: Path) -> dict[str, float]:
-    """Between two trained adapters with their heads: the largest difference, and that of the norms to the norm."""
+    """Between two trained adapters with their heads: of a number in the mean (root of squares), and at most.
+
+    AdamW divides each gradient by its own size, so a few that are next to zero carry rounding into the largest one.
+    """
     a, b = (dict(np.load(path / "adapter.npz")) for path in (ours, theirs))
     assert a.keys() == b.keys()
-    apart = np.concatenate([(a[name] - b[name]).ravel() for name in a])
-    whole = np.concatenate([b[name].ravel() for name in b])
-    return {"largest": float(np.abs(apart).max()), "relative": float(np.linalg.norm(apart) / np.linalg.norm(whole))}
+    apart = np.concatenate([(a[name] - b[name]).ravel() for name in a]).astype(np.float64)
+    return {"root_mean_square": float(np.sqrt((apart**2).mean())), "largest": float(np.abs(apart).max())}
+
+
+def distances(data: Path, work: Path, peers: str) -> dict[str, dict[str, float]]:
+    """fedrank's adapter from the plain loop's after so many steps of one client, both in float32 on one thread."""
+    found = {}
+    for steps in (1, 10):
+        folder, overrides = (work / f"{data.name}-{steps}-steps").resolve(), [f"local.steps={steps}", "rounds.cohort=1"]
+        exact = ["engine.compute=float32", "engine.products=torch", "engine.workers=1", "engine.threads=1"]
+        job, ours, theirs = (folder / name for name in ("job", "fedrank", "peft"))
+        for command in (
+            [sys.executable, "job.py", data, job, "--rounds", "1", *overrides],
+            [sys.executable, "fedrank_run.py", data, ours, "--rounds", "1", *overrides, *exact],
+            [peers, "peft_loop.py", job, theirs, "--processes", "1", "--threads", "1"],
+        ):
+            subprocess.run(list(map(str, command)), cwd=HERE, check=True, capture_output=True)
+        found[f"{steps} steps"] = distance(ours, theirs)
+    return found
 
 
 def main() -> None:
@@ -147,6 +186,9 @@ def main() -> None:
         args.results.write_text(json.dumps(results, indent=1))
 
     for dataset in args.datasets.split(","):
+        if dataset not in results.setdefault("distances", {}):
+            results["distances"][dataset] = distances((args.data / dataset).resolve(), args.work, args.peers)
+            keep()
         for rounds in map(int, args.rounds.split(",")):
             folder = (args.work / f"{dataset}-{rounds}").resolve()
             if not (folder / "job" / "job.json").exists():
@@ -156,6 +198,8 @@ def main() -> None:
             job = results["jobs"].setdefault(f"{dataset}, {rounds} rounds", {"records": {}})
             job["flops"] = about["flops"]
             for repeat in range(args.repeats):
+                if len(job.setdefault("gemm_flops_per_second", [])) <= repeat:
+                    job["gemm_flops_per_second"].append(gemm())
                 for name, (words, processes) in (PEERS | OURS).items():
                     records = job["records"].setdefault(name, [])
                     if args.only not in name or len(records) > repeat:
@@ -172,6 +216,7 @@ def main() -> None:
                     print(f"{time.strftime('%H:%M:%S')} {dataset} {rounds} {name}: {found['wall_seconds']:.1f} s, "
                           f"{found['steady_updates_per_second']:.2f} updates/s, {found['accuracy']:.4f}", flush=True)  # fmt: skip
                     job["summary"] = {n: summary(r) for n, r in job["records"].items() if r}
+                    job["floor"] = floor(job)
                     keep()
 
 
