@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import toy
-from fedrank import fleet, methods, parts, server
+from fedrank import fleet, methods, server
 from fedrank.config import FleetSettings
 from fedrank.protocol import Load, Plan
 from fedrank.training.partition import Kind, partition
@@ -74,7 +74,7 @@ def test_the_same_devices(settings: dict[str, Any] | None, name: str, tmp_path: 
         settings = settings | {"csv": str(tmp_path / "devices.csv")}
     found = fleet.build(None if settings is None else FleetSettings(**settings), clients(40), 5)
     devices = {client: astuple(device) for client, device in found.devices.items()}
-    assert named(list(devices), devices, astuple(found.at("c07", 9)), parts._digest(found)) == name
+    assert named(list(devices), devices, astuple(found.at("c07", 9)), found.digest()) == name
 
 
 def clients(count: int) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,24 @@ class Dataset:
     dev: Rows | None
     labels: tuple[str, ...]
     notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class ClientData:
+    """Clients that each bring their own rows: read or made when a client is drawn, and not kept.
+
+    name: what the data is called. clients: how many there are. rows: a client's place, from 0 on -> its rows, the same
+    whenever and in whatever process it is called; their columns are those of a data file. test: the rows of the global
+    test set. labels: the class names, a label's id being its place; none for task generate.
+
+    A fifth of a client's rows is its personal test, as in a natural partition.
+    """
+
+    name: str
+    clients: int
+    rows: Callable[[int], Iterable[Mapping[str, Any]]]
+    test: Iterable[Mapping[str, Any]]
+    labels: Sequence[str] = ()
 
 
 def load(
