@@ -29,7 +29,7 @@ Evaluate = Callable[[Adapter, tuple[Adapter, ...]], Mapping[str, float]]
 def sample(clients: Sequence[ClientId], size: int, seed: int, round: int) -> list[ClientId]:
     """The clients of a round of 1..: drawn without replacement, in the order of registration."""
     drawn = rng(seed, "cohort", round).choice(len(clients), min(size, len(clients)), replace=False)
-    return [clients[i] for i in sorted(drawn)]
+    return [clients[i] for i in sorted(drawn.tolist())]
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +111,9 @@ class Server:
             given = plans[client]
             if given is None and training:  # it sits this round out
                 continue
-            plan = replace(given or Plan({}), since=state.seen.get(client, -1))
+            plan, since = given or Plan({}), state.seen.get(client, -1)
+            if plan.since != since:
+                plan = replace(plan, since=since)
             if self.head != "train":  # it stays where it is: trained there, or as begin() made it
                 learn = plan.learn if self.head == "own" else plan.learn.replace("h", "")
                 up, down = plan.up.replace("h", ""), plan.down.replace("h", "")
