@@ -3,8 +3,8 @@
 import math
 from dataclasses import replace
 from fractions import Fraction
-from itertools import pairwise
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
