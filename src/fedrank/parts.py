@@ -84,7 +84,7 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
         dataset, shares = _dealt(config)
         name, labels, people = dataset.name, dataset.labels, partial(clients.shared, dataset, shares)
     else:
-        config = _natural(config, data)
+        config = rows.natural(config, data)
         name, labels, people = data.name, tuple(data.labels), partial(clients.own, config, data)
     model = models.load(config, labels)
     engine = config.engine
@@ -127,7 +127,7 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
 
     sizes = Roster(names, lambda at: len(population.held(at).train))
     machines = fleet.build(config.engine.fleet, sizes, config.seed)
-    devices = Roster(names, device, min(config.rounds.cohort, len(names)))
+    devices = Roster(names, device, kept=2 * config.rounds.cohort)
 
     def personal(mine: clients.Held, adapter: Adapter, base: tuple[Adapter, ...]) -> dict[str, float]:
         found = trainer.evaluate(adapter, mine.tested, mine.test, base)
@@ -208,13 +208,6 @@ def _dealt(config: Config) -> tuple[Dataset, partition.Partition]:
         classes_per_client=p.classes_per_client, s=p.s, min_rows=p.min_rows, column=dataset.train.client,
         test_labels=dataset.test.label, test_rows=len(dataset.test), train_rows=len(dataset.train),
     )  # fmt: skip
-
-
-def _natural(config: Config, data: ClientData) -> Config:
-    """The config with what it has to say of data whose clients bring their own rows."""
-    natural = config.data.partition.model_copy(update={"kind": "natural"})
-    named = config.data.model_copy(update={"name": data.name, "path": None, "partition": natural})
-    return config.model_copy(update={"data": named, "clients": settings.Clients(count=data.clients)})
 
 
 def _chosen(config: Config, method: Method | None) -> tuple[Config, Method]:

@@ -23,7 +23,7 @@ class Names(Sequence[str]):
     def __getitem__(self, at: slice) -> tuple[str, ...]: ...
     def __getitem__(self, at: int | slice) -> str | tuple[str, ...]:
         if isinstance(at, slice):
-            return tuple(self[place] for place in range(self.size)[at])
+            return tuple(f"{place:0{self.width}}" for place in range(self.size)[at])
         return f"{range(self.size)[at]:0{self.width}}"
 
     def __contains__(self, name: object) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fedrank import together
-from fedrank.config import Config, ConfigError
+from fedrank.config import Config
 from fedrank.protocol import Job, Lower, Observe, Update, rng
 from fedrank.roster import Names
 from fedrank.training import partition
@@ -71,16 +71,7 @@ def shared(dataset: Dataset, shares: partition.Partition, encode: Encode) -> Pop
 
 
 def own(config: Config, data: ClientData, encode: Encode) -> Population:
-    """Clients that bring their own rows; those of the last cohort are kept."""
-    if data.clients < 1:
-        raise DataError(f"{data.name}: {data.clients} clients; there must be at least one")
-    if config.task != "generate" and not data.labels:
-        raise DataError(f"{data.name}: no labels; task {config.task} needs the class names")
-    for key in ("train_limit", "split"):
-        if getattr(config.data, key) != type(config.data).model_fields[key].default:
-            raise ConfigError(
-                f"data.{key}: it is of a whole data set, and each client of {data.name} brings its own rows"
-            )
+    """Clients that bring their own rows; those of the last cohorts are kept."""
     columns, ids = config.data.columns.model_dump(), {label: at for at, label in enumerate(data.labels)}
 
     def read(place: str, records: Iterable[Mapping[str, Any]]) -> Rows:
@@ -96,7 +87,7 @@ def own(config: Config, data: ClientData, encode: Encode) -> Population:
             raise DataError(f"{data.name}: client {at} and the test must both have the column text_b, or neither")
         return found
 
-    @lru_cache(min(config.rounds.cohort, data.clients))
+    @lru_cache(2 * config.rounds.cohort)
     def held(at: int) -> Held:
         mine = rows(at)
         encoded, order = encode(mine), rng(config.seed, "partition", "test", at).permutation(len(mine))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fedrank.config import Config
+from fedrank.config import Clients, Config
 from fedrank.protocol import rng
 from fedrank.training import docstrings
 from fedrank.training.sources import DataError, Record, Source, from_hub, from_path, nearest
@@ -79,6 +79,22 @@ class ClientData:
     rows: Callable[[int], Iterable[Mapping[str, Any]]]
     test: Iterable[Mapping[str, Any]]
     labels: Sequence[str] = ()
+
+
+def natural(config: Config, data: ClientData) -> Config:
+    """The config with what it has to say of clients that bring their own rows."""
+    if data.clients < 1:
+        raise DataError(f"{data.name}: {data.clients} clients; there must be at least one")
+    if config.task != "generate" and not data.labels:
+        raise DataError(f"{data.name}: no labels; task {config.task} needs the class names")
+    for key in ("train_limit", "split"):
+        if getattr(config.data, key) != type(config.data).model_fields[key].default:
+            raise DataError(
+                f"data.{key}: it is of a whole data set, and each client of {data.name} brings its own rows"
+            )
+    kind = config.data.partition.model_copy(update={"kind": "natural"})
+    named = config.data.model_copy(update={"name": data.name, "path": None, "partition": kind})
+    return config.model_copy(update={"data": named, "clients": Clients(count=data.clients)})
 
 
 def load(
