@@ -3,10 +3,11 @@
 python benchmarks/scale.py [--clients 1000 10000 100000 1000000] [--repeats 3] [--results FILE]
 
 Rounds of 1,000 clients on the tiny encoder, their rows made when they are drawn, each run in a process of its own, the
-sizes in turn within each repeat. What is measured is kept: killed, it goes on where it was. The methods: pf2lora, whose
-clients keep private adapters on disk, and legend, whose server remembers the capacity of devices. Then the time in which
-every method plans a round of 1,000 devices for a model of MiniLM's size. Server and clients are one process here, so
-its memory is an upper bound of the server's. Linux only: memory is read from /proc.
+sizes in turn within each repeat. What is measured is kept: killed, it goes on where it was. The methods: feddpa, whose
+clients keep private adapters on disk, and legend, which gives each client a depth by its device and remembers what its
+rounds took. Then the time in which every method draws and plans a round of 1,000 of a million devices for a model of
+MiniLM's size. Server and clients are one process here, so its memory is an upper bound of the server's. Linux only:
+memory is read from /proc; of it, `pss_mib` hangs on what else runs, since libraries are shared.
 """
 
 import argparse
@@ -19,18 +20,19 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 METHODS: dict[str, dict[str, Any]] = {
-    "pf2lora": {"name": "pf2lora", "derivative": "first"},
+    "feddpa": {"name": "feddpa"},
     "legend": {"name": "legend"},
 }
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "fed_plora": [{}, {"selection": "weight_norm"}, {"rest": "drop"}],
     "hetlora": [{}, {"form": "full"}],
 }  # of a method that plans in more ways than one
-COHORT, WARM_UP, ROUNDS, ROWS = 1000, 1, 3, 4
+COHORT, WARM_UP, ROUNDS, ROWS = 1000, 1, 2, 4
 FLEET = {
     "devices": {"jetson-tx2": 30, "jetson-xavier-nx": 40, "jetson-agx-xavier": 10}, "jitter": 0.2, "redraw": 20,
     "ranks": {"jetson-tx2": 2, "jetson-xavier-nx": 4},
@@ -48,11 +50,12 @@ def rows(at: int) -> Iterator[dict[str, Any]]:
 
 
 def memory() -> dict[str, float]:
-    """MiB of this process: its proportional share now, and the most that it ever held."""
+    """MiB of this process now, its own pages among them, its proportional share, and the most that it ever held."""
     found = {}
-    for file, name, key in (("smaps_rollup", "Pss:", "pss_mib"), ("status", "VmHWM:", "peak_rss_mib")):
-        lines = Path(f"/proc/self/{file}").read_text().splitlines()
-        found[key] = next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+    for file, keys in (("status", {"VmRSS:": "rss_mib", "RssAnon:": "anonymous_mib", "VmHWM:": "peak_rss_mib"}),
+                       ("smaps_rollup", {"Pss:": "pss_mib"})):  # fmt: skip
+        lines = [line.split() for line in Path(f"/proc/self/{file}").read_text().splitlines()]
+        found |= {keys[line[0]]: int(line[1]) / 1024 for line in lines if line[0] in keys}
     return found
 
 
@@ -70,7 +73,7 @@ def play(method: str, clients: int) -> dict[str, Any]:
         "rounds": {"count": WARM_UP + ROUNDS + 1, "cohort": COHORT, "evaluate_every": 1000, "personal": 0},
         "engine": {"workers": 1, "compute": "float32", "products": "torch", "fleet": FLEET},
     })  # fmt: skip
-    path, found, took, held = Path(tempfile.mkdtemp()), dict[str, Any](), list[float](), list[float]()
+    path, found, took, held = Path(tempfile.mkdtemp()), dict[str, Any](), list[float](), list[dict[str, float]]()
     try:
         with closing(experiment.start(config, path / "run", data=data)) as events:
             for event in events:
@@ -78,7 +81,7 @@ def play(method: str, clients: int) -> dict[str, Any]:
                     found |= {"start_seconds": time.perf_counter() - clock, "at_start": memory()}
                 if event["event"] == "round":
                     assert event["clients_ok"] == COHORT, event
-                    held.append(memory()["pss_mib"])
+                    held.append(memory())
                     took.append(time.perf_counter() - clock)
                 if len(took) == WARM_UP + ROUNDS:
                     break
@@ -90,8 +93,8 @@ def play(method: str, clients: int) -> dict[str, Any]:
         shutil.rmtree(path)
     steady = took[WARM_UP:]
     return found | {
-        "seconds_per_client": statistics.mean(steady) / COHORT, "seconds_of_rounds": took, "pss_mib_of_rounds": held,
-        "after_rounds": memory(), "clients_seen": len(state.seen), "clients_with_private_state": len(folders),
+        "seconds_per_client": statistics.mean(steady) / COHORT, "seconds_of_rounds": took, "after_rounds": held,
+        "clients_seen": len(state.seen), "clients_with_private_state": len(folders),
     }  # fmt: skip
 
 
@@ -115,8 +118,6 @@ def planning() -> dict[str, float]:
         for block in range(spec.blocks)
         for at, ((name, (out, in_)), role) in enumerate(zip(LINEARS.items(), roles, strict=True))
     ]
-    from dataclasses import replace
-
     spec = replace(spec, flow=tuple(flow), attention=Attention(384, 12), parameters=22_700_000)
     names = Names(1_000_000)
     machines = fleet.build(FleetSettings.model_validate(FLEET), Roster(names, lambda at: ROWS), 0)
@@ -162,8 +163,8 @@ def summary(runs: dict[str, dict[str, list[Any]]], plans: list[dict[str, float]]
             clients: {
                 "start_seconds": spread([run["start_seconds"] for run in these]),
                 "seconds_per_client": spread([run["seconds_per_client"] for run in these]),
-                "peak_rss_mib": spread([run["after_rounds"]["peak_rss_mib"] for run in these]),
-                "pss_mib": spread([statistics.median(run["pss_mib_of_rounds"]) for run in these]),
+                "peak_rss_mib": spread([run["after_rounds"][-1]["peak_rss_mib"] for run in these]),
+                "rss_mib": spread([statistics.mean(held["rss_mib"] for held in run["after_rounds"]) for run in these]),
             }
             for clients, these in sizes.items()
             if these
@@ -177,7 +178,7 @@ def summary(runs: dict[str, dict[str, list[Any]]], plans: list[dict[str, float]]
     found["planning_seconds"] = {name: spread([plan[name] for plan in plans]) for name in names}
     ratios = [found[method]["ratios"] for method in runs]
     reached = {
-        "memory": max(ratio[name] for ratio in ratios for name in ("peak_rss_mib", "pss_mib")),
+        "memory": max(ratio[name] for ratio in ratios for name in ("peak_rss_mib", "rss_mib")),
         "seconds_per_client": max(ratio["seconds_per_client"] for ratio in ratios),
         "start_seconds": max(found[method]["start_seconds"] for method in runs),
         "planning_seconds": max((found["planning_seconds"][name]["median"] for name in names), default=None),
@@ -228,7 +229,7 @@ def main() -> None:
                 these.append(found := apart(method, str(clients)))
                 print(f"{method}, {clients} clients: {found['start_seconds']:.1f} s to start, "
                       f"{1000 * found['seconds_per_client']:.2f} ms a client, "
-                      f"{found['after_rounds']['peak_rss_mib']:.0f} MiB", flush=True)  # fmt: skip
+                      f"{found['after_rounds'][-1]['peak_rss_mib']:.0f} MiB", flush=True)  # fmt: skip
                 given.results.write_text(json.dumps({**result, "runs": runs, "planning": plans}, indent=1) + "\n")
         if len(plans) <= repeat:
             plans.append(apart("planning"))
