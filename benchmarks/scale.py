@@ -101,9 +101,10 @@ def play(method: str, clients: int) -> dict[str, Any]:
         folders = [folder for folder in (path / "run" / "clients").iterdir() if any(folder.iterdir())]
     finally:
         shutil.rmtree(path)
-    steady = took[WARM_UP:]
+    per_client = {"cpu_seconds_per_client": work, "seconds_per_client": took}
     return found | {
-        "seconds_per_client": statistics.mean(steady) / COHORT, "seconds_of_rounds": took, "after_rounds": held,
+        **{name: statistics.mean(rounds[WARM_UP:]) / COHORT for name, rounds in per_client.items()},
+        "cpu_seconds_of_rounds": work, "seconds_of_rounds": took, "after_rounds": held,
         "clients_seen": len(state.seen), "clients_with_private_state": len(folders),
     }  # fmt: skip
 
