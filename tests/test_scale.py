@@ -259,6 +259,7 @@ def test_a_fifth_of_a_client_s_rows_is_its_own_test(tmp_path: Path) -> None:
     [
         ({"clients": 0}, (), "own: 0 clients"),
         ({"labels": ()}, (), "own: no labels"),
+        ({"labels": ("a", "a")}, (), "own: a label is repeated"),
         ({"rows": lambda at: ()}, (), "own, client 0:1: no rows"),
         ({"rows": lambda at: [{"text": "a", "label": "nine"}]}, (), "own, client 0, row 1: unknown label 'nine'"),
         ({"rows": lambda at: [{"text": "a", "text_b": "b", "label": 1}]}, (), "client 0 and the test must both"),

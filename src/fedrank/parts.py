@@ -61,13 +61,9 @@ class Parts:
         config = self.config
         wire = Wire(self.spec, self.begin.adapter, config.wire.dtype, self.run_id, config.seed, self.numerics)
         engine = LocalEngine(
-            self.devices,
-            lambda client: self.site(client, wire, store),
-            config.engine.failure_rate,
-            config.seed,
-            config.engine.stack or 1,
-            self.workers.share,
-        )
+            self.devices, lambda client: self.site(client, wire, store), config.engine.failure_rate, config.seed,
+            config.engine.stack or 1, self.workers.share,
+        )  # fmt: skip
         return Server(
             self.method, engine, wire, store, config.rounds, config.seed, config.adapter.head, self.evaluate,
             config.server, self.cost if config.engine.timing == "modelled" else None,
@@ -122,8 +118,8 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
         """A round that is never played stands for those to come, but any rows may meet in their largest batch."""
         mine, client = population.held(at), names[at]
         size, length = min(config.local.batch_size, len(mine.train)), int(mine.encoded.lengths[mine.train].max())
-        load_ = replace(load(client, 0), peak_tokens=size * length, peak_pairs=size * length**2)
-        return replace(machines.devices[client], load=load_)
+        expected = replace(load(client, 0), peak_tokens=size * length, peak_pairs=size * length**2)
+        return replace(machines.devices[client], load=expected)
 
     sizes = Roster(names, lambda at: len(population.held(at).train))
     machines = fleet.build(config.engine.fleet, sizes, config.seed)

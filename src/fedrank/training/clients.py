@@ -60,10 +60,10 @@ class Population:
 def shared(dataset: Dataset, shares: partition.Partition, encode: Encode) -> Population:
     """Clients that share out one data set."""
     train, test = encode(dataset.train), encode(dataset.test)
-    rows, tested = (dataset.test, test) if shares.test_from == "test" else (dataset.train, train)
+    label, tested = (dataset.test.label, test) if shares.test_from == "test" else (dataset.train.label, train)
 
     def held(at: int) -> Held:
-        return Held(train, shares.train[at], tested, shares.test[at], rows.label)
+        return Held(train, shares.train[at], tested, shares.test[at], label)
 
     return Population(
         shares.names, held, train, dataset.test, test, len(dataset.train), dataset.train.digest(), shares.summary()
@@ -124,7 +124,7 @@ class Apart:
     def fit_all(self, asked: list[tuple[Encoded, Ask]]) -> list[Update | TrainingError]:
         parts = [encoded for encoded, _ in asked]
         first = np.cumsum([0, *map(len, parts)])
-        trainer = copy(self.trainer)  # the same frozen model, on these rows
+        trainer = copy(self.trainer)  # the same frozen model, which is not loaded again, on these rows
         object.__setattr__(trainer, "train", joined(parts))
         return trainer.fit_all(
             [replace(ask, rows=ask.rows + at) for (_, ask), at in zip(asked, first[:-1], strict=True)]

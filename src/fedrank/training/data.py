@@ -77,7 +77,7 @@ class ClientData:
     name: str
     clients: int
     rows: Callable[[int], Iterable[Mapping[str, Any]]]
-    test: Iterable[Mapping[str, Any]]
+    test: Sequence[Mapping[str, Any]]
     labels: Sequence[str] = ()
 
 
@@ -87,6 +87,8 @@ def natural(config: Config, data: ClientData) -> Config:
         raise DataError(f"{data.name}: {data.clients} clients; there must be at least one")
     if config.task != "generate" and not data.labels:
         raise DataError(f"{data.name}: no labels; task {config.task} needs the class names")
+    if len(set(data.labels)) < len(data.labels):
+        raise DataError(f"{data.name}: a label is repeated in {list(data.labels)}; names must differ")
     for key in ("train_limit", "split"):
         if getattr(config.data, key) != type(config.data).model_fields[key].default:
             raise DataError(
