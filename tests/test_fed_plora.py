@@ -367,7 +367,8 @@ def test_p05_how_often_nobody_trains_a_module(name):
     for round, count in enumerate(counts):
         now = replace(state, round=round)
         for at in rng(0, "cohort", round).choice(len(population), cohort, replace=False):
-            for module, chosen in enumerate(method.select(now, population[at], 0).values()):
+            one = population[at]
+            for module, chosen in enumerate(method.plan(now, {one.id: one}, 0)[one.id].train.values()):
                 count[module, chosen] += 1
     assert np.mean(counts == 0) == pytest.approx(untouched, rel=0.25)
     assert np.mean(counts) == pytest.approx(trainers, rel=0.05)

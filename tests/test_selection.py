@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -11,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedrank.adapter import Adapter, Block
-from fedrank.selection import by_module, cubic, everything, largest, leading, sampled, top
+from fedrank.adapter import Adapter, Block, norms
+from fedrank.selection import by_module, cubic, everything, largest, leading, others, sampled, top
 from toy import drawn, small
 
 
@@ -89,7 +90,7 @@ def test_leading_is_the_first_of_every_module_whatever_their_ids() -> None:
     assert {n: ids.tolist() for n, ids in leading(GAPS, 3).items()} == {"0.m": [0, 2, 3], "1.m": [1, 4]}
 
 
-@pytest.mark.parametrize("choose", [sampled, largest])
+@pytest.mark.parametrize("choose", [sampled, partial(largest, sizes=norms(GAPS))], ids=["sampled", "largest"])
 @pytest.mark.parametrize("rank", [1, 3, 9])
 def test_selections_take_as_many_as_there_are(choose: Any, rank: int) -> None:
     for name, ids in choose(GAPS, rank, 0, 1, "c0").items():
@@ -109,12 +110,21 @@ def test_sampled_is_addressed() -> None:
     assert len(set(found[0])) > 1
 
 
+def test_others_are_what_without_leaves() -> None:
+    ids = {"a": np.array([0, 2, 5]), "b": np.array([1, 3]), "c": np.arange(4)}
+    adapter = Adapter({n: Block(i, np.ones((2, len(i))), None, np.ones((len(i), 2))) for n, i in ids.items()}, 1.0, {})
+    for chosen in ({}, {"a": ids["a"][:0], "b": ids["b"]}, {"a": ids["a"][1:], "c": ids["c"][[0, 3]]}):
+        left, said = others(adapter, chosen), adapter.without(chosen).ids
+        assert {n: i.tolist() for n, i in left.items()} == {n: i.tolist() for n, i in said.items()}
+
+
 def test_largest_goes_by_the_norm_and_draws_ties() -> None:
     """e decides here: |e| |b| |a| with b = a = (1,)."""
     ones = np.ones((1, 4), np.float32)
     block = Block(np.arange(4), ones, np.array([1, -5, 2, 2], np.float32), ones.T)
     alike = replace(block, e=np.zeros(4, np.float32))
     adapter = Adapter({"m": block}, 1.0, {})
-    assert largest(adapter, 1, 0)["m"].tolist() == [1]
-    assert {tuple(largest(adapter, 2, seed)["m"]) for seed in range(20)} == {(1, 2), (1, 3)}
-    assert len({tuple(largest(Adapter({"m": alike}, 1.0, {}), 2, seed)["m"]) for seed in range(50)}) == 6
+    assert largest(adapter, 1, 0, sizes=norms(adapter))["m"].tolist() == [1]
+    assert {tuple(largest(adapter, 2, seed, sizes=norms(adapter))["m"]) for seed in range(20)} == {(1, 2), (1, 3)}
+    ties = Adapter({"m": alike}, 1.0, {})
+    assert len({tuple(largest(ties, 2, seed, sizes=norms(ties))["m"]) for seed in range(50)}) == 6

@@ -20,7 +20,7 @@ from fedrank.frame import unpack
 ROOT = Path(fedrank.__file__).parent
 
 FLOORS = [
-    {"adapter", "together", "trace"},
+    {"adapter", "roster", "together", "trace"},
     {"protocol"},
     {"aggregation", "exactness", "levels", "optimizer", "products", "selection"}
     | {"cost", "fleet", "frame", "increments", "layout", "wire", "config", "store", "ledger"},

@@ -160,13 +160,12 @@ class Federation:
 
 def fleet(shares: Mapping[str, np.ndarray], seed: int = 0) -> Fleet:
     """Devices of differing rank and speed, on which computing takes seconds and a frame some tenths of one."""
-    devices = {
-        name: Device(
-            name, len(rows), "toy", RANKS[at % len(RANKS)], None, RATES[at % len(RATES)], 0.0, 1e5, 4e5, 1.0, 4.0
-        )
-        for at, (name, rows) in enumerate(shares.items())
-    }
-    return Fleet(devices, MODES, 0.1, 1, seed)
+    machines = tuple(
+        Device("", 0, "toy", RANKS[at % len(RANKS)], None, RATES[at % len(RATES)], 0.0, 1e5, 4e5, 1.0, 4.0)
+        for at in range(len(shares))
+    )
+    sizes = {name: len(rows) for name, rows in shares.items()}
+    return Fleet(sizes, machines, np.arange(len(shares)), MODES, 0.1, 1, seed)
 
 
 def unmodelled(site: Site) -> Site:

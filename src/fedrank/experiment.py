@@ -21,6 +21,7 @@ from fedrank.protocol import Method, State
 from fedrank.server import Event, Server
 from fedrank.store import Store, StoreError
 from fedrank.trace import span
+from fedrank.training.data import ClientData
 
 log = logging.getLogger(__name__)
 
@@ -58,24 +59,31 @@ def run(
     out: str | Path | None = None,
     method: Method | None = None,
     watch: Callable[[Event], None] = lambda event: None,
+    data: ClientData | None = None,
 ) -> Run:
     """Play a whole run: a config file, a preset's name or a mapping, with ``key=value`` overrides.
 
-    method: an object of one's own instead of the config's method; hand the same one to `resume`.
-    watch: called with every event. Raises ConfigError, DataError, ModelError or StoreError with what to mend.
+    method: an object of one's own instead of the config's method. data: clients that bring their own rows, instead of
+    the config's data. Hand the same ones to `resume`. watch: called with every event. Raises ConfigError, DataError, ModelError or StoreError with what to mend.
     """
-    config = settings.load(source.model_dump(mode="json") if isinstance(source, Config) else source, overrides)
+    named = [] if data is None else ["data.path=null", f"data.name={json.dumps(data.name)}"]
+    raw = source.model_dump(mode="json") if isinstance(source, Config) else source
+    config = settings.load(raw, [*overrides, *named])
     path = default_out(config) if out is None else Path(out)
-    for event in start(config, path, method):
+    for event in start(config, path, method, data=data):
         watch(event)
     return Run(path)
 
 
 def resume(
-    path: str | Path, *overrides: str, method: Method | None = None, watch: Callable[[Event], None] = lambda event: None
+    path: str | Path,
+    *overrides: str,
+    method: Method | None = None,
+    watch: Callable[[Event], None] = lambda event: None,
+    data: ClientData | None = None,
 ) -> Run:
     """Go on with a stopped run from its last state, or extend a finished one (``rounds.count=+20``)."""
-    for event in go_on(Path(path), overrides, method):
+    for event in go_on(Path(path), overrides, method, data):
         watch(event)
     return Run(Path(path))
 
@@ -85,10 +93,11 @@ def start(
     path: Path,
     method: Method | None = None,
     first: Callable[[Method, State], State] = lambda method, state: state,
+    data: ClientData | None = None,
 ) -> Iterator[Event]:
     """Set up a new run directory and play. first: what to make of the method's first state (an import)."""
     with span("loading"):
-        parts = prepare(config, method)  # before anything is written: most mistakes show here
+        parts = prepare(config, method, data)  # before anything is written: most mistakes show here
     parts = replace(parts, begin=first(parts.method, parts.begin))
     store = Store.create(path)
     with store.locked():
@@ -102,7 +111,9 @@ def start(
         yield from _play(parts.server(store), parts.begin, parts)
 
 
-def go_on(path: Path, overrides: Iterable[str] = (), method: Method | None = None) -> Iterator[Event]:
+def go_on(
+    path: Path, overrides: Iterable[str] = (), method: Method | None = None, data: ClientData | None = None
+) -> Iterator[Event]:
     """Resume from the last committed state; what came after it is cut from the ledgers and played again."""
     store = Store.open(path)
     with store.locked():
@@ -115,10 +126,15 @@ def go_on(path: Path, overrides: Iterable[str] = (), method: Method | None = Non
                 f"{path} was started with a method of one's own, {config.method['object']}; "
                 "go on from Python: fedrank.resume(path, method=...)"
             )
-        parts = replace(prepare(config, method), begin=store.state(0)[0])  # which an import may have made
+        then = json.loads((path / "data.json").read_text())
+        if then["rows"]["train"] is None and data is None:
+            raise ConfigError(
+                f"{path} was started with clients that bring their own rows, {then['data']}; "
+                "go on from Python: fedrank.resume(path, data=...)"
+            )
+        parts = replace(prepare(config, method, data), begin=store.state(0)[0])  # which an import may have made
         _same(path, config.method, parts.config.method, "method")
         _same(path, numerics, parts.numerics, "numerics")
-        then = json.loads((path / "data.json").read_text())
         _same(path, _contents(then), _contents(parts.facts), "data and model")
         _same(path, then["fleet"], parts.facts["fleet"], "devices")
         for name in ("rounds.jsonl", "clients.jsonl"):

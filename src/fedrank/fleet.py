@@ -31,18 +31,27 @@ those of workstation and server, and the LoRA ranks. Memory is the whole of the 
 """
 
 import csv
+import hashlib
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
+
+from fedrank import roster
 from fedrank.config import ConfigError, FleetSettings, hint
 from fedrank.protocol import ClientId, Device, rng
+from fedrank.roster import Roster
 
 UTILISATION = 0.3  # of the peak
 MEGABIT = 125_000.0  # bytes
 NOMINAL = "laptop"  # every client's device where no fleet is given
+DIGESTED, HINTED = 8192, 1000  # clients at a time; clients among which the nearest name is looked for
 
 
 def _preset(
@@ -99,16 +108,49 @@ MODES: Mapping[str, tuple[Mode, ...]] = {
 class Fleet:
     """Every client's device, and how it changes from round to round.
 
-    devices: at its full rate, as the server knows it. modes: by kind; a client of another kind has only the one.
-    jitter: sigma of the lognormal factors, of median 1, on a client's compute time and on its link rates in each
-    round. redraw: rounds between new draws of the power mode; 0: drawn once.
+    examples: every client, by its number of training rows. machines: those that there are, as the server knows them: at
+    their full rate. dealt: (clients,), which of them each client has. modes: by kind; a client of another kind has only
+    the one. jitter: sigma of the lognormal factors, of median 1, on a client's compute time and on its link rates in
+    each round. redraw: rounds between new draws of the power mode; 0: drawn once.
     """
 
-    devices: Mapping[ClientId, Device]
+    examples: Mapping[ClientId, int]
+    machines: tuple[Device, ...]
+    dealt: np.ndarray
     modes: Mapping[str, tuple[Mode, ...]]
     jitter: float
     redraw: int
     seed: int
+
+    @cached_property
+    def devices(self) -> Roster[Device]:
+        clients = roster.names(self.examples)
+
+        def device(at: int) -> Device:
+            return replace(self.machines[int(self.dealt[at])], id=clients[at], examples=self.examples[clients[at]])
+
+        return Roster(clients, device)
+
+    @cached_property
+    def kinds(self) -> dict[str, list[tuple[Device, int]]]:
+        """The machines of each kind and how many clients have them, in the order in which clients first do."""
+        found: dict[str, list[tuple[Device, int]]] = {}
+        which, first, counts = np.unique(self.dealt, return_index=True, return_counts=True)
+        for at in np.argsort(first):
+            machine = self.machines[which[at]]
+            found.setdefault(machine.kind, []).append((machine, int(counts[at])))
+        return found
+
+    def digest(self) -> str:
+        """Names the devices, by their numbers, and whose they are."""
+        rests = [json.dumps(astuple(machine))[len('[""') :] for machine in self.machines]
+        digest, clients = hashlib.sha256(b"["), roster.names(self.examples)
+        for start in range(0, len(clients), DIGESTED):
+            named = zip(clients[start : start + DIGESTED], self.dealt[start : start + DIGESTED].tolist(), strict=True)
+            rows = ", ".join(f'["{client}"{rests[at]}' for client, at in named)
+            digest.update((", " * (start > 0) + rows).encode())
+        digest.update(b"]")
+        return digest.hexdigest()
 
     def at(self, client: ClientId, round: int) -> Device:
         """The device as it is in that round (1, 2, ...)."""
@@ -141,24 +183,20 @@ def build(settings: FleetSettings | None, clients: Mapping[ClientId, int], seed:
     """
     if settings is None:
         nominal = replace(PRESETS[NOMINAL], rank=None, memory_bytes=0.0)
-        devices = {client: replace(nominal, id=client, examples=rows) for client, rows in clients.items()}
-        return Fleet(devices, {}, 0.0, 0, seed)
+        return Fleet(clients, (nominal,), np.zeros(len(clients), np.uint8), {}, 0.0, 0, seed)
     if settings.csv is not None:
-        rows = read(Path(settings.csv), list(clients))
+        rows = read(Path(settings.csv), clients)
     else:
         rows = [Row(_known(kind, PRESETS, "devices"), share) for kind, share in settings.devices.items()]
     kinds = {row.device.kind: row.device for row in rows}
     for kind, rank in settings.ranks.items():
         _known(kind, kinds, "ranks")
         rows = [replace(row, device=replace(row.device, rank=rank)) if row.device.kind == kind else row for row in rows]
-    named = {row.client: row.device for row in rows if row.client is not None}
-    rest = [client for client in clients if client not in named]
-    given = {**named, **_deal([row for row in rows if row.client is None], rest, seed)}
-    devices = {
-        client: replace(_linked(given[client], settings.links), id=client, examples=examples)
-        for client, examples in clients.items()
-    }
-    return Fleet(devices, {} if settings.csv is not None else MODES, settings.jitter, settings.redraw, seed)
+    machines = tuple(_linked(row.device, settings.links) for row in rows)
+    modes = {} if settings.csv is not None else MODES
+    return Fleet(
+        clients, machines, _deal(rows, roster.names(clients), seed), modes, settings.jitter, settings.redraw, seed
+    )
 
 
 def _known(kind: str, kinds: Mapping[str, Device], key: str) -> Device:
@@ -176,13 +214,20 @@ class Row:
     client: ClientId | None = None
 
 
-def _deal(rows: Sequence[Row], clients: Sequence[ClientId], seed: int) -> dict[ClientId, Device]:
-    if not rows and clients:
-        raise ConfigError(f"engine.fleet.csv: no row is left for client {clients[0]!r}; add one without a client")
-    counts = shares([row.share for row in rows], len(clients), [row.device.rank for row in rows])
-    order = rng(seed, "fleet", "kinds").permutation(len(clients))
-    dealt = [row.device for row, count in zip(rows, counts, strict=True) for _ in range(count)]
-    return {clients[at]: device for at, device in zip(order, dealt, strict=True)}
+def _deal(rows: Sequence[Row], clients: Sequence[ClientId], seed: int) -> np.ndarray:
+    """(clients,), whose row each one's device is: the one that names it, else one by chance."""
+    dealt, free = np.zeros(len(clients), np.min_scalar_type(len(rows))), np.ones(len(clients), bool)
+    for at, row in enumerate(rows):
+        if row.client is not None:
+            place = clients.index(row.client)
+            dealt[place], free[place] = at, False
+    left = np.array([at for at, row in enumerate(rows) if row.client is None], int)
+    rest = np.flatnonzero(free)
+    if len(rest) and not len(left):
+        raise ConfigError(f"engine.fleet.csv: no row is left for client {clients[rest[0]]!r}; add one without a client")
+    counts = shares([rows[at].share for at in left], len(rest), [rows[at].device.rank for at in left])
+    dealt[rest[rng(seed, "fleet", "kinds").permutation(len(rest))]] = np.repeat(left, counts)
+    return dealt
 
 
 def shares(weights: Sequence[float], count: int, ranks: Sequence[int | None]) -> list[int]:
@@ -207,7 +252,7 @@ NUMBERS = {
 COLUMNS = ("kind", "count", "client", "rank", *NUMBERS)
 
 
-def read(path: Path, clients: Sequence[ClientId]) -> list[Row]:
+def read(path: Path, clients: Collection[ClientId]) -> list[Row]:
     """The rows of a CSV file of devices; ConfigError names the file, line and column of a mistake.
 
     Columns: ``kind``, a word of one's own; ``gigaflops_per_second``, what it reaches in training;
@@ -225,10 +270,10 @@ def read(path: Path, clients: Sequence[ClientId]) -> list[Row]:
             if missing := [name for name in ("kind", *NUMBERS) if name not in header]:
                 raise ConfigError(f"{path}:1: column {missing[0]!r} is missing")
             rows = list[Row]()
-            left = set(clients)
+            named = set[ClientId]()
             for record in reader:
-                rows.append(_row(f"{path}:{reader.line_num}", record, clients, left))
-                left.discard(rows[-1].client or "")
+                rows.append(_row(f"{path}:{reader.line_num}", record, clients, named))
+                named.add(rows[-1].client or "")
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"engine.fleet.csv: {path}: {getattr(error, 'strerror', None) or error}") from None
     if not rows:
@@ -237,7 +282,7 @@ def read(path: Path, clients: Sequence[ClientId]) -> list[Row]:
 
 
 def _row(
-    where: str, row: Mapping[str | None, str | None], clients: Sequence[ClientId], left: AbstractSet[ClientId]
+    where: str, row: Mapping[str | None, str | None], clients: Collection[ClientId], named: AbstractSet[ClientId]
 ) -> Row:
     if None in row or None in row.values():
         raise ConfigError(f"{where}: this line has not as many cells as there are columns")
@@ -245,9 +290,10 @@ def _row(
     if not cells["kind"]:
         raise ConfigError(f"{where}: kind: it is empty; any word will do")
     client = cells.get("client") or None
-    if client is not None and client not in left:
-        what = "has a device already" if client in clients else f"is none of this run's{hint(client, clients)}"
-        raise ConfigError(f"{where}: client: {client!r} {what}")
+    if client in named:
+        raise ConfigError(f"{where}: client: {client!r} has a device already")
+    if client is not None and client not in clients:
+        raise ConfigError(f"{where}: client: {client!r} is none of this run's{hint(client, islice(clients, HINTED))}")
     rank = _number(where, "rank", cells["rank"]) if cells.get("rank") else None
     if rank is not None and rank != int(rank):
         raise ConfigError(f"{where}: rank: it must be a whole number, got {cells['rank']!r}")

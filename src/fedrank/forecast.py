@@ -15,6 +15,7 @@ from fedrank.parts import Parts, prepare
 from fedrank.protocol import ClientId, Device, Method, Plan, State
 from fedrank.server import Event, Server
 from fedrank.store import Store
+from fedrank.training.data import ClientData
 from fedrank.wire import Wire
 
 SUMS = ("bytes_down", "bytes_up", "adapter_bytes_down", "adapter_bytes_up", "clients_ok", "clients_failed",
@@ -29,7 +30,10 @@ class ForecastError(ValueError):
 
 
 def forecast(
-    config: Config, method: Method | None = None, watch: Callable[[Event], None] = lambda event: None
+    config: Config,
+    method: Method | None = None,
+    watch: Callable[[Event], None] = lambda event: None,
+    data: ClientData | None = None,
 ) -> dict[str, Any]:
     """Bytes, seconds, joules and memory: of the run, of a round in the mean, and of a client by kind of device.
 
@@ -39,23 +43,20 @@ def forecast(
     """
     engine = config.engine.model_copy(update={"failure_rate": 0.0, "timing": "modelled", "threads": 1})
     rounds = config.rounds.model_copy(update={"exactness": False})
-    parts = prepare(config.model_copy(update={"engine": engine, "rounds": rounds}), method)
-    kind_of = {client: device.kind for client, device in parts.devices.items()}
+    parts = prepare(config.model_copy(update={"engine": engine, "rounds": rounds}), method, data)
+    devices = parts.fleet.devices
     drawn, asked, played = Counter[str](), dict[str, list[Event]](), list[Event]()
     for event in rehearse(parts):
         match event["event"]:
             case "cohort":
-                drawn.update(kind_of[client] for client in event["clients"])
+                drawn.update(devices[client].kind for client in event["clients"])
             case "client":
-                asked.setdefault(kind_of[event["client"]], []).append(event)
+                asked.setdefault(devices[event["client"]].kind, []).append(event)
             case "round":
                 played.append(event)
         watch(event)
 
-    kinds = [
-        _kind(kind, [d for d in parts.devices.values() if d.kind == kind], drawn[kind], asked.get(kind, []))
-        for kind in Counter(kind_of.values())
-    ]
+    kinds = [_kind(kind, machines, drawn[kind], asked.get(kind, [])) for kind, machines in parts.fleet.kinds.items()]
     run = {name: sum(row[name] for row in played) for name in SUMS}
     run["device_joules"] = math.fsum(row["device_joules"] for row in played)
     run["clock_seconds"] = played[-1]["clock_seconds"]
@@ -73,11 +74,12 @@ def forecast(
     }  # fmt: skip
 
 
-def _kind(kind: str, devices: Sequence[Device], drawn: int, asked: Sequence[Event]) -> dict[str, Any]:
+def _kind(kind: str, machines: Sequence[tuple[Device, int]], drawn: int, asked: Sequence[Event]) -> dict[str, Any]:
     """The row of a kind of device: how often its clients were drawn, and what those that were asked went through."""
     small = sum(not event["fits"] for event in asked)
     return {
-        "kind": kind, "clients": len(devices), "memory_bytes": min(device.memory_bytes for device in devices),
+        "kind": kind, "clients": sum(count for _, count in machines),
+        "memory_bytes": min(machine.memory_bytes for machine, _ in machines),
         "drawn": drawn, "sitting_out": drawn - len(asked), "too_small": small,
         "late": sum(not event["ok"] for event in asked) - small,
         **{name: _mean([event.get(name, 0.0) for event in asked]) for name in MEANS},
@@ -113,7 +115,7 @@ def rehearse(parts: Parts) -> Iterator[Event]:
                         f"{parts.config.method['name']} cannot be played without its training: round {event['round']}, "
                         f"client {event['client']}: {event['error']}"
                     )
-                cost = costs[event["client"]]
+                cost = costs.pop(event["client"])
                 flops = cost.forward_flops + cost.backward_flops
                 spent = event["device_seconds"] if event["ok"] else cost.stop(parts.config.rounds.deadline)
                 event |= {"parameters": cost.parameters, "flops": flops, "fits": cost.fits, "spent_seconds": spent}

@@ -1,12 +1,9 @@
 """The parts of a run, built from its config: data, model, method, fleet, and each client's side."""
 
-import hashlib
-import json
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass, replace
-from functools import cache, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +20,13 @@ from fedrank.config import Config, ConfigError
 from fedrank.engines.local import Local as LocalEngine
 from fedrank.engines.workers import Workers, fitting
 from fedrank.protocol import ClientId, Device, Load, Method, ModelSpec, Plan, State, rng
+from fedrank.roster import Roster
 from fedrank.server import Server
 from fedrank.store import Store
 from fedrank.trace import span
+from fedrank.training import data as rows
+from fedrank.training import partition
+from fedrank.training.data import ClientData, Dataset
 from fedrank.wire import Wire
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class Parts:
     """Everything a config stands for, built.
 
     cost: client, an adapter of the method, round, plan and bytes down -> what that round costs that client.
-    rows: client -> its training rows. trainer: the model and the tokenised rows of this process.
+    devices: of every client, as the server knows it. trainer: the model and the tokenised rows of this process.
     """
 
     config: Config
@@ -44,8 +45,8 @@ class Parts:
     spec: ModelSpec
     begin: State
     run_id: str
-    devices: dict[ClientId, Device]
-    rows: Mapping[ClientId, np.ndarray]
+    fleet: fleet.Fleet
+    devices: Mapping[ClientId, Device]
     trainer: Any
     site: Callable[[ClientId, Wire, Store], Site]
     cost: Callable[[ClientId, Adapter, int, Plan, int], costs.Cost]
@@ -59,33 +60,29 @@ class Parts:
     def server(self, store: Store) -> Server:
         config = self.config
         wire = Wire(self.spec, self.begin.adapter, config.wire.dtype, self.run_id, config.seed, self.numerics)
-        sites = cache(lambda client: self.site(client, wire, store))
         engine = LocalEngine(
-            self.devices, sites, config.engine.failure_rate, config.seed, config.engine.stack or 1, self.workers.share
-        )
+            self.devices, lambda client: self.site(client, wire, store), config.engine.failure_rate, config.seed,
+            config.engine.stack or 1, self.workers.share,
+        )  # fmt: skip
         return Server(
             self.method, engine, wire, store, config.rounds, config.seed, config.adapter.head, self.evaluate,
             config.server, self.cost if config.engine.timing == "modelled" else None,
         )  # fmt: skip
 
 
-def prepare(config: Config, method: Method | None = None) -> Parts:
+def prepare(config: Config, method: Method | None = None, data: ClientData | None = None) -> Parts:
     """Load the data and the model, share the rows out, and build what the config names."""
     config, chosen = _chosen(config, method)
     # torch is slow to import: a typo above should not wait for it
-    from fedrank.training import data, frozen, local, models, partition, tasks
+    from fedrank.training import clients, frozen, local, models, tasks
 
-    with span("reading"):
-        dataset = data.configured(config)
-    for notice in dataset.notices:
-        log.warning("%s", notice)
-    p = config.data.partition
-    shares = partition.partition(
-        p.kind, dataset.train.label, config.clients.count, config.seed, alpha=p.alpha,
-        classes_per_client=p.classes_per_client, s=p.s, min_rows=p.min_rows, column=dataset.train.client,
-        test_labels=dataset.test.label, test_rows=len(dataset.test), train_rows=len(dataset.train),
-    )  # fmt: skip
-    model = models.load(config, dataset.labels)
+    if data is None:
+        dataset, shares = _dealt(config)
+        name, labels, people = dataset.name, dataset.labels, partial(clients.shared, dataset, shares)
+    else:
+        config = rows.natural(config, data)
+        name, labels, people = data.name, tuple(data.labels), partial(clients.own, config, data)
+    model = models.load(config, labels)
     engine = config.engine
     try:
         compute = frozen.choose(model.modules.values(), config.device, engine.threads, engine.compute, engine.products)
@@ -95,46 +92,51 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
     config = config.model_copy(update={"engine": engine})
     encode = partial(tasks.encode, tokenizer=model.tokenizer, task=config.task, max_length=config.local.max_length)
     with span("reading"):
-        train, test = encode(dataset.train), encode(dataset.test)
+        population = people(encode)
+    test, names = population.tested, population.names
     measured = engine.timing == "measured"
     workers = Workers(engine.workers or fitting(engine.threads, config.device, model.spec.parameters), engine.threads)
     if engine.stack is None:
         engine = engine.model_copy(
-            update={"stack": 1 if measured else local.stacking(model, train, config, workers.count)}
+            update={"stack": 1 if measured else local.stacking(model, population.typical, config, workers.count)}
         )
         config = config.model_copy(update={"engine": engine})
     trainer = local.Trainer(
-        model, train, test, config.local.lr or chosen.default_lr, engine.threads, config.device, compute, measured,
+        model, population.typical, test, config.local.lr or chosen.default_lr, engine.threads, config.device, compute, measured,
         engine.prefix_bytes,
     )  # fmt: skip
-    own_label, own_set = (dataset.test.label, test) if shares.test_from == "test" else (dataset.train.label, train)
-    index = {name: at for at, name in enumerate(shares.names)}
-    rows = dict(zip(shares.names, shares.train, strict=True))
-    lengths, packed, begins = train.lengths, trainer.frozen.packs, bool(trainer.kept)
+    packed, begins, apart = trainer.frozen.packs, bool(trainer.kept), clients.Apart(trainer)
+
+    def held(client: ClientId) -> clients.Held:
+        return population.held(names.index(client))
 
     def load(client: ClientId, round: int) -> Load:
         draw = partial(rng, config.seed, "job", round, client, "batches")  # the address of a job's
-        return local.workload(rows[client], lengths, config.local, draw, packed)
+        mine = held(client)
+        return local.workload(mine.train, mine.encoded.lengths, config.local, draw, packed)
 
-    def expected(client: ClientId) -> Load:
+    def device(at: int) -> Device:
         """A round that is never played stands for those to come, but any rows may meet in their largest batch."""
-        size, length = min(config.local.batch_size, len(rows[client])), int(lengths[rows[client]].max())
-        return replace(load(client, 0), peak_tokens=size * length, peak_pairs=size * length**2)
+        mine, client = population.held(at), names[at]
+        size, length = min(config.local.batch_size, len(mine.train)), int(mine.encoded.lengths[mine.train].max())
+        expected = replace(load(client, 0), peak_tokens=size * length, peak_pairs=size * length**2)
+        return replace(machines.devices[client], load=expected)
 
-    sizes = {name: len(mine) for name, mine in rows.items()}
+    sizes = Roster(names, lambda at: len(population.held(at).train))
     machines = fleet.build(config.engine.fleet, sizes, config.seed)
-    devices = {client: replace(device, load=expected(client)) for client, device in machines.devices.items()}
+    devices = Roster(names, device, kept=2 * config.rounds.cohort)
 
-    def personal(mine: np.ndarray, adapter: Adapter, base: tuple[Adapter, ...]) -> dict[str, float]:
-        found = trainer.evaluate(adapter, own_set, mine, base)
-        return found if own_label is None else found | {"majority": local.majority(own_label[mine])}
+    def personal(mine: clients.Held, adapter: Adapter, base: tuple[Adapter, ...]) -> dict[str, float]:
+        found = trainer.evaluate(adapter, mine.tested, mine.test, base)
+        return found if mine.label is None else found | {"majority": local.majority(mine.label[mine.test])}
 
     def site(client: ClientId, wire: Wire, store: Store) -> Site:
-        mine = shares.test[index[client]]
+        mine = held(client)
+        together = mine.encoded is trainer.train
         return Site(
             devices[client], chosen, wire, store.private, config.local, config.seed,
-            fit=partial(trainer.fit, rows=rows[client]),
-            evaluate=partial(personal, mine) if len(mine) >= MIN_TEST_ROWS else None, session=trainer.session,
+            fit=partial(trainer.fit, rows=mine.train) if together else partial(apart.fit, held=mine),
+            evaluate=partial(personal, mine) if len(mine.test) >= MIN_TEST_ROWS else None, session=trainer.session,
             cost=partial(cost, client, wire.start), measured=measured,
         )  # fmt: skip
 
@@ -165,20 +167,21 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
     spec = model.spec
     begin, kept = _first(config, chosen, spec, devices)
     facts = {
-        "data": dataset.name, "rows": {"train": len(dataset.train), "test": len(dataset.test)},
-        "hash": {"train": dataset.train.digest(), "test": dataset.test.digest()}, "labels": list(dataset.labels),
+        "data": name, "rows": {"train": population.train_rows, "test": len(population.test)},
+        "hash": {"train": population.digest, "test": population.test.digest()}, "labels": list(labels),
         "model": {"name": config.model.name, "fingerprint": spec.fingerprint, "pooling": model.pooling,
                   "source": model.source, "base_class": type(model.base).__name__, "task": config.task,
                   "conv1d": any(type(m).__name__ == "Conv1D" for m in model.modules.values())},
-        "partition": shares.summary(), **kept,
-        "fleet": {"kinds": dict(Counter(device.kind for device in devices.values())), "hash": _digest(machines)},
+        "partition": population.partition, **kept,
+        "fleet": {"kinds": {kind: sum(n for _, n in mine) for kind, mine in machines.kinds.items()},
+                  "hash": machines.digest()},
     }  # fmt: skip
     about = {
-        "data": dataset.name, "train_rows": len(dataset.train), "test_rows": len(dataset.test),
-        "classes": len(dataset.labels), "hash": dataset.train.digest()[:16], "model": config.model.name,
+        "data": name, "train_rows": population.train_rows, "test_rows": len(population.test),
+        "classes": len(labels), "hash": population.digest[:16], "model": config.model.name,
         "modules": len(spec.modules), "parameters": spec.parameters, "clients": len(devices), "method": config.method["name"],
-        "redraws": shares.redraws, "dropped": shares.dropped,
-        "majority": None if dataset.test.label is None else local.majority(dataset.test.label),
+        "redraws": population.partition["redraws"], "dropped": population.partition["dropped"],
+        "majority": None if population.test.label is None else local.majority(population.test.label),
     }  # fmt: skip
     run_id = f"{rng(config.seed, 'run', settings.dump(_identity(config))).integers(1 << 62):016x}"
     drawn = {f"{n}.{p}": t.numpy(force=True) for n, m in model.drawn.items() for p, t in m.named_parameters()}
@@ -186,7 +189,21 @@ def prepare(config: Config, method: Method | None = None) -> Parts:
         engine.threads, config.device, compute, packed, engine.stack or 1, begins
     )
     return Parts(
-        config, chosen, spec, begin, run_id, devices, rows, trainer, site, cost, evaluate, workers, numerics, drawn, facts, about,
+        config, chosen, spec, begin, run_id, machines, devices, trainer, site, cost, evaluate, workers, numerics, drawn, facts, about,
+    )  # fmt: skip
+
+
+def _dealt(config: Config) -> tuple[Dataset, partition.Partition]:
+    """The data set that a config names, and who holds which of its rows."""
+    with span("reading"):
+        dataset = rows.configured(config)
+    for notice in dataset.notices:
+        log.warning("%s", notice)
+    p = config.data.partition
+    return dataset, partition.partition(
+        p.kind, dataset.train.label, config.clients.count, config.seed, alpha=p.alpha,
+        classes_per_client=p.classes_per_client, s=p.s, min_rows=p.min_rows, column=dataset.train.client,
+        test_labels=dataset.test.label, test_rows=len(dataset.test), train_rows=len(dataset.train),
     )  # fmt: skip
 
 
@@ -217,19 +234,14 @@ def _first(
     """The method's first state, and what of a client's function stays with the client."""
     try:
         begin = method.begin(spec, config.rounds.count, config.seed)
-        plans = method.plan(begin, dict([*devices.items()][:1]), config.seed)
+        first = next(iter(devices))
+        plans = method.plan(begin, {first: devices[first]}, config.seed)
     except ValueError as error:  # hyper-parameters that do not fit the adapter
         raise ConfigError(f"method {config.method['name']}: {error}") from None
     own = {f for plan in plans.values() if plan for f in plan.own} | set("h" * (config.adapter.head == "own"))
     private = max((plan.private for plan in plans.values() if plan), default=0)
     kept = {"own": "".join(f for f in begin.adapter.factors if f in own), "private": private}
     return begin, kept | {"adapts": hasattr(method, "adapt")}
-
-
-def _digest(machines: fleet.Fleet) -> str:
-    """Names the devices by their numbers."""
-    rows = [astuple(replace(device, examples=0)) for device in machines.devices.values()]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def _resolved(config: Config, method: Method) -> Config:

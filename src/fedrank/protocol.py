@@ -18,7 +18,7 @@ Address = str | int
 def rng(seed: int, *address: Address) -> np.random.Generator:
     """Addressed randomness: the same seed and address give the same numbers, whatever ran before."""
     key = hashlib.blake2b(json.dumps([seed, *address]).encode(), digest_size=16).digest()
-    return np.random.default_rng(int.from_bytes(key, "little"))
+    return np.random.default_rng(np.frombuffer(key, "<u4"))
 
 
 @dataclass(frozen=True)
@@ -195,8 +195,8 @@ class Plan:
             if not ascending(ids):
                 raise ValueError(f"module {name!r}: component ids must ascend without repeats, got {list(ids)}")
         for name in self.train.keys() & self.frozen.keys():
-            if both := np.intersect1d(self.train[name], self.frozen[name]).tolist():
-                raise ValueError(f"module {name!r}: components {both} are planned to learn and to be frozen")
+            if both := set(self.train[name].tolist()).intersection(self.frozen[name].tolist()):
+                raise ValueError(f"module {name!r}: components {sorted(both)} are planned to learn and to be frozen")
         for part in (self.learn, self.up, self.down, self.own):
             if odd := set(part) - set("BeAh"):
                 raise ValueError(f"{sorted(odd)} are no factors; they are B, e, A and h")

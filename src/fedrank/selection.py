@@ -1,17 +1,31 @@
 """Which components take part: selections under a budget or a deadline, and schedules of ranks and budgets."""
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from fedrank.adapter import Adapter, norms, split
+from fedrank.adapter import Adapter, split
 from fedrank.protocol import Address, rng
 
 
 def everything(adapter: Adapter) -> dict[str, np.ndarray]:
     """All components of the adapter."""
     return adapter.ids
+
+
+def others(adapter: Adapter, ids: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """All components but these; a module left with none is absent."""
+    result = {}
+    for name, block in adapter.blocks.items():
+        if name not in ids:
+            result[name] = block.ids
+        elif len(ids[name]) < block.rank:
+            left = np.ones(block.rank, bool)
+            left[block.ids.searchsorted(ids[name])] = False
+            result[name] = block.ids[left]
+    return result
 
 
 def leading(adapter: Adapter, rank: int | None) -> dict[str, np.ndarray]:
@@ -51,16 +65,20 @@ def sampled(adapter: Adapter, rank: int, seed: int, *address: Address) -> dict[s
     """`rank` components of every module, uniformly without replacement; each module has a draw of its own."""
     result = {}
     for name, block in adapter.blocks.items():
-        draw = rng(seed, "select", *address, name)
-        result[name] = np.sort(draw.choice(block.ids, min(rank, block.rank), replace=False))
+        if rank >= block.rank:  # each draw has an address of its own: none depends on another
+            result[name] = block.ids
+            continue
+        result[name] = rng(seed, "select", *address, name).choice(block.ids, rank, replace=False)
+        result[name].sort()
     return result
 
 
-def largest(adapter: Adapter, rank: int, seed: int, *address: Address) -> dict[str, np.ndarray]:
-    """The `rank` components of the largest norm of every module; ties, such as B = 0 at first, are drawn."""
-    size = norms(adapter)
+def largest(
+    adapter: Adapter, rank: int, seed: int, *address: Address, sizes: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The `rank` components of the largest size of every module; ties, such as norms at first, where B = 0, are drawn."""
     return {
-        name: block.ids[top(rank, size[name], rng(seed, "select", *address, name).random(block.rank))]
+        name: block.ids[top(rank, sizes[name], rng(seed, "select", *address, name).random(block.rank))]
         for name, block in adapter.blocks.items()
     }
 

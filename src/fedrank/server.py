@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fedrank import exactness, ledger, optimizer
+from fedrank import exactness, ledger, optimizer, roster
 from fedrank import frame as frames
 from fedrank.adapter import Adapter
 from fedrank.config import Rounds, ServerSettings
@@ -29,7 +29,7 @@ Evaluate = Callable[[Adapter, tuple[Adapter, ...]], Mapping[str, float]]
 def sample(clients: Sequence[ClientId], size: int, seed: int, round: int) -> list[ClientId]:
     """The clients of a round of 1..: drawn without replacement, in the order of registration."""
     drawn = rng(seed, "cohort", round).choice(len(clients), min(size, len(clients)), replace=False)
-    return [clients[i] for i in sorted(drawn)]
+    return [clients[i] for i in sorted(drawn.tolist())]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +71,9 @@ class Server:
             self.store.clear_spool()
             yield {"event": "round", "rounds": state.rounds, **row}
         fleet = self.engine.fleet()
-        everyone = tuple(fleet)
+        everyone = roster.names(fleet)
         if self.rounds.personal is not None:
-            everyone = tuple(sample(everyone, self.rounds.personal, self.seed, 0))
+            everyone = sample(everyone, self.rounds.personal, self.seed, 0)
         yield {"event": "end", "round": state.round, **self._personal(state, fleet, everyone)}
 
     def train(self, state: State, clock: float) -> Generator[Event, None, tuple[State, Event, list[Event]]]:
@@ -98,8 +98,7 @@ class Server:
 
     def _cohort(self, round: int) -> dict[ClientId, Device]:
         fleet = self.engine.fleet()
-        clients = tuple(fleet)
-        return {client: fleet[client] for client in sample(clients, self.rounds.cohort, self.seed, round)}
+        return {client: fleet[client] for client in sample(roster.names(fleet), self.rounds.cohort, self.seed, round)}
 
     @span("planning")
     def _plans(self, state: State, cohort: Mapping[ClientId, Device], training: bool = False) -> dict[ClientId, Plan]:
@@ -112,7 +111,9 @@ class Server:
             given = plans[client]
             if given is None and training:  # it sits this round out
                 continue
-            plan = replace(given or Plan({}), since=state.seen.get(client, -1))
+            plan, since = given or Plan({}), state.seen.get(client, -1)
+            if plan.since != since:
+                plan = replace(plan, since=since)
             if self.head != "train":  # it stays where it is: trained there, or as begin() made it
                 learn = plan.learn if self.head == "own" else plan.learn.replace("h", "")
                 up, down = plan.up.replace("h", ""), plan.down.replace("h", "")
@@ -263,9 +264,7 @@ class Server:
         return scores | {k: v for k, v in personal.items() if not k.startswith("mean_")}
 
     @span("evaluation")
-    def _personal(
-        self, state: State, fleet: Mapping[ClientId, Device], clients: tuple[ClientId, ...]
-    ) -> dict[str, Any]:
+    def _personal(self, state: State, fleet: Mapping[ClientId, Device], clients: Sequence[ClientId]) -> dict[str, Any]:
         """Every client's own test rows: the unweighted mean accuracy, and that of its majority class."""
         ids: dict[str, np.ndarray] = {}
         present, rows = everything(state.adapter), list[dict[str, Any]]()

@@ -196,7 +196,8 @@ class Wire:
         examples = meta.get("examples")
         if type(examples) is not int or not 0 < examples < 1 << 53:
             raise Refused(f"examples must be a positive whole number, got {examples!r}")
-        arrays = {n[len("arrays.") :]: tensors.pop(n) for n in list(tensors) if n.startswith("arrays.")}
+        # Copied: a method may remember them for as long as the run goes, and a view would hold the whole frame.
+        arrays = {n[len("arrays.") :]: tensors.pop(n).copy() for n in list(tensors) if n.startswith("arrays.")}
         found = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
         if found != dict(plan.returns):
             raise Refused(f"arrays {found} came back, asked for were {dict(plan.returns)}")

@@ -21,7 +21,7 @@ def inline(function: Callable[[list[Sent]], list[bytes | None]]) -> Spread:
 
 @dataclass(frozen=True, eq=False)
 class Local:
-    """devices: every client. site: its client side, made when first needed.
+    """devices: every client. site: its client side, made when it is needed.
 
     failure_rate: the share of requests that get no answer, drawn by what is asked, so that it repeats.
     stack: how many clients are trained together. share: makes one function into one over many arguments, on workers

@@ -9,15 +9,16 @@ travels as bits. The head is averaged as the rest is; the authors' habit, a froz
 The start error and the three figures of aggregation noise are the server's, by rounds.exactness.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
 
+from fedrank.adapter import norms
 from fedrank.aggregation import WEIGHTS, average
 from fedrank.protocol import About, ClientId, Device, Job, ModelSpec, Plan, State, Update, Updates
-from fedrank.selection import everything, largest, leading, sampled
+from fedrank.selection import everything, largest, leading, others, sampled
 
 
 @dataclass(frozen=True)
@@ -47,21 +48,21 @@ class FedPLoRA:
         return State(0, rounds, spec.lora(seed))
 
     def plan(self, state: State, cohort: Mapping[ClientId, Device], seed: int) -> dict[ClientId, Plan]:
-        plans = {}
+        choose, plans = self.choice(state, seed), {}
         for client, device in cohort.items():
-            train = self.select(state, device, seed)
-            frozen = {} if self.rest == "drop" else state.adapter.without(train).ids
-            plans[client] = Plan(train, frozen)
+            train = everything(state.adapter) if device.rank is None else choose(device.rank, client)
+            plans[client] = Plan(train, {} if self.rest == "drop" else others(state.adapter, train))
         return plans
 
-    def select(self, state: State, device: Device, seed: int) -> dict[str, np.ndarray]:
-        """K_i per matrix, for the round to come."""
-        if device.rank is None:
-            return everything(state.adapter)
+    def choice(self, state: State, seed: int) -> Callable[[int, ClientId], dict[str, np.ndarray]]:
+        """A rank and a client -> K_i per matrix, for the round to come."""
+        adapter, round = state.adapter, state.round + 1
         if self.selection == "fixed":
-            return leading(state.adapter, device.rank)
-        choose = sampled if self.selection == "random" else largest
-        return choose(state.adapter, device.rank, seed, state.round + 1, device.id)
+            return lambda rank, client: leading(adapter, rank)
+        if self.selection == "random":
+            return lambda rank, client: sampled(adapter, rank, seed, round, client)
+        sizes = norms(adapter)
+        return lambda rank, client: largest(adapter, rank, seed, round, client, sizes=sizes)
 
     def train(self, jobs: Iterable[Job]) -> Iterable[Update]:
         for job in jobs:

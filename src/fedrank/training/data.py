@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fedrank.config import Config
+from fedrank.config import Clients, Config
 from fedrank.protocol import rng
 from fedrank.training import docstrings
 from fedrank.training.sources import DataError, Record, Source, from_hub, from_path, nearest
@@ -61,6 +61,42 @@ class Dataset:
     dev: Rows | None
     labels: tuple[str, ...]
     notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class ClientData:
+    """Clients that each bring their own rows: read or made when a client is drawn, and not kept.
+
+    name: what the data is called. clients: how many there are. rows: a client's place, from 0 on -> its rows, the same
+    whenever and in whatever process it is called; their columns are those of a data file. test: the rows of the global
+    test set. labels: the class names, a label's id being its place; none for task generate.
+
+    A fifth of a client's rows is its personal test, as in a natural partition.
+    """
+
+    name: str
+    clients: int
+    rows: Callable[[int], Iterable[Mapping[str, Any]]]
+    test: Sequence[Mapping[str, Any]]
+    labels: Sequence[str] = ()
+
+
+def natural(config: Config, data: ClientData) -> Config:
+    """The config with what it has to say of clients that bring their own rows."""
+    if data.clients < 1:
+        raise DataError(f"{data.name}: {data.clients} clients; there must be at least one")
+    if config.task != "generate" and not data.labels:
+        raise DataError(f"{data.name}: no labels; task {config.task} needs the class names")
+    if len(set(data.labels)) < len(data.labels):
+        raise DataError(f"{data.name}: a label is repeated in {list(data.labels)}; names must differ")
+    for key in ("train_limit", "split"):
+        if getattr(config.data, key) != type(config.data).model_fields[key].default:
+            raise DataError(
+                f"data.{key}: it is of a whole data set, and each client of {data.name} brings its own rows"
+            )
+    kind = config.data.partition.model_copy(update={"kind": "natural"})
+    named = config.data.model_copy(update={"name": data.name, "path": None, "partition": kind})
+    return config.model_copy(update={"data": named, "clients": Clients(count=data.clients)})
 
 
 def load(

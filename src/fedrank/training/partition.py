@@ -1,17 +1,22 @@
 """Who holds which rows: the ways in which federated experiments deal a training set out to clients."""
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Any, Literal, overload
 
 import numpy as np
 
 from fedrank.protocol import rng
+from fedrank.roster import Names
 
 Kind = Literal["iid", "dirichlet", "pathological", "label_sorted", "quantity", "natural"]
 
 REDRAWS = 20
 NOBODY = -1  # the owner of a row that no client gets
 HELD_OUT = 5  # one in so many of a natural client's own rows becomes its personal test
+LISTED = 10_000  # of more clients a summary says how many they are and names what they hold by a hash
 
 
 class PartitionError(ValueError):
@@ -19,41 +24,77 @@ class PartitionError(ValueError):
 
 
 @dataclass(frozen=True, eq=False)
+class Shares(Sequence[np.ndarray]):
+    """Row indices per client, one client's after the other's. rows: (rows,); starts: (clients + 1,), where each begins."""
+
+    rows: np.ndarray
+    starts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @overload
+    def __getitem__(self, at: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[np.ndarray]: ...
+    def __getitem__(self, at: int | slice) -> np.ndarray | list[np.ndarray]:
+        if isinstance(at, slice):
+            return [self[place] for place in range(len(self))[at]]
+        place = range(len(self))[at]
+        return self.rows[self.starts[place] : self.starts[place + 1]]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return np.diff(self.starts)
+
+
+@dataclass(frozen=True, eq=False)
 class Partition:
     """Row indices per client. ``test`` points into the split named by ``test_from``.
 
-    names: client ids. origin: a natural client's value in the data, empty where clients are drawn.
+    names: client ids. origin: (clients,), a natural client's value in the data.
     redraws: draws thrown away for a client below min_rows. dropped: natural clients below min_rows.
     labels: (rows,) of the train split, None where it has none.
     """
 
-    names: tuple[str, ...]
-    train: tuple[np.ndarray, ...]
-    test: tuple[np.ndarray, ...]
+    names: Names
+    train: Shares
+    test: Shares
     test_from: Literal["test", "train"]
     labels: np.ndarray | None
-    origin: tuple[str, ...] = ()
+    origin: np.ndarray | None = None
     redraws: int = 0
     dropped: int = 0
 
     def summary(self) -> dict[str, Any]:
         """JSON-able; a client's label counts name only the labels it holds."""
-        clients = [
+        return {
+            "clients": self._listed() if len(self.names) <= LISTED else self._counted(),
+            "test_from": self.test_from,
+            "redraws": self.redraws,
+            "dropped": self.dropped,
+        }
+
+    def _listed(self) -> list[dict[str, Any]]:
+        return [
             {
                 "client": name,
-                "origin": self.origin[i] if self.origin else None,
+                "origin": None if self.origin is None else str(self.origin[i]),
                 "train_rows": len(self.train[i]),
                 "test_rows": len(self.test[i]),
                 "label_counts": self._label_counts(self.train[i]),
             }
             for i, name in enumerate(self.names)
         ]
-        return {
-            "clients": clients,
-            "test_from": self.test_from,
-            "redraws": self.redraws,
-            "dropped": self.dropped,
-        }
+
+    def _counted(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"count": len(self.names)}
+        digest = hashlib.sha256()
+        for name, shares in (("train", self.train), ("test", self.test)):
+            found[f"{name}_rows"] = {"least": int(shares.sizes.min()), "most": int(shares.sizes.max())}
+            for part in (shares.starts, shares.rows):
+                digest.update(part.astype("<i8").tobytes())
+        return found | {"hash": digest.hexdigest()}
 
     def _label_counts(self, rows: np.ndarray) -> dict[str, int]:
         if self.labels is None:
@@ -105,11 +146,10 @@ def partition(
         owner = pathological(known, count, classes_per_client, first)
     else:
         owner = label_sorted(known, count, s if kind == "label_sorted" else 0.0, first)
-    names = client_names(count)
-    train = grouped(owner, count)
-    for name, rows in zip(names, train, strict=True):
-        if not len(rows):
-            raise PartitionError(f"{kind}: client {name} of {count} gets none of {len(owner)} rows; use fewer clients")
+    names, train = Names(count), grouped(owner, count)
+    if not train.sizes.all():
+        name = names[int(train.sizes.argmin())]
+        raise PartitionError(f"{kind}: client {name} of {count} gets none of {len(owner)} rows; use fewer clients")
     if labels is None or test_labels is None:
         known, test_labels = (
             one_class,
@@ -119,16 +159,11 @@ def partition(
     return Partition(names, train, grouped(shares, count), "test", labels, redraws=redraws)
 
 
-def client_names(count: int) -> tuple[str, ...]:
-    width = len(str(count - 1))
-    return tuple(f"{i:0{width}}" for i in range(count))
-
-
-def grouped(owner: np.ndarray, count: int) -> tuple[np.ndarray, ...]:
-    """Each client's rows, ascending. owner: (rows,) -> per client (its rows,)."""
+def grouped(owner: np.ndarray, count: int) -> Shares:
+    """Each client's rows, ascending. owner: (rows,), the client of each row or NOBODY."""
     owned = np.flatnonzero(owner != NOBODY)
     order = owned[np.argsort(owner[owned], kind="stable")]
-    return tuple(np.split(order, np.cumsum(np.bincount(owner[owned], minlength=count))[:-1]))
+    return Shares(order, np.append(0, np.cumsum(np.bincount(owner[owned], minlength=count))))
 
 
 # -- who owns which row: every function returns owner, (rows,) of client indices -------------------
@@ -222,19 +257,21 @@ def by_column(column: list[str] | None, labels: np.ndarray | None, min_rows: int
         )
     client_of = np.full(len(values), NOBODY)
     client_of[kept] = np.arange(len(kept))
-    random = rng(seed, "partition", "test")
-    train, test = [], []
-    for rows in grouped(client_of[value], len(kept)):
-        test_rows, train_rows = np.split(random.permutation(rows), [len(rows) // HELD_OUT])
-        train.append(np.sort(train_rows))
-        test.append(np.sort(test_rows))
+    owner, random = client_of[value], rng(seed, "partition", "test")
+    own = grouped(owner, len(kept))
+    drawn = own.rows.copy()
+    for start, end in pairwise(own.starts.tolist()):
+        random.shuffle(drawn[start:end])
+    place = np.arange(len(drawn)) - np.repeat(own.starts[:-1], own.sizes)
+    held_out = np.zeros(len(owner), bool)
+    held_out[drawn[place < np.repeat(own.sizes // HELD_OUT, own.sizes)]] = True
     return Partition(
-        names=client_names(len(kept)),
-        train=tuple(train),
-        test=tuple(test),
+        names=Names(len(kept)),
+        train=grouped(np.where(held_out, NOBODY, owner), len(kept)),
+        test=grouped(np.where(held_out, owner, NOBODY), len(kept)),
         test_from="train",
         labels=labels,
-        origin=tuple(str(values[i]) for i in kept),
+        origin=values[kept],
         dropped=len(values) - len(kept),
     )
 

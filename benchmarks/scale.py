@@ -1,0 +1,261 @@
+"""From a thousand registered clients to a million: start-up, the server's memory, seconds per sampled client, planning.
+
+python benchmarks/scale.py [--clients 1000 10000 100000 1000000] [--repeats 3] [--results FILE]
+
+Rounds of 1,000 clients on the tiny encoder, their rows made when they are drawn, each run in a process of its own, the
+sizes in turn within each repeat. What is measured is kept: killed, it goes on where it was. The methods: fedsa_lora,
+whose clients keep their B on disk, and legend, which gives each client a depth by its device and remembers what its
+rounds took. Then the time in which every method draws and plans a round of 1,000 of a million devices for a model of
+MiniLM's size. Server and clients are one process here, so its memory is an upper bound of the server's. Linux only:
+memory is read from /proc; of it, `pss_mib` hangs on what else runs, since libraries are shared. Seconds per client are
+given by the wall and of the processor: all work is done by one thread, and where others use the machine too the processor's
+are what can be compared.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+METHODS: dict[str, dict[str, Any]] = {
+    "fedsa_lora": {"name": "fedsa_lora"},
+    "legend": {"name": "legend"},
+}
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "fed_plora": [{}, {"selection": "weight_norm"}, {"rest": "drop"}],
+    "hetlora": [{}, {"form": "full"}],
+}  # of a method that plans in more ways than one
+COHORT, WARM_UP, ROUNDS, ROWS = 1000, 1, 2, 4
+FLEET = {
+    "devices": {"jetson-tx2": 30, "jetson-xavier-nx": 40, "jetson-agx-xavier": 10}, "jitter": 0.2, "redraw": 20,
+    "ranks": {"jetson-tx2": 2, "jetson-xavier-nx": 4},
+}  # fmt: skip
+WORDS = [line.split() for line in ("red green blue grey", "oak elm ash fir", "cat dog cow hen", "one two six ten")]
+COMPARED = ("cpu_seconds_per_client", "seconds_per_client", "peak_rss_mib", "rss_mib")
+LIMITS = {
+    "memory": 1.1,
+    "cpu_seconds_per_client": 1.1,
+    "seconds_per_client": 1.1,
+    "start_seconds": 10.0,
+    "planning_seconds": 1.0,
+}
+
+
+def rows(at: int) -> Iterator[dict[str, Any]]:
+    """A client's rows, by its address."""
+    from fedrank.protocol import rng
+
+    draws = rng(0, "rows", at).integers(4, size=(ROWS, 6))
+    return ({"text": " ".join(WORDS[y][word] for word in words), "label": int(y)} for y, *words in draws.tolist())
+
+
+def memory() -> dict[str, float]:
+    """MiB of this process now, its own pages among them, its proportional share, and the most that it ever held."""
+    found = {}
+    for file, keys in (("status", {"VmRSS:": "rss_mib", "RssAnon:": "anonymous_mib", "VmHWM:": "peak_rss_mib"}),
+                       ("smaps_rollup", {"Pss:": "pss_mib"})):  # fmt: skip
+        lines = [line.split() for line in Path(f"/proc/self/{file}").read_text().splitlines()]
+        found |= {keys[line[0]]: int(line[1]) / 1024 for line in lines if line[0] in keys}
+    return found
+
+
+def play(method: str, clients: int) -> dict[str, Any]:
+    """One run of this process: its start-up, and its rounds after the first."""
+    clock, cpu = time.perf_counter(), time.process_time()
+    import fedrank
+    from fedrank import experiment
+    from fedrank.config import load
+
+    test = [row for at in range(10) for row in rows(clients + at)]
+    data = fedrank.ClientData("words", clients, rows, test, ("colours", "trees", "animals", "numbers"))
+    config = load({
+        "data": {"name": data.name}, "local": {"max_length": 16, "batch_size": ROWS}, "method": METHODS[method],
+        "rounds": {"count": WARM_UP + ROUNDS + 1, "cohort": COHORT, "evaluate_every": 1000, "personal": 0},
+        "engine": {"workers": 1, "compute": "float32", "products": "torch", "fleet": FLEET},
+    })  # fmt: skip
+    path, found = Path(tempfile.mkdtemp()), dict[str, Any]()
+    took, work, held = list[float](), list[float](), list[dict[str, float]]()
+    try:
+        with closing(experiment.start(config, path / "run", data=data)) as events:
+            for event in events:
+                if event["event"] == "start":
+                    found |= {"start_seconds": time.perf_counter() - clock, "at_start": memory()}
+                if event["event"] == "round":
+                    assert event["clients_ok"] == COHORT, event
+                    held.append(memory())
+                    took.append(time.perf_counter() - clock)
+                    work.append(time.process_time() - cpu)
+                if len(took) == WARM_UP + ROUNDS:
+                    break
+                if event["event"] in ("start", "round"):
+                    clock, cpu = time.perf_counter(), time.process_time()
+        state = experiment.Run(path / "run").state
+        folders = [folder for folder in (path / "run" / "clients").iterdir() if any(folder.iterdir())]
+    finally:
+        shutil.rmtree(path)
+    per_client = {"cpu_seconds_per_client": work, "seconds_per_client": took}
+    return found | {
+        **{name: statistics.mean(rounds[WARM_UP:]) / COHORT for name, rounds in per_client.items()},
+        "cpu_seconds_of_rounds": work, "seconds_of_rounds": took, "after_rounds": held,
+        "clients_seen": len(state.seen), "clients_with_private_state": len(folders),
+    }  # fmt: skip
+
+
+def planning() -> dict[str, float]:
+    """Seconds until a round's cohort is drawn and has its plans, the second of two: every method, every variant."""
+    import numpy as np
+    from wire import LINEARS, minilm
+
+    from fedrank import fleet, methods
+    from fedrank.config import FleetSettings, Rounds
+    from fedrank.engines.local import Local
+    from fedrank.protocol import Attention, Linear, Load
+    from fedrank.roster import Names, Roster
+    from fedrank.server import Server
+    from fedrank.store import Store
+    from fedrank.wire import Wire
+
+    spec, roles = minilm(), ("query", "key", "value", "", "", "")
+    flow = [
+        Linear(f"layer.{block}.{name}", out, in_, block, max(0, at - 2), role)
+        for block in range(spec.blocks)
+        for at, ((name, (out, in_)), role) in enumerate(zip(LINEARS.items(), roles, strict=True))
+    ]
+    spec = replace(spec, flow=tuple(flow), attention=Attention(384, 12), parameters=22_700_000)
+    names = Names(1_000_000)
+    machines = fleet.build(FleetSettings.model_validate(FLEET), Roster(names, lambda at: ROWS), 0)
+    load = Load(steps=1, tokens=200, pairs=10_000, peak_tokens=200, peak_pairs=10_000, rows=ROWS)
+    devices = Roster(names, lambda at: replace(machines.devices[names[at]], load=load))
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in methods.names():
+            for options in VARIANTS.get(name, [{}]):
+                method = methods.build({"name": name, **options})
+                begin = method.begin(spec, 100, 0)
+                engine: Any = Local(devices, lambda client: None, 0.0, 0)  # type: ignore[arg-type, return-value]
+                settings = Rounds(count=100, cohort=COHORT)
+                wire = Wire(spec, begin.adapter, "f32", "run", 0)
+                server = Server(method, engine, wire, Store(Path(folder)), settings, 0, "train", None)
+                for begun in (begin, replace(begin, round=2, seen=dict.fromkeys(names[:1000], 1))):
+                    clock = time.perf_counter()
+                    event = next(server.train(begun, 0.0))
+                    seconds = time.perf_counter() - clock
+                    assert event["event"] == "cohort"
+                    assert len(event["clients"]) == COHORT
+                label = " ".join([name, *(f"{key}={value}" for key, value in options.items())])
+                found[label] = seconds
+    assert np.isfinite(list(found.values())).all()
+    return found
+
+
+def apart(*words: str) -> Any:
+    """What this script finds in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, "--only", *words], check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def ratio(values: list[float]) -> float:
+    return max(values) / min(values)
+
+
+def summary(runs: dict[str, dict[str, list[Any]]], plans: list[dict[str, float]]) -> dict[str, Any]:
+    """Medians with their spread, and how each target is met; ratios are of the largest to the smallest median."""
+    found: dict[str, Any] = {}
+    for method, sizes in runs.items():
+        table = {
+            clients: {
+                "start_seconds": spread([run["start_seconds"] for run in these]),
+                "cpu_seconds_per_client": spread([run["cpu_seconds_per_client"] for run in these]),
+                "seconds_per_client": spread([run["seconds_per_client"] for run in these]),
+                "peak_rss_mib": spread([run["after_rounds"][-1]["peak_rss_mib"] for run in these]),
+                "rss_mib": spread([statistics.mean(held["rss_mib"] for held in run["after_rounds"]) for run in these]),
+            }
+            for clients, these in sizes.items()
+            if these
+        }
+        kinds = ("median", "min")  # the least is what others on the machine disturb least
+        found[method] = {
+            "by_clients": table, "start_seconds": max(row["start_seconds"]["median"] for row in table.values()),
+            **{f"ratios_of_{kind}": {name: ratio([row[name][kind] for row in table.values()]) for name in COMPARED}
+               for kind in kinds},
+        }  # fmt: skip
+    names = plans[0] if plans else {}
+    found["planning_seconds"] = {name: spread([plan[name] for plan in plans]) for name in names}
+    ratios = [found[method]["ratios_of_median"] for method in runs]
+    reached = {
+        "memory": max(one[name] for one in ratios for name in ("peak_rss_mib", "rss_mib")),
+        "cpu_seconds_per_client": max(one["cpu_seconds_per_client"] for one in ratios),
+        "seconds_per_client": max(one["seconds_per_client"] for one in ratios),
+        "start_seconds": max(found[method]["start_seconds"] for method in runs),
+        "planning_seconds": max((found["planning_seconds"][name]["median"] for name in names), default=None),
+    }
+    met = {name: value is not None and value <= LIMITS[name] for name, value in reached.items()}
+    return {"reached": reached, "limits": LIMITS, "met": met, **found}
+
+
+def main() -> None:
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("--clients", type=int, nargs="+", default=[1000, 10_000, 100_000, 1_000_000])
+    words.add_argument("--repeats", type=int, default=3)
+    words.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "scale.json")
+    words.add_argument("--only", nargs="+", help="measure one thing in this process: planning, or a method and clients")
+    given = words.parse_args()
+    if given.only:
+        print(json.dumps(planning() if given.only == ["planning"] else play(given.only[0], int(given.only[1]))))
+        return
+    import machine
+
+    settings = {
+        "methods": METHODS,
+        "cohort": COHORT,
+        "warm_up": WARM_UP,
+        "rounds": ROUNDS,
+        "rows": ROWS,
+        "fleet": FLEET,
+    }
+    result: dict[str, Any] = {
+        "command": "python benchmarks/scale.py",
+        "machine": machine.describe(),
+        "settings": settings,
+    }
+    runs: dict[str, dict[str, list[Any]]] = {method: {str(n): [] for n in given.clients} for method in METHODS}
+    plans: list[dict[str, float]] = []
+    if given.results.exists():
+        before = json.loads(given.results.read_text())
+        if (before["machine"], before["settings"]) != (result["machine"], settings):
+            sys.exit(f"{given.results} is of another machine, commit or setting; remove it, or give another --results")
+        runs = {method: runs[method] | before["runs"][method] for method in METHODS}
+        plans = before["planning"]
+    for repeat in range(given.repeats):
+        for method in METHODS:
+            for clients in given.clients:
+                these = runs[method][str(clients)]
+                if len(these) > repeat:
+                    continue
+                these.append(found := apart(method, str(clients)))
+                print(f"{method}, {clients} clients: {found['start_seconds']:.1f} s to start, "
+                      f"{1000 * found['cpu_seconds_per_client']:.2f} ms a client ({1000 * found['seconds_per_client']:.2f} by the wall), "
+                      f"{found['after_rounds'][-1]['peak_rss_mib']:.0f} MiB", flush=True)  # fmt: skip
+                given.results.write_text(json.dumps({**result, "runs": runs, "planning": plans}, indent=1) + "\n")
+        if len(plans) <= repeat:
+            plans.append(apart("planning"))
+    result |= {"summary": summary(runs, plans), "runs": runs, "planning": plans}
+    given.results.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["summary"]["reached"], indent=1), json.dumps(result["summary"]["met"], indent=1))
+
+
+if __name__ == "__main__":
+    main()
