@@ -74,7 +74,7 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
     """Load the data and the model, share the rows out, and build what the config names."""
     config, chosen = _chosen(config, method)
     # torch is slow to import: a typo above should not wait for it
-    from fedrank.training import clients, frozen, local, models, tasks
+    from fedrank.training import clients, frozen, local, models, packing, tasks
 
     if data is None:
         dataset, shares = _dealt(config)
@@ -119,7 +119,8 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
         """A round that is never played stands for those to come, but any rows may meet in their largest batch."""
         mine, client = population.held(at), names[at]
         size, length = min(config.local.batch_size, len(mine.train)), int(mine.encoded.lengths[mine.train].max())
-        expected = replace(load(client, 0), peak_tokens=size * length, peak_pairs=size * length**2)
+        most = size * (packing.filled(length) if packed else length) ** 2
+        expected = replace(load(client, 0), peak_tokens=size * length, peak_pairs=most)
         return replace(machines.devices[client], load=expected)
 
     sizes = Roster(names, lambda at: len(population.held(at).train))

@@ -25,7 +25,7 @@ from fedrank.training.frozen import Compute, Frozen, freeze
 from fedrank.training.fused import Mount
 from fedrank.training.hooks import incremented, live, mounted, swapped
 from fedrank.training.models import Model
-from fedrank.training.packing import filled
+from fedrank.training.packing import filled, pairs
 from fedrank.training.prefix import Kept, Prefix
 from fedrank.training.tasks import Encoded
 
@@ -362,8 +362,8 @@ def workload(
     """What a round's training on these rows goes through; a batch is packed, or padded to its longest row."""
     parts = [lengths[batch] for batch in batches(rows, local, draw)]
     tokens = [filled(int(part.sum())) if packed else len(part) * int(part.max()) for part in parts]
-    pairs = [len(part) * int(part.max()) ** 2 for part in parts]
-    return Load(len(parts), sum(tokens), sum(pairs), max(tokens), max(pairs), sum(map(len, parts)))
+    scores = [pairs(part) if packed else len(part) * int(part.max()) ** 2 for part in parts]
+    return Load(len(parts), sum(tokens), sum(scores), max(tokens), max(scores), sum(map(len, parts)))
 
 
 def _digest(updates: tuple[Adapter, ...]) -> str:

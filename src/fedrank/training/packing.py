@@ -98,36 +98,42 @@ def layout(lengths: np.ndarray, counts: Sequence[int]) -> tuple[np.ndarray, list
     return np.concatenate([begin + np.arange(tokens) for begin, tokens in zip(begins, own, strict=True)]), sizes
 
 
-def pack(lengths: np.ndarray, counts: Sequence[int], device: str) -> Packed:
-    at, sizes = layout(lengths, counts)
-    ends = np.cumsum(lengths)
+def tiled(lengths: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, int, int]]:
+    """Rows of like length, and where in their tiles each begins; the number of these, and their width.
+
+    Rows stay in their order; a tile takes as many as it holds.
+    """
     doublings = np.ceil(np.log2(np.maximum(lengths, STEP) / STEP)).astype(int)
-    tiles = []
     for doubling in np.unique(doublings):
         rows = np.flatnonzero(doublings == doubling)
-        own = np.concatenate([at[ends[row] - lengths[row] : ends[row]] for row in rows])
-        tiles.append(_tiles(lengths[rows], own, device))
-    return Packed(torch.from_numpy(lengths).to(device), sum(sizes), torch.from_numpy(at).to(device), tuple(tiles))
+        width, starts, used = filled(int(lengths[rows].max())), list[int](), 0
+        for length in lengths[rows].tolist():
+            if used % width + length > width:
+                used += -used % width
+            starts.append(used)
+            used += length
+        yield rows, np.array(starts), -(-used // width), width
 
 
-def _tiles(lengths: np.ndarray, at: np.ndarray, device: str) -> Tiles:
-    """Rows in their order, as many in a tile as it holds. at: their tokens' places, packed."""
-    width, starts, used = filled(int(lengths.max())), list[int](), 0
-    for length in lengths.tolist():
-        if used % width + length > width:
-            used += -used % width
-        starts.append(used)
-        used += length
-    count = -(-used // width)
-    begins = np.cumsum(lengths) - lengths
-    places = np.arange(len(at)) + np.repeat(np.array(starts) - begins, lengths)
-    owner, tokens = np.full(count * width, -1), np.zeros(count * width, np.int64)
-    owner[places], tokens[places] = np.repeat(np.arange(len(lengths)), lengths), at
+def pairs(lengths: np.ndarray) -> int:
+    """The scores of these rows' attention: those of their tiles."""
+    return sum(count * width**2 for _, _, count, width in tiled(lengths))
 
+
+def pack(lengths: np.ndarray, counts: Sequence[int], device: str) -> Packed:
     def there(part: np.ndarray) -> Tensor:
         return torch.from_numpy(part).to(device)
 
-    return Tiles(there(owner.reshape(count, width)), there(tokens), there(places), there(at))
+    at, sizes = layout(lengths, counts)
+    begins, tiles = np.cumsum(lengths) - lengths, []
+    for rows, starts, count, width in tiled(lengths):
+        own = lengths[rows]
+        within = np.arange(own.sum()) - np.repeat(np.cumsum(own) - own, own)  # a token's place in its row
+        places, packed = np.repeat(starts, own) + within, at[np.repeat(begins[rows], own) + within]
+        owner, tokens = np.full(count * width, -1), np.zeros(count * width, np.int64)
+        owner[places], tokens[places] = np.repeat(rows, own), packed
+        tiles.append(Tiles(there(owner.reshape(count, width)), there(tokens), there(places), there(packed)))
+    return Packed(there(lengths), sum(sizes), there(at), tuple(tiles))
 
 
 class Attention(torch.autograd.Function):
