@@ -62,7 +62,7 @@ def write(out: Path, raw: dict[str, Any], overrides: Iterable[str] = ()) -> None
         cohorts.append(server.sample(tuple(parts.devices), chosen.rounds.cohort, chosen.seed, round))
         for client in cohorts[-1]:
             draw = partial(rng, chosen.seed, "job", round, client, "batches")
-            steps = list(local.batches(parts.rows[client], chosen.local, draw))
+            steps = list(local.batches(parts.held(client).train, chosen.local, draw))
             batches.append([list(map(int, batch)) for batch in steps])
             own = [lengths[batch] for batch in steps]  # without padding: what nobody can do without
             tokens, pairs = (int(sum((part**power).sum() for part in own)) for power in (1, 2))

@@ -37,7 +37,7 @@ class Parts:
     """Everything a config stands for, built.
 
     cost: client, an adapter of the method, round, plan and bytes down -> what that round costs that client.
-    devices: of every client, as the server knows it. trainer: the model and the tokenised rows of this process.
+    devices: of every client, as the server knows it. held: a client's rows. trainer: the model and the tokenised rows of this process.
     """
 
     config: Config
@@ -47,6 +47,7 @@ class Parts:
     run_id: str
     fleet: fleet.Fleet
     devices: Mapping[ClientId, Device]
+    held: Callable[[ClientId], Any]
     trainer: Any
     site: Callable[[ClientId, Wire, Store], Site]
     cost: Callable[[ClientId, Adapter, int, Plan, int], costs.Cost]
@@ -190,7 +191,7 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
         engine.threads, config.device, compute, packed, engine.stack or 1, begins
     )
     return Parts(
-        config, chosen, spec, begin, run_id, machines, devices, trainer, site, cost, evaluate, workers, numerics, drawn, facts, about,
+        config, chosen, spec, begin, run_id, machines, devices, held, trainer, site, cost, evaluate, workers, numerics, drawn, facts, about,
     )  # fmt: skip
 
 
