@@ -1,7 +1,8 @@
 """What a step costs by the number of blocks that learn, as for LEGEND's and late FedARA's clients.
 
-python benchmarks/depth.py DATA: seconds and peak memory of MiniLM's last 6, 5, ... 1 blocks, in turns, with the states
-below them kept and computed anew, beside the share of the FLOPs. DATA holds clinc150/ and 20news/.
+python benchmarks/depth.py DATA: seconds and peak memory of MiniLM's last 6, 5, ... 1 blocks, and of what FedARA has left
+after 20 rounds, in turns, with the states below kept and computed anew, beside the share of the FLOPs. DATA holds
+clinc150/ and 20news/.
 """
 
 import argparse
@@ -9,17 +10,22 @@ import ctypes
 import json
 import os
 import time
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 import machine
 import numpy as np
 
+import fedrank
 from fedrank import config, cost
 from fedrank.adapter import Adapter
-from fedrank.parts import prepare
+from fedrank.parts import Parts, prepare
 from fedrank.protocol import Device, Job, Plan, rng
+from fedrank.store import Store
 from fedrank.training import local
 
 RESULTS = Path(__file__).parent / "results" / "depth.json"
@@ -64,12 +70,68 @@ def above(trainer: local.Trainer, job: Job, rows: np.ndarray) -> int:
         return int(found.read())
 
 
-def job(trainer: local.Trainer, adapter: Adapter, depth: int, rows: np.ndarray) -> Job:
-    blocks = trainer.model.spec.blocks
-    names = [module.name for module in trainer.model.spec.modules if module.block >= blocks - depth]
-    plan = Plan({name: adapter.blocks[name].ids for name in names})
-    settings = config.Local(lr=0.003, batch_size=BATCH)
-    return Job(plan, 1, 1, trainer.model.spec, adapter, (), {}, settings, Device("0", len(rows)), 0, print)
+def pruned(path: Path) -> tuple[Adapter, Adapter]:
+    """FedARA's adapter before its first round and after its last."""
+    raw = settings(path) | {
+        "clients": {"count": 100}, "rounds": {"count": 20, "cohort": 10, "evaluate_every": 20, "personal": 0},
+        "adapter": {"rank": 12}, "method": {"name": "fedara", "target_rank": 1},
+    }  # fmt: skip
+    raw["local"] |= {"lr": 0.01, "steps": 5}
+    with TemporaryDirectory() as folder:
+        fedrank.run(raw, out=Path(folder) / "run")
+        store = Store.open(Path(folder) / "run")
+        return store.state(0)[0].adapter, store.state()[0].adapter
+
+
+def jobs(parts: Parts, path: Path, rows: np.ndarray) -> dict[str, tuple[str, Job]]:
+    """What is timed, each beside the one it is compared with."""
+    adapter, spec = parts.begin.adapter, parts.spec
+    local = config.Local(lr=0.003, batch_size=BATCH)
+
+    def job(adapter: Adapter, names: Iterable[str]) -> Job:
+        plan = Plan({name: adapter.blocks[name].ids for name in names})
+        return Job(plan, 1, 1, spec, adapter, (), {}, local, Device("0", len(rows)), 0, print)
+
+    found = {
+        f"{depth} blocks": (
+            f"{spec.blocks} blocks",
+            job(adapter, (m.name for m in spec.modules if m.block >= spec.blocks - depth)),
+        )
+        for depth in range(spec.blocks, 0, -1)
+    }
+    for when, left in zip(("first", "last"), pruned(path), strict=True):
+        found[f"fedara's {when} round"] = "fedara's first round", job(left, left.blocks)
+    return found
+
+
+def measured(path: Path, repeats: int) -> dict[str, dict]:
+    parts = prepare(config.load(settings(path)))
+    teacher = parts.trainer
+    rows = rng(0, "rows").permutation(len(teacher.train))[: STEPS * BATCH]
+    trainers = {
+        kind: replace(teacher, prefix_bytes=room) for kind, room in (("kept", teacher.prefix_bytes), ("anew", 0))
+    }
+    cases = jobs(parts, path, rows)
+    timings = {(kind, what): list[float]() for what in cases for kind in trainers}
+    memory = {(kind, what): above(trainers[kind], cases[what][1], rows) for kind, what in timings}
+    for _ in range(repeats):
+        for kind, what in timings:
+            timings[kind, what].append(timed(trainers[kind], cases[what][1], rows))
+
+    def flops(job: Job) -> float:
+        draw = partial(job.rng, "batches")
+        load = local.workload(rows, teacher.train.lengths, job.local, draw, teacher.frozen.packs)
+        return sum(cost.flops(parts.spec, job.adapter, job.plan, load))
+
+    return {
+        f"{what}, states below {kind}": {
+            "step_seconds": {"median": median(times), "least": min(times), "most": max(times)},
+            "share_of_seconds": median(times) / median(timings[kind, cases[what][0]]),
+            "share_of_flops": flops(cases[what][1]) / flops(cases[cases[what][0]][1]),
+            "training_bytes": memory[kind, what],
+        }
+        for (kind, what), times in timings.items()
+    }
 
 
 def main() -> None:
@@ -79,38 +141,9 @@ def main() -> None:
     args = parser.parse_args()
     found = {"machine": machine.describe(), "steps": STEPS, "batch": BATCH, "data": {}}
     for name in ("clinc150", "20news"):
-        parts = prepare(config.load(settings(args.data / name)))
-        adapter, rows = parts.begin.adapter, rng(0, "rows").permutation(len(parts.trainer.train))[: STEPS * BATCH]
-        compute = parts.trainer.compute
-        trainers = {
-            kind: local.Trainer(
-                parts.trainer.model, parts.trainer.train, parts.trainer.test, 3e-3, 1, "cpu", compute, prefix_bytes=room
-            )
-            for kind, room in (("kept", parts.config.engine.prefix_bytes), ("anew", 0))
-        }
-        depths = range(parts.spec.blocks, 0, -1)
-        jobs = {depth: job(parts.trainer, adapter, depth, rows) for depth in depths}
-        lengths = parts.trainer.train.lengths
-        load = local.workload(rows, lengths, jobs[1].local, partial(jobs[1].rng, "batches"), parts.trainer.frozen.packs)
-        seconds = {(kind, depth): list[float]() for depth in depths for kind in trainers}
-        memory = {(kind, depth): above(trainers[kind], jobs[depth], rows) for kind, depth in seconds}
-        for _ in range(args.repeats):
-            for kind, depth in seconds:
-                seconds[kind, depth].append(timed(trainers[kind], jobs[depth], rows))
-        whole = sum(cost.flops(parts.spec, adapter, jobs[max(depths)].plan, load))
-        found["data"][name] = {
-            f"{kind}, {depth} blocks": {
-                "step_seconds": {"median": median(times), "least": min(times), "most": max(times)},
-                "share_of_seconds": median(times) / median(seconds[kind, max(depths)]),
-                "share_of_flops": sum(cost.flops(parts.spec, adapter, jobs[depth].plan, load)) / whole,
-                "training_bytes": memory[kind, depth],
-            }
-            for (kind, depth), times in seconds.items()
-        }
+        found["data"][name] = measured(args.data / name, args.repeats)
         for key, row in found["data"][name].items():
-            print(
-                name, key, {k: (round(v["median"], 4) if isinstance(v, dict) else round(v, 3)) for k, v in row.items()}
-            )
+            print(name, key, {k: round(v["median"] if isinstance(v, dict) else v, 4) for k, v in row.items()})
         RESULTS.write_text(json.dumps(found, indent=1))
 
 

@@ -230,7 +230,7 @@ def cell(where: str, row: Mapping[str, Any], key: str, column: str) -> Any:
     if not isinstance(value, str) or not value.strip():
         right = "a non-empty string or an integer" if key in ("label", "client") else "a non-empty string"
         raise DataError(f"{where}: column {column!r} holds {value!r:.60}; it must be {right}")
-    if any("\ud800" <= letter <= "\udfff" for letter in value):
+    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
         raise DataError(f"{where}: column {column!r} holds a lone surrogate; it must be valid Unicode text")
     return value
 
