@@ -384,7 +384,7 @@ def on_plain_layers(job: Job) -> Update:
         mounted(trainer.model.modules, trainer.model.heads, one.live),
     ):
         for batch in one.batches:
-            loss = trainer._plainly(batch)
+            loss = trainer._plainly(trainer.train, batch)
             loss.backward()
             one.step(loss, None)
     return one.update()

@@ -118,13 +118,15 @@ def counted(method: Any, state: State, plan: Plan, trainer: local.Trainer) -> tu
 
 @pytest.mark.parametrize("name", toy.EVERY)
 def test_a_method_s_training_takes_the_flops_that_are_said(name: str, trainer: local.Trainer) -> None:
-    """Within 2 %. Two levels are counted as if each pass made both levels' gradients: more, by as much as they take."""
+    """Within 2 %. Two levels are counted as if each pass made both levels' gradients, and their rows as if packed: more,
+    by as much as they take.
+    """
     method = methods.build({"name": name, **({"target_rank": 1} if name == "fedara" else {})})
     state = method.begin(trainer.model.spec, 5, 0)
     plan = method.plan(state, {"c0": Device("c0", 48, rank=4)}, 0)["c0"]
     assert plan is not None
     said, found = counted(method, state, plan, trainer)
-    assert said == pytest.approx(found, rel=0.12 if plan.passes != Passes() else 0.02)
+    assert said == pytest.approx(found, rel=0.16 if plan.passes != Passes() else 0.02)
 
 
 @pytest.mark.parametrize("method", [LoRAA2(), RoLoRA()])
@@ -291,3 +293,12 @@ def test_durations_for_people(seconds: float | None, text: str) -> None:
 @pytest.mark.parametrize(("joules", "text"), [(0.0, "0 mJ"), (0.0123, "12 mJ"), (1.0, "1.0 J"), (44.2, "44 J"), (2470.0, "2.5 kJ"), (9e12, "9000 GJ")])  # fmt: skip
 def test_energy_for_people(joules: float, text: str) -> None:
     assert views.energy(joules) == text
+
+
+def test_workers_change_no_forecast() -> None:
+    raw = {
+        "model": {"name": "tiny-encoder"}, "data": {"name": "docstrings", "train_limit": 80, "test_limit": 20},
+        "clients": {"count": 4}, "rounds": {"count": 2, "cohort": 3}, "local": {"max_length": 16},
+    }  # fmt: skip
+    one, two = (forecast.forecast(load({**raw, "engine": {"workers": workers}})) for workers in (1, 2))
+    assert one == two

@@ -82,6 +82,7 @@ def test_training_is_as_in_whole_passes(trainer, kind, rest):
     assert not without.kept
     one = ask(with_.model.spec, rest)
     near(fit(with_, one).adapter, fit(without, one).adapter)
+    assert with_.kept[with_.train].stamps[ROWS].all()
 
 
 @pytest.mark.parametrize("packs", [True, False])
@@ -138,7 +139,8 @@ def test_dropout_below_is_off(trainer):
     first = fit(once, one)
     assert toy.same(fit(once, one).adapter, first.adapter)
     assert first.metrics["loss"] != fit(once, ask(once.model.spec)).metrics["loss"]
-    assert not once.frozen.network.training
+    near(first.adapter, fit(trainer(room=0), one).adapter)  # also where nothing is kept
+    assert not any(module.training for module in once.frozen.network.modules())
 
 
 @pytest.mark.parametrize("packs", [True, False])
@@ -153,13 +155,23 @@ def test_evaluation_shares_it(trainer, packs):
     found = once.counts(adapter, once.test, batches)
     assert found == once.counts(adapter, once.test, batches)
     np.testing.assert_allclose(found, plain.counts(adapter, plain.test, batches), rtol=1e-5)
+    assert once.kept[once.test].stamps.all()
 
 
 def test_nothing_is_kept_above_the_bytes_it_may_take(trainer):
-    tokens = max(int(toy.encoded(split).starts[-1]) for split in ("train", "test"))
+    tokens = sum(int(toy.encoded(split).starts[-1]) for split in ("train", "test"))
     width = trainer().model.base.config.hidden_size
     assert len(trainer(room=tokens * width * 4).kept) == 2
-    assert len(trainer(room=tokens * width * 4 - 1).kept) == 1
+    assert not trainer(room=tokens * width * 4 - 1).kept
+
+
+def test_where_steps_do_not_visit_all_rows_nothing_is_computed_for_the_others(trainer):
+    once = trainer()
+    few, all_ = (ask(once.model.spec, epochs=1, steps=steps) for steps in (4, 5))
+    fit(once, few)
+    assert not once.kept[once.train].stamps.any()
+    fit(once, all_)
+    assert once.kept[once.train].stamps[ROWS].all()
 
 
 def test_workers_share_what_is_kept(trainer):
@@ -167,7 +179,10 @@ def test_workers_share_what_is_kept(trainer):
     once, one = trainer(), ask(trainer().model.spec)
     kept = once.kept[once.train]
     if not (child := os.fork()):
-        fit(once, one)
+        try:
+            fit(once, one)
+        except BaseException:
+            os._exit(1)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     assert (kept.stamps[ROWS] != 0).all()
@@ -175,13 +190,21 @@ def test_workers_share_what_is_kept(trainer):
     assert toy.same(fit(once, one).adapter, fit(trainer(), one).adapter)
 
 
-def test_a_full_disk_says_what_was_to_be_written(trainer, monkeypatch):
+@pytest.mark.parametrize("written", [OSError(28, "No space left on device"), 3])
+def test_a_full_disk_costs_time_and_no_bit(trainer, monkeypatch, caplog, written):
     def full(*_: Any) -> int:
-        raise OSError(28, "No space left on device")
+        if isinstance(written, int):
+            return written
+        raise written
 
-    monkeypatch.setattr(prefix.os, "pwrite", full)
-    with pytest.raises(OSError, match=r"No space left on device, for hidden states in .*engine.prefix_bytes=0"):
-        fit(trainer(), ask(trainer().model.spec))
+    once, one = trainer(), ask(trainer().model.spec)
+    with monkeypatch.context() as patched:
+        patched.setattr(prefix.os, "pwrite", full)
+        found = fit(once, one)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "are not kept in" in caplog.text
+    assert not once.kept[once.train].stamps.any()
+    assert toy.same(found.adapter, fit(trainer(), one).adapter)
 
 
 def test_a_model_that_cannot_begin_above_has_none(tmp_path: Path):

@@ -1,7 +1,7 @@
 """Clients that are trained or scored together: as one by one, to float tolerance, and the same whoever does it."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from fedrank import experiment
 from fedrank.adapter import gaussian, kaiming
 from fedrank.config import Local
 from fedrank.engines import local as engine
+from fedrank.methods.fedavg import FedAvg
 from fedrank.protocol import Device, Job, Plan, rng
 from fedrank.training import linears, models
 from fedrank.training.course import Ask, TrainingError
@@ -142,6 +143,28 @@ def test_workers_change_no_bit_and_a_stack_next_to_nothing(tmp_path):
     near(runs[1, 1].state.adapter, runs[3, 1].state.adapter)
     assert runs[3, 1].summary["numerics"]["stack"] == 3
     assert runs[1, 1].summary["personal_accuracy"] == pytest.approx(runs[3, 1].summary["personal_accuracy"], abs=0.02)
+
+
+@dataclass(frozen=True)
+class LastBlock(FedAvg):
+    """FedAvg of the last block alone: the others are a frozen prefix."""
+
+    def plan(self, state: Any, cohort: Any, seed: int) -> Any:
+        return {client: Plan({n: b.ids for n, b in state.adapter.blocks.items() if ".1." in n}) for client in cohort}
+
+
+def test_a_frozen_prefix_changes_no_bit_with_workers_or_after_a_resume(tmp_path):
+    raw = config(tmp_path, workers=1) | {"method": {"name": "fedavg"}}
+    whole = experiment.run(raw, out=tmp_path / "whole", method=LastBlock())
+    assert whole.summary["numerics"]["prefix"] == "apart"
+    two = experiment.run(raw, "engine.workers=2", "engine.stack=2", out=tmp_path / "two", method=LastBlock())
+    one = experiment.run(raw, "engine.stack=2", out=tmp_path / "one", method=LastBlock())
+    assert toy.same(one.state.adapter, two.state.adapter)
+    half = experiment.run(raw, "rounds.count=1", out=tmp_path / "half", method=LastBlock())
+    resumed = experiment.resume(half.path, "rounds.count=+1", method=LastBlock())
+    assert toy.same(resumed.state.adapter, whole.state.adapter)
+    none = experiment.run(raw, "engine.prefix_bytes=0", out=tmp_path / "none", method=LastBlock())
+    near(none.state.adapter, whole.state.adapter)
 
 
 @pytest.mark.parametrize("factors", ["BAh", "BeAh"])

@@ -147,8 +147,8 @@ class EngineSettings(BaseModel, extra="forbid", frozen=True):
     stack: clients that are trained together, over one pass of the frozen model; null: by the length of the rows.
     compute: the type of activations and of products with frozen weights; adapters, their gradients and the optimizer
     are float32 in any case. products: whose library computes these. auto: what is fastest when it is tried at the start.
-    prefix_bytes: of hidden states below the blocks that learn, kept on disk for each set of rows; 0: they are computed
-    anew for every batch.
+    prefix_bytes: of hidden states below the blocks that learn, kept on disk; where those of all rows would take more,
+    they are computed anew for every batch.
     fleet: the clients' devices, on whose simulated clock rounds are played; by default one nominal kind.
     timing: that clock runs by the model of `fedrank.cost`, or by the wall time that training takes here.
     """

@@ -41,7 +41,9 @@ def forecast(
     what its clients learn. Failures and evaluation are left out. A kind's means are over the clients of it that were
     asked to train, None where none was; its `run` adds up what they spent. watch: called with every event of the rounds.
     """
-    engine = config.engine.model_copy(update={"failure_rate": 0.0, "timing": "modelled", "threads": 1})
+    engine = config.engine.model_copy(
+        update={"failure_rate": 0.0, "timing": "modelled", "threads": 1, "workers": 1, "stack": 1}
+    )
     rounds = config.rounds.model_copy(update={"exactness": False})
     parts = prepare(config.model_copy(update={"engine": engine, "rounds": rounds}), method, data)
     devices = parts.fleet.devices

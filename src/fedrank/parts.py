@@ -104,9 +104,9 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
         config = config.model_copy(update={"engine": engine})
     trainer = local.Trainer(
         model, population.typical, test, config.local.lr or chosen.default_lr, engine.threads, config.device, compute, measured,
-        engine.prefix_bytes,
+        engine.prefix_bytes if data is None else 0,  # rows that come and go are not kept
     )  # fmt: skip
-    packed, begins, apart = trainer.frozen.packs, bool(trainer.kept), clients.Apart(trainer)
+    packed, begins = trainer.frozen.packs, bool(trainer.kept)
 
     def held(client: ClientId) -> clients.Held:
         return population.held(names.index(client))
@@ -120,8 +120,10 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
         """A round that is never played stands for those to come, but any rows may meet in their largest batch."""
         mine, client = population.held(at), names[at]
         size, length = min(config.local.batch_size, len(mine.train)), int(mine.encoded.lengths[mine.train].max())
-        most = size * (packing.filled(length) if packed else length) ** 2
-        expected = replace(load(client, 0), peak_tokens=size * length, peak_pairs=most)
+        tokens, most = size * length, size * length**2
+        if packed:
+            tokens, most = packing.filled(tokens), size * packing.filled(length) ** 2
+        expected = replace(load(client, 0), peak_tokens=tokens, peak_pairs=most)
         return replace(machines.devices[client], load=expected)
 
     sizes = Roster(names, lambda at: len(population.held(at).train))
@@ -134,10 +136,9 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
 
     def site(client: ClientId, wire: Wire, store: Store) -> Site:
         mine = held(client)
-        together = mine.encoded is trainer.train
         return Site(
             devices[client], chosen, wire, store.private, config.local, config.seed,
-            fit=partial(trainer.fit, rows=mine.train) if together else partial(apart.fit, held=mine),
+            fit=partial(trainer.fit, rows=mine.train, encoded=mine.encoded),
             evaluate=partial(personal, mine) if len(mine.test) >= MIN_TEST_ROWS else None, session=trainer.session,
             cost=partial(cost, client, wire.start), measured=measured,
         )  # fmt: skip

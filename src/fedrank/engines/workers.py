@@ -88,6 +88,7 @@ class Workers:
                     process.kill()
             self.pool.shutdown(wait=kind is None, cancel_futures=True)
             self.pool = None
+            gc.unfreeze()
 
 
 def fitting(threads: int, device: str, parameters: int) -> int:

@@ -1,22 +1,18 @@
 """What each client holds: its share of one data set, or rows of its own that are read when it is drawn."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import copy
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from fedrank import together
 from fedrank.config import Config
-from fedrank.protocol import Job, Lower, Observe, Update, rng
+from fedrank.protocol import rng
 from fedrank.roster import Names
-from fedrank.training import partition
-from fedrank.training.course import Ask, TrainingError
+from fedrank.training import partition, tasks
 from fedrank.training.data import ClientData, Dataset, Rows, collect, label_id, limit
-from fedrank.training.local import Trainer
 from fedrank.training.sources import DataError, numbered
 from fedrank.training.tasks import Encoded
 
@@ -59,7 +55,7 @@ class Population:
 
 def shared(dataset: Dataset, shares: partition.Partition, encode: Encode) -> Population:
     """Clients that share out one data set."""
-    train, test = encode(dataset.train), encode(dataset.test)
+    train, test = tasks.mapped(encode(dataset.train)), tasks.mapped(encode(dataset.test))
     label, tested = (dataset.test.label, test) if shares.test_from == "test" else (dataset.train.label, train)
 
     def held(at: int) -> Held:
@@ -98,34 +94,5 @@ def own(config: Config, data: ClientData, encode: Encode) -> Population:
     some = [rows(at) for at in places]
     digest = hashlib.sha256("".join(one.digest() for one in some).encode()).hexdigest()
     summary = {"clients": {"count": data.clients}, "test_from": "train", "redraws": 0, "dropped": 0}
-    typical = joined([encode(one) for one in some])
+    typical = tasks.joined([encode(one) for one in some])
     return Population(Names(data.clients), held, typical, test, encode(test), None, digest, summary)
-
-
-def joined(parts: Sequence[Encoded]) -> Encoded:
-    """The rows of all of these, one part's after the other's."""
-    if len(parts) == 1:
-        return parts[0]
-    fields = {name: np.concatenate([part.fields[name] for part in parts]) for name in parts[0].fields}
-    starts = np.append(0, np.cumsum(np.concatenate([part.lengths for part in parts])))
-    return Encoded(fields, starts, np.concatenate([part.labels for part in parts]), parts[0].pad)
-
-
-@dataclass(frozen=True, eq=False)
-class Apart:
-    """Local training of clients that each have rows of their own: those of clients that meet are put together."""
-
-    trainer: Trainer
-
-    def fit(self, job: Job, held: Held, observe: Observe | None = None, lower: Lower | None = None) -> Update:
-        update: Update = together.ask(self.fit_all, (held.encoded, Ask(job, held.train, observe, lower)))
-        return update
-
-    def fit_all(self, asked: list[tuple[Encoded, Ask]]) -> list[Update | TrainingError]:
-        parts = [encoded for encoded, _ in asked]
-        first = np.cumsum([0, *map(len, parts)])
-        trainer = copy(self.trainer)  # the same frozen model, which is not loaded again, on these rows
-        object.__setattr__(trainer, "train", joined(parts))
-        return trainer.fit_all(
-            [replace(ask, rows=ask.rows + at) for (_, ask), at in zip(asked, first[:-1], strict=True)]
-        )

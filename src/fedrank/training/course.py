@@ -18,6 +18,7 @@ from fedrank.trace import span
 from fedrank.training import bilevel, tasks
 from fedrank.training.fused import Mount
 from fedrank.training.hooks import Live, live
+from fedrank.training.tasks import Encoded
 
 
 class TrainingError(RuntimeError):
@@ -26,12 +27,13 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class Ask:
-    """What a method asks of `fit`, and the client's rows."""
+    """What a method asks of `fit`, and the client's rows. encoded: what they are rows of; None: the trainer's."""
 
     job: Job
     rows: np.ndarray
     observe: Observe | None
     lower: Lower | None
+    encoded: Encoded | None = None
 
 
 @dataclass(eq=False)
@@ -54,6 +56,12 @@ class Course:
     def single(self) -> bool:
         """Whether its steps are plain ones, of one level."""
         return self.two is None or self.two.single
+
+    @property
+    def visits_all(self) -> bool:
+        """Whether each of its rows is in one of its batches."""
+        local = self.ask.job.local
+        return local.steps is None or local.steps * local.batch_size >= len(self.ask.rows)
 
     def step(self, loss: Tensor, mount: Mount | None) -> None:
         """After a backward pass: clip, let the optimizer step, and begin anew."""

@@ -1,6 +1,7 @@
 """The frozen base as it computes: the type and the library of its matrix products, chosen by measuring them here."""
 
 import copy
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from fedrank.trace import span
 from fedrank.training import flow, packing, prefix
 from fedrank.training.models import Model
 from fedrank.training.tasks import Encoded
+
+log = logging.getLogger(__name__)
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -209,8 +212,9 @@ def freeze(model: Model, compute: Compute, device: str) -> Frozen:
     there = {name: network.get_submodule(paths[layer]) for name, layer in (layers | model.heads).items()}
     heads = {name: there.pop(name) for name in model.heads}
     base = network.get_submodule(paths[model.base])
-    tuples = _tuples(model, device)
-    blocks = None if tuples is None else prefix.Blocks(prefix.blocks(base, list(there)), tuples)
+    if (blocks := _blocks(model, device)) is not None:
+        stem = tuple(network.get_submodule(paths[module]) for module in blocks.stem)
+        blocks = prefix.Blocks(prefix.blocks(base, list(there)), blocks.tuples, stem)
     return Frozen(network, base, there, heads, tuple(groups), compute, _first(model, device), blocks)
 
 
@@ -225,22 +229,36 @@ def _alike(found: Tensor, expected: Tensor) -> bool:
     return torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
-def _tuples(model: Model, device: str) -> bool | None:
-    """Whether the model's blocks return tuples; None where a trial that begins at the last of them fails."""
-    modules = prefix.blocks(model.base, list(model.modules))
-    inputs, last = _trial(model).batch(np.arange(3), device)[0], max(modules)
+def _blocks(model: Model, device: str) -> prefix.Blocks | None:
+    """The model's blocks; None where a trial that begins at one of them is not what a whole pass is."""
+    modules, inputs = prefix.blocks(model.base, list(model.modules)), _trial(model).batch(np.arange(3), device)[0]
+    stem: list[nn.Module] = []
+    handles = [
+        module.register_forward_pre_hook(lambda module, _: stem.append(module))
+        for module in model.network.modules()
+        if isinstance(module, nn.Dropout)
+    ]
+    tried = list(modules)[len(modules) // 2 :]
     with torch.inference_mode():
+        try:
+            prefix.Blocks(modules, False).entering(min(modules), lambda: model.network(**inputs))
+        finally:
+            for handle in handles:
+                handle.remove()
         expected = model.network(**inputs)
         for tuples in (False, True):
-            blocks = prefix.Blocks(modules, tuples)
+            blocks = prefix.Blocks(modules, tuples, tuple(stem))
             try:
-                states = blocks.entering(last, lambda: model.network(**inputs))
-                with blocks.starting(last, states.clone()):
-                    found = model.network(**inputs)
-            except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError):
-                continue
-            if states.shape[:2] == inputs["input_ids"].shape and _alike(found, expected):
-                return tuples
+                for at in {tried[0], tried[-1]}:
+                    states = blocks.entering(at, lambda: model.network(**inputs))
+                    with blocks.starting(at, states.clone()):
+                        found = model.network(**inputs)
+                    if states.shape[:2] != inputs["input_ids"].shape or not _alike(found, expected):
+                        raise ValueError(f"a pass that begins at block {at} gives something else")
+                return blocks
+            except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+                why = error
+    log.info("no pass begins above frozen blocks: %s", why)
     return None
 
 

@@ -125,8 +125,8 @@ def mounted(frozen: Frozen, lives: Sequence[Live], weights: Mapping[str, Tensor]
 def _mounts(lives: Sequence[Live], frozen: Frozen) -> list[Mount]:
     """Padded rows are equally many tokens for every client: where the adapters are alike too, they are put together."""
     first = lives[0]
-    alike = all((one.starts, list(one.learning), one.grads.keys()) == (first.starts, list(first.learning), first.grads.keys())
-                for one in lives)  # fmt: skip
+    alike = all((one.scale, one.starts, list(one.learning), one.grads.keys())
+                == (first.scale, first.starts, list(first.learning), first.grads.keys()) for one in lives)  # fmt: skip
     apart = [_mount(live, frozen.dtype) for live in lives]
     if len(lives) == 1 or frozen.packs or not alike or not first.learning:
         return apart
@@ -142,7 +142,7 @@ def _mounts(lives: Sequence[Live], frozen: Frozen) -> list[Mount]:
 
 
 def _mount(live: Live, dtype: torch.dtype) -> Mount:
-    values = {f: flat.detach().to(dtype) for f, flat in live.flats.items()}
+    values = {f: flat.to(dtype) for f, flat in live.flats.items()}
     grads = {f: g if f == "e" or dtype == g.dtype else torch.zeros_like(g, dtype=dtype) for f, g in live.grads.items()
              if f in values}  # fmt: skip
     return Mount(live, values, grads)
@@ -198,3 +198,10 @@ def _begun(
         states = torch.cat([prefix.states(batch) for prefix, batch in zip(prefixes, batches, strict=True)])
         counts = [len(batch) for batch in batches]
         return prefixes[0].blocks.starting(prefixes[0].at, laid(states, lengths, counts, frozen.packs, device))
+
+
+def alone(
+    frozen: Frozen, encoded: Encoded, mount: Mount, mounts: Sequence[Mount], device: str, rows: np.ndarray
+) -> None:
+    """A forward pass of rows of one client."""
+    outputs(frozen, encoded, [(mount, rows)], mounts, device)

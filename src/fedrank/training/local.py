@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from fedrank.training import course, fused, prefix, tasks
 from fedrank.training.course import Ask, Course, TrainingError, batches
 from fedrank.training.frozen import Compute, Frozen, freeze
 from fedrank.training.fused import Mount
-from fedrank.training.hooks import incremented, live, mounted, swapped
+from fedrank.training.hooks import Live, incremented, live, mounted, swapped
 from fedrank.training.models import Model
 from fedrank.training.packing import filled, pairs
 from fedrank.training.prefix import Kept, Prefix
@@ -65,8 +65,8 @@ class Trainer:
     """One frozen model and its tokenised data, shared by all clients of this process.
 
     compute: how the model does; bilevel steps, which are differentiated twice, take the plain layers in float32.
-    timed: forward passes are. prefix_bytes: what may be kept on disk for either set of rows, of the hidden states below
-    the lowest block with components; where they would not fit, no pass begins above them.
+    timed: forward passes are. prefix_bytes: what may be kept on disk of the hidden states below the lowest block with
+    components; where those of all tokens would not fit, no pass begins above them.
     """
 
     model: Model
@@ -86,11 +86,12 @@ class Trainer:
 
     @cached_property
     def kept(self) -> dict[Encoded, Kept]:
-        """Where hidden states are kept; made before workers are, so that they share it."""
+        """Where hidden states are kept, of both sets or of none; made before workers are, so that they share it."""
         width, dtype = self.model.base.config.get_text_config().hidden_size, self.frozen.dtype
-        sets = [] if self.frozen.blocks is None else [self.train, self.test]
-        fitting = [one for one in sets if int(one.starts[-1]) * width * dtype.itemsize <= self.prefix_bytes]
-        return {one: Kept(one, width, dtype) for one in fitting}
+        tokens = int(self.train.starts[-1] + self.test.starts[-1])
+        if self.frozen.blocks is None or tokens * width * dtype.itemsize > self.prefix_bytes:
+            return {}
+        return {one: Kept(one, width, dtype) for one in (self.train, self.test)}
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -105,17 +106,25 @@ class Trainer:
         finally:
             torch.set_num_threads(before)
 
-    def fit(self, job: Job, rows: np.ndarray, observe: Observe | None = None, lower: Lower | None = None) -> Update:
-        """Train the job's planned components on these rows; a fresh AdamW sees exactly those tensors.
+    def fit(
+        self, job: Job, rows: np.ndarray, observe: Observe | None = None, lower: Lower | None = None,
+        encoded: Encoded | None = None,
+    ) -> Update:  # fmt: skip
+        """Train the job's planned components on these rows, of a client's own where given; a fresh AdamW sees just those.
 
         With a lower level each step is a bilevel one, whose lower batches are drawn apart. In a meeting it is done
         together with the other clients that are there.
         """
-        update: Update = together.ask(self.fit_all, Ask(job, rows, observe, lower))
+        update: Update = together.ask(self.fit_all, Ask(job, rows, observe, lower, encoded))
         return update
 
     def fit_all(self, asks: list[Ask]) -> list[Update | TrainingError]:
         """Several clients' trainings, stacked over one pass of the frozen base where they go through it alike."""
+        sets = [self.train if ask.encoded is None else ask.encoded for ask in asks]
+        encoded = sets[0]
+        if any(other is not encoded for other in sets):
+            encoded, firsts = tasks.joined(sets), np.cumsum([0, *map(len, sets)])
+            asks = [replace(ask, rows=ask.rows + first) for ask, first in zip(asks, firsts[:-1], strict=True)]
         courses = [course.begin(ask, self.lr, self.device) for ask in asks]
         stacks: dict[Any, list[Course]] = {}
         for at, one in enumerate(courses):
@@ -126,22 +135,28 @@ class Trainer:
             stacks.setdefault(alike, []).append(one)
         for stack in stacks.values():
             if stack[0].single:
-                self._train(stack)
+                self._train(stack, encoded)
             else:
-                self._train_twice(stack[0])
+                self._train_twice(stack[0], encoded)
         return [_outcome(one) for one in courses]
 
-    def _train(self, stack: list[Course]) -> None:
-        """All steps of these clients; the k-th steps of all that have so many are one pass."""
-        job, frozen = stack[0].ask.job, self.frozen
+    def _train(self, stack: list[Course], encoded: Encoded) -> None:
+        """All steps of these clients; the k-th steps of all that have so many are one pass.
+
+        What is frozen below the lowest block that learns has no dropout, whether it is kept or not.
+        """
+        job, frozen, at = stack[0].ask.job, self.frozen, self._lowest(one.live for one in stack)
+        still = [] if frozen.blocks is None else frozen.blocks.below(at)
         with (
-            self._training(frozen.network, job.local.dropout, job),
+            self._training(frozen.network, job.local.dropout, job, still),
             fused.mounted(frozen, [one.live for one in stack], self._updated(job.base_updates)) as mounts,
             self._watched(frozen.network) as forward,
         ):
-            chunks = [tasks.by_length(self.train, one.ask.rows, prefix.CHUNK) for one in stack]
-            frozen_parts = [one.ask.job.adapter.take(one.ask.job.plan.frozen) for one in stack]
-            prefixes = self._prefixes(self.train, mounts, chunks, job.base_updates, frozen_parts)
+            prefixes: list[Prefix] = []
+            if all(one.visits_all for one in stack):  # else more would be computed for rows that nobody sees
+                chunks = [tasks.by_length(encoded, one.ask.rows, prefix.CHUNK) for one in stack]
+                resting = [one.ask.job.adapter.take(one.ask.job.plan.frozen) for one in stack]
+                prefixes = self._prefixes(at, encoded, mounts, chunks, job.base_updates, resting)
             while True:
                 started = time.perf_counter()
                 steps = [(at, batch) for at, one in enumerate(stack) if (batch := next(one.batches, None)) is not None]
@@ -149,7 +164,7 @@ class Trainer:
                     break
                 passed = [(mounts[at], batch) for at, batch in steps]
                 begun = [prefixes[at] for at, _ in steps] if prefixes else []
-                outputs = fused.outputs(frozen, self.train, passed, mounts, self.device, begun)
+                outputs = fused.outputs(frozen, encoded, passed, mounts, self.device, begun)
                 found = [tasks.loss(logits, labels) for logits, labels in outputs]
                 with span("backward"):
                     torch.stack(found).sum().backward()  # type: ignore[no-untyped-call]
@@ -163,39 +178,30 @@ class Trainer:
             stack[0].forward_seconds = sum(forward)
 
     def _prefixes(
-        self, encoded: Encoded, mounts: list[Mount], batches: Sequence[Iterable[np.ndarray]], updates: tuple[Adapter, ...],
-        frozen: list[Adapter],
+        self, at: int, encoded: Encoded, mounts: list[Mount], batches: Sequence[Iterable[np.ndarray]],
+        updates: tuple[Adapter, ...], frozen: Sequence[Adapter],
     ) -> list[Prefix]:  # fmt: skip
-        """What is frozen below the lowest block that one of the mounted adapters trains or has, of each; else nothing.
+        """What is frozen below block `at`, of each mounted adapter; nothing where no pass begins there.
 
-        batches: of each, the rows that are computed together where they are not kept. frozen: the other components.
+        batches: of each, the rows that are computed together where they are not kept. frozen: the components that rest.
         """
-        blocks = self.frozen.blocks
-        if encoded not in self.kept or blocks is None:
-            return []
-        names = [name for mount in mounts for name in mount.live.learning]
-        at, found = prefix.lowest(names, blocks.modules), []
-        if at == min(blocks.modules):
+        blocks, found = self.frozen.blocks, []
+        if encoded not in self.kept or blocks is None or at == min(blocks.modules):
             return []
         for mount, own, resting in zip(mounts, batches, frozen, strict=True):
             below = {name: part for name, part in resting.blocks.items() if prefix.lowest([name], blocks.modules) < at}
             base = _digest((*updates, Adapter(below, resting.scale, {})))
-            run = partial(self._below, encoded, mount, mounts)
+            run = partial(fused.alone, self.frozen, encoded, mount, mounts, self.device)
             chunks = prefix.chunked(own, at, base)
             found.append(Prefix(self.kept[encoded], blocks, at, chunks, run, self.frozen.packs))
         return found
 
-    def _below(self, encoded: Encoded, mount: Mount, mounts: list[Mount], rows: np.ndarray) -> None:
-        """A forward pass of one client's rows, without dropout."""
-        network = self.frozen.network
-        training = network.training
-        network.eval()
-        try:
-            fused.outputs(self.frozen, encoded, [(mount, rows)], mounts, self.device)
-        finally:
-            network.train(training)
+    def _lowest(self, lives: Iterable[Live]) -> int:
+        """The lowest block that one of these adapters trains, or has a part in where nothing is trained."""
+        names = [name for live in lives for name in live.learning]
+        return 0 if self.frozen.blocks is None else prefix.lowest(names, self.frozen.blocks.modules)
 
-    def _train_twice(self, one: Course) -> None:
+    def _train_twice(self, one: Course, encoded: Encoded) -> None:
         """A client's bilevel steps, on the plain layers, which can be differentiated twice."""
         job, two, network = one.ask.job, one.two, self.model.network
         assert two is not None
@@ -210,22 +216,24 @@ class Trainer:
         ):
             for at, batch in enumerate(one.batches):
                 with span("both levels"):
-                    loss = two.step(partial(self._again, next(others), job, at), partial(self._plainly, batch))
+                    loss = two.step(
+                        partial(self._again, encoded, next(others), job, at), partial(self._plainly, encoded, batch)
+                    )
                 one.step(loss, None)
                 one.seen += len(batch)
         one.seconds += time.perf_counter() - started
         if self.timed:
             one.forward_seconds = sum(forward)
 
-    def _plainly(self, batch: np.ndarray) -> torch.Tensor:
+    def _plainly(self, encoded: Encoded, batch: np.ndarray) -> torch.Tensor:
         """The loss of what is mounted on the plain layers, on these rows."""
-        inputs, labels = self.train.batch(batch, self.device)
+        inputs, labels = encoded.batch(batch, self.device)
         return tasks.loss(self.model.network(**inputs), labels)
 
-    def _again(self, batch: np.ndarray, job: Job, step: int) -> torch.Tensor:
+    def _again(self, encoded: Encoded, batch: np.ndarray, job: Job, step: int) -> torch.Tensor:
         """The same, with dropout that is the same every time and takes nothing from the draws of plain training."""
         with self._drawn(job, "lower dropout", step):
-            return self._plainly(batch)
+            return self._plainly(encoded, batch)
 
     @contextmanager
     def _drawn(self, job: Job, *address: Address) -> Iterator[None]:
@@ -253,7 +261,9 @@ class Trainer:
         batches = [list(tasks.by_length(encoded, one[2], size)) for one in asked]
         counts: list[list[tuple[float, int, int]]] = [[] for _ in asked]
         with torch.inference_mode(), fused.mounted(self.frozen, mounts, self._updated(updates)) as on:
-            prefixes = self._prefixes(encoded, on, batches, updates, [_nothing(one[0]) for one in asked])
+            prefixes = self._prefixes(
+                self._lowest(mounts), encoded, on, batches, updates, [_nothing(one[0]) for one in asked]
+            )
             for at in range(max(map(len, batches))):
                 here = [n for n, own in enumerate(batches) if at < len(own)]
                 passed = [(on[n], batches[n][at]) for n in here]
@@ -269,7 +279,10 @@ class Trainer:
         """Summed loss, right predictions, and predictions of each batch."""
         alone = live(adapter, _nothing(adapter), "", self.device)
         with torch.inference_mode(), fused.mounted(self.frozen, [alone], self._updated(base_updates)) as on:
-            prefixes, found = self._prefixes(encoded, on, [batches], base_updates, [_nothing(adapter)]), []
+            prefixes, found = (
+                self._prefixes(self._lowest([alone]), encoded, on, [batches], base_updates, [_nothing(adapter)]),
+                [],
+            )
             for batch in batches:
                 [(logits, labels)] = fused.outputs(self.frozen, encoded, [(on[0], batch)], on, self.device, prefixes)
                 found.append(tasks.counts(logits, labels))
@@ -307,8 +320,10 @@ class Trainer:
         return self.working[key]
 
     @contextmanager
-    def _training(self, network: torch.nn.Module, dropout: float, job: Job) -> Iterator[None]:
-        """Training mode with the base's dropout at this rate, its draws addressed; back to eval after."""
+    def _training(
+        self, network: torch.nn.Module, dropout: float, job: Job, still: Iterable[torch.nn.Module] = ()
+    ) -> Iterator[None]:
+        """Training mode, but for what stays still, with the base's dropout at this rate, its draws addressed; then eval."""
         layers = [m for m in network.modules() if isinstance(m, torch.nn.Dropout)]
         rates = [layer.p for layer in layers]
         with self._drawn(job, "dropout"):
@@ -316,6 +331,8 @@ class Trainer:
                 for layer in layers:
                     layer.p = dropout
                 network.train(dropout > 0)
+                for module in still:
+                    module.eval()
                 yield
             finally:
                 network.eval()

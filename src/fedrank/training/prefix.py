@@ -1,6 +1,7 @@
 """The frozen prefix: what enters the lowest block with components, computed once for a client's rows and kept on disk."""
 
 import fcntl
+import logging
 import mmap
 import os
 import tempfile
@@ -20,6 +21,7 @@ from fedrank.training.flow import block
 from fedrank.training.packing import layout
 from fedrank.training.tasks import Encoded
 
+log = logging.getLogger(__name__)
 CHUNK = 32  # rows that are computed together: always the same ones, so that their bits do not hang on what is kept
 
 
@@ -47,10 +49,18 @@ class _Reached(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """The transformer blocks of a model that can be begun at any of them. tuples: a block returns a tuple."""
+    """The transformer blocks of a model that can be begun at any of them. tuples: a block returns a tuple.
+
+    stem: what may drop numbers out before the first of them.
+    """
 
     modules: Mapping[int, nn.Module]
     tuples: bool
+    stem: Sequence[nn.Module] = ()
+
+    def below(self, at: int) -> list[nn.Module]:
+        """What runs before block `at`."""
+        return [*self.stem, *(module for number, module in self.modules.items() if number < at)]
 
     def entering(self, at: int, run: Callable[[], Any]) -> Tensor:
         """The hidden states that a forward pass gives to block `at`; nothing above it is computed."""
@@ -68,7 +78,7 @@ class Blocks:
     def starting(self, at: int, states: Tensor) -> Iterator[None]:
         """Forward passes begin with these hidden states at block `at` while the block runs."""
         module = self.modules[at]
-        below = [other for number, other in self.modules.items() if number < at]
+        below = self.below(at)[len(self.stem) :]
         module.forward = partial(_begin, module.forward, states)
         for other in below:
             other.forward = self._pass
@@ -120,6 +130,7 @@ class Kept:
         self.encoded, self.width, self.dtype = encoded, width, dtype
         self.size = width * dtype.itemsize  # bytes of a token
         self.file = tempfile.TemporaryFile()  # noqa: SIM115 - it is closed when this is gone
+        self.full = False
         weakref.finalize(self, self.file.close)
         self.stamps = np.frombuffer(mmap.mmap(-1, 8 * len(encoded)), np.uint64)
 
@@ -134,20 +145,26 @@ class Kept:
         with self._alone():
             there = self.stamps[rows] == np.array(stamps, np.uint64)
             for at in np.flatnonzero(there).tolist():
-                os.preadv(self.file.fileno(), [_bytes(parts[at])], self._begin(int(rows[at])))
+                got = os.preadv(self.file.fileno(), [_bytes(parts[at])], self._begin(int(rows[at])))
+                there[at] = got == parts[at].nbytes
         return [int(at) for at in np.flatnonzero(~there)]
 
     def write(self, chunk: Chunk, parts: Sequence[Tensor]) -> None:
         rows = chunk.rows
+        if self.full:
+            return
         with self._alone():
             self.stamps[rows] = 0
             try:
                 for row, part in zip(rows.tolist(), parts, strict=True):
-                    os.pwrite(self.file.fileno(), _bytes(part), self._begin(row))
-            except OSError as error:
-                where = f"hidden states in {tempfile.gettempdir()}: another TMPDIR, or engine.prefix_bytes=0"
-                raise OSError(error.errno, f"{error.strerror}, for {where}") from None
-            self.stamps[rows] = chunk.stamp
+                    if os.pwrite(self.file.fileno(), _bytes(part), self._begin(row)) < part.nbytes:
+                        raise OSError("no space left")
+            except OSError as error:  # no bit hangs on what is kept
+                if not self.full:
+                    log.warning("hidden states are not kept in %s and computed anew: %s", tempfile.gettempdir(), error)
+                self.full = True
+            else:
+                self.stamps[rows] = chunk.stamp
 
     def _begin(self, row: int) -> int:
         return int(self.encoded.starts[row]) * self.size

@@ -3,11 +3,10 @@
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from fedrank.training.data import Rows
 from fedrank.training.packing import layout
 
 IGNORED = -100  # a position that has no label
-CHUNK = 1024  # rows that are tokenised at a time
+AT_ONCE = 1024  # rows that are tokenised
 LABELS = "labels"  # of tokens
 
 
@@ -88,14 +87,11 @@ class Encoded:
 
 
 def encode(rows: Rows, tokenizer: Any, task: str, max_length: int) -> Encoded:
-    """Tokenise rows for a task; texts are cut to `max_length` tokens, of a prompt the start goes first.
-
-    The ids lie in memory-mapped files without names, which processes forked later share.
-    """
-    parts = (rows.take(np.arange(at, min(at + CHUNK, len(rows)))) for at in range(0, len(rows), CHUNK))
+    """Tokenise rows for a task; texts are cut to `max_length` tokens, of a prompt the start goes first."""
+    parts = (rows.take(np.arange(at, min(at + AT_ONCE, len(rows)))) for at in range(0, len(rows), AT_ONCE))
     if task == "generate":
-        return _written((_prompts(part, tokenizer, max_length) for part in parts), tokenizer, None)
-    return _written((_texts(part, tokenizer, max_length) for part in parts), tokenizer, rows.label)
+        return _encoded((_prompts(part, tokenizer, max_length) for part in parts), tokenizer, None)
+    return _encoded((_texts(part, tokenizer, max_length) for part in parts), tokenizer, rows.label)
 
 
 def _texts(rows: Rows, tokenizer: Any, max_length: int) -> dict[str, list[list[int]]]:
@@ -117,22 +113,36 @@ def _prompts(rows: Rows, tokenizer: Any, max_length: int) -> dict[str, list[list
     return {"input_ids": ids, LABELS: labels}
 
 
-def _written(parts: Iterable[dict[str, list[list[int]]]], tokenizer: Any, labels: np.ndarray | None) -> Encoded:
+def _encoded(parts: Iterable[dict[str, list[list[int]]]], tokenizer: Any, labels: np.ndarray | None) -> Encoded:
     """labels: of the rows; None where each token has its own."""
-    lengths, fields = list[int](), dict[str, np.ndarray]()
-    with ExitStack() as stack:
-        files = defaultdict[str, IO[bytes]](lambda: stack.enter_context(tempfile.TemporaryFile()))
-        for part in parts:
-            lengths += map(len, part["input_ids"])
-            for name, lists in part.items():
-                files[name].write(np.fromiter(chain.from_iterable(lists), np.int32).tobytes())
-        for name, file in files.items():
-            file.flush()
-            fields[name] = np.memmap(file, np.int32, "r")
+    lengths, ids = list[int](), defaultdict[str, list[np.ndarray]](list)
+    for part in parts:
+        lengths += map(len, part["input_ids"])
+        for name, lists in part.items():
+            ids[name].append(np.fromiter(chain.from_iterable(lists), np.int32))
+    fields = {name: np.concatenate(pieces) for name, pieces in ids.items()}
     found = fields.pop(LABELS) if labels is None else labels
     fill = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0)}
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     return Encoded(fields, starts, found, {name: fill.get(name, 0) for name in fields})
+
+
+def mapped(encoded: Encoded) -> Encoded:
+    """The same, with its ids in memory-mapped files without names, which processes forked later share."""
+    fields = {}
+    for name, ids in encoded.fields.items():
+        with tempfile.TemporaryFile() as file:
+            file.write(ids.tobytes())
+            file.flush()
+            fields[name] = np.memmap(file, ids.dtype, "r")
+    return replace(encoded, fields=fields)
+
+
+def joined(parts: Sequence[Encoded]) -> Encoded:
+    """The rows of all of these, one part's after the other's."""
+    fields = {name: np.concatenate([part.fields[name] for part in parts]) for name in parts[0].fields}
+    starts = np.append(0, np.cumsum(np.concatenate([part.lengths for part in parts])))
+    return Encoded(fields, starts, np.concatenate([part.labels for part in parts]), parts[0].pad)
 
 
 def loss(logits: Tensor, labels: Tensor) -> Tensor:
