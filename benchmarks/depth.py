@@ -59,11 +59,13 @@ def above(trainer: local.Trainer, job: Job, rows: np.ndarray) -> int:
     ctypes.CDLL(None).malloc_trim(0)  # free memory that is still here would be taken without a trace
     read, write = os.pipe()
     if not (child := os.fork()):
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        before = peak()
-        timed(trainer, job, rows)
-        os.write(write, str(peak() - before).encode())
-        os._exit(0)
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+            before = peak()
+            timed(trainer, job, rows)
+            os.write(write, str(peak() - before).encode())
+        finally:
+            os._exit(0)
     os.waitpid(child, 0)
     os.close(write)
     with os.fdopen(read) as found:

@@ -139,6 +139,39 @@ def floor(job: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def verdict(summary: dict[str, Any]) -> dict[str, Any]:
+    """What was to be shown: ratios of medians, and whether they are what was asked for."""
+
+    def middle(name: str, figure: str) -> float:
+        return float(summary[name][figure]["median"])
+
+    def best(figure: str, bf16: bool) -> float:
+        return max(middle(name, figure) for name in PEERS if bf16 or "autocast" not in name)
+
+    steady, memory = "steady_updates_per_second", "peak_pss_bytes"
+    apart = {name: 100 * abs(middle(name, "accuracy") - middle("fedrank", "accuracy")) for name in summary}
+    found = {
+        "updates_per_second_over_flower": {
+            name: middle("fedrank", "updates_per_second") / middle(f"flower, {name}", "updates_per_second")
+            for name in ("as usual", "matched")
+        },
+        "steady_over_best_peer": middle("fedrank", steady) / best(steady, True),
+        "steady_over_best_peer_in_float32": middle("fedrank, float32", steady) / best(steady, False),
+        "memory_over_flower": {
+            name: middle("fedrank", memory) / middle(f"flower, {name}", memory) for name in ("as usual", "matched")
+        },
+        "accuracy_points_apart": apart,
+    }
+    met = {
+        "5x of flower, matched": found["updates_per_second_over_flower"]["matched"] >= 5,
+        "3x of the best peer, steady": found["steady_over_best_peer"] >= 3,
+        "half the memory of flower, matched": found["memory_over_flower"]["matched"] < 0.5,
+        # dropout is part of how Flower's users write it
+        "accuracy within 1 point": all(points <= 1 for name, points in apart.items() if name != "flower, as usual"),
+    }
+    return found | {"met": met}
+
+
 def distance(ours: Path, theirs: Path) -> dict[str, float]:
     """Between two trained adapters with their heads: of a number in the mean (root of squares), and at most.
 
@@ -179,7 +212,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE.parent / "results" / "throughput.json")
     args = parser.parse_args()
     results = json.loads(args.results.read_text()) if args.results.exists() else {"jobs": {}}
-    results["machine"] = machine.describe()
+    here = machine.describe()
+    if results.setdefault("machine", here)["commit"] != here["commit"]:
+        raise SystemExit(f"{args.results} is of commit {results['machine']['commit']}, here is {here['commit']}: "
+                         "go on with that one, or write another file by --results")  # fmt: skip
 
     def keep() -> None:
         args.results.parent.mkdir(parents=True, exist_ok=True)
@@ -217,6 +253,8 @@ def main() -> None:
                           f"{found['steady_updates_per_second']:.2f} updates/s, {found['accuracy']:.4f}", flush=True)  # fmt: skip
                     job["summary"] = {n: summary(r) for n, r in job["records"].items() if r}
                     job["floor"] = floor(job)
+                    if len(job["summary"]) == len(PEERS | OURS):
+                        job["verdict"] = verdict(job["summary"])
                     keep()
 
 
