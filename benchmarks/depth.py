@@ -26,7 +26,7 @@ from fedrank.adapter import Adapter
 from fedrank.parts import Parts, prepare
 from fedrank.protocol import Device, Job, Plan, rng
 from fedrank.store import Store
-from fedrank.training import local
+from fedrank.training import local, workload
 
 RESULTS = Path(__file__).parent / "results" / "depth.json"
 STEPS, BATCH = 10, 16
@@ -122,7 +122,7 @@ def measured(path: Path, repeats: int) -> dict[str, dict]:
 
     def flops(job: Job) -> float:
         draw = partial(job.rng, "batches")
-        load = local.workload(rows, teacher.train.lengths, job.local, draw, teacher.frozen.packs)
+        load = workload.workload(rows, teacher.train.lengths, job.local, draw, teacher.frozen.packs)
         return sum(cost.flops(parts.spec, job.adapter, job.plan, load))
 
     return {

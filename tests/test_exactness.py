@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 import toy
 from fedrank import aggregation, exactness, ledger, methods
 from fedrank.adapter import Adapter, Block, recompress
+from fedrank.config import Local
 from fedrank.exactness import covariance, errors, factor_norm
 from fedrank.methods.fed_plora import FedPLoRA
 from fedrank.methods.fedavg import FedAvg
 from fedrank.methods.legend import TIMINGS
 from fedrank.products import Increment
 from fedrank.protocol import Device, Job, Plan, State, Update, rng
-from fedrank.training.local import Local
 from test_contract import Shared, build
 
 

@@ -24,7 +24,7 @@ from fedrank.methods.rolora import RoLoRA
 from fedrank.parts import prepare
 from fedrank.protocol import Device, Job, Passes, Plan, State, Update
 from fedrank.server import BYTES
-from fedrank.training import local, models
+from fedrank.training import local, models, workload
 
 FLEET = "engine.fleet={devices: {jetson-tx2: 1, phone: 1, gpu-server: 2}, jitter: 0.3, redraw: 2}"
 COUNTS = ("clients_ok", "clients_failed", "clients_out", "components", "modules_alive", *BYTES)
@@ -110,7 +110,7 @@ def counted(method: Any, state: State, plan: Plan, trainer: local.Trainer) -> tu
     job = Job(plan, state.round + 1, 5, spec, state.adapter, (), {}, settings, device, 0, fit)
     with toy.flops() as counter:
         assert len(list(method.train([job]))) == 1
-    load = local.workload(
+    load = workload.workload(
         rows, trainer.train.lengths, settings, partial(job.rng, "batches"), trainer.frozen.first is not None
     )
     return sum(cost.flops(spec, state.adapter, plan, load)), counter.get_total_flops()

@@ -29,7 +29,7 @@ from fedrank.frame import CHECKSUM, pack
 from fedrank.protocol import Device, Job, Load, ModelSpec, Module, Plan, State, Total, Update, rng
 from fedrank.server import Event, Server
 from fedrank.store import Store
-from fedrank.training import local, models, tasks
+from fedrank.training import local, models, tasks, workload
 from fedrank.training.data import Rows
 from fedrank.wire import Wire
 
@@ -206,7 +206,7 @@ def federation(
 
     def load(name: str, round: int) -> Load:
         draw = partial(rng, seed, "job", round, name, "batches")
-        return local.workload(shares[name], encoded("train").lengths, learning, draw)
+        return workload.workload(shares[name], encoded("train").lengths, learning, draw)
 
     def price(name: str, round: int, plan: Plan, bytes_down: int) -> Cost:
         bytes_up = most_up(spec, begin.adapter, plan, dtype).frame

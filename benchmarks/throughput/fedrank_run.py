@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from job import settings
+from settings import settings
 
 import fedrank
 

@@ -13,30 +13,13 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
+from settings import settings
 
 from fedrank import config, cost, server
 from fedrank.parts import prepare
 from fedrank.protocol import Load, Plan, rng
 from fedrank.selection import everything
-from fedrank.training import local, models
-
-SETTINGS = {
-    "model": {"name": "minilm"},
-    "data": {"partition": {"kind": "dirichlet", "alpha": 0.5}, "test_limit": 2000},
-    "clients": {"count": 100},
-    "local": {"lr": 0.003, "batch_size": 16, "max_length": 64},
-    "adapter": {"rank": 8},
-    "method": {"name": "fedavg"},
-}
-
-
-def settings(path: Path, rounds: int, evaluate_every: int, **local_settings: Any) -> dict[str, Any]:
-    """The job as a fedrank config."""
-    return SETTINGS | {
-        "data": SETTINGS["data"] | {"path": str(path)},
-        "local": SETTINGS["local"] | local_settings,
-        "rounds": {"count": rounds, "cohort": 10, "evaluate_every": evaluate_every, "personal": 0},
-    }
+from fedrank.training import course, models
 
 
 def ragged(lists: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -62,7 +45,7 @@ def write(out: Path, raw: dict[str, Any], overrides: Iterable[str] = ()) -> None
         cohorts.append(server.sample(tuple(parts.devices), chosen.rounds.cohort, chosen.seed, round))
         for client in cohorts[-1]:
             draw = partial(rng, chosen.seed, "job", round, client, "batches")
-            steps = list(local.batches(parts.held(client).train, chosen.local, draw))
+            steps = list(course.batches(parts.held(client).train, chosen.local, draw))
             batches.append([list(map(int, batch)) for batch in steps])
             own = [lengths[batch] for batch in steps]  # without padding: what nobody can do without
             tokens, pairs = (int(sum((part**power).sum() for part in own)) for power in (1, 2))

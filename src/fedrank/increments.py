@@ -1,8 +1,9 @@
 """Increments of the frozen base, round by round: which a client still lacks, and as tensors of a frame and back."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
+import xxhash
 
 from fedrank.adapter import Adapter, Block, split
 from fedrank.frame import Refused
@@ -75,3 +76,18 @@ def read(tensors: dict[str, np.ndarray], spec: ModelSpec, scale: float) -> dict[
                 dense[module.name] = w.reshape(module.out, module.in_)
         result[round] = Adapter(blocks, scale, dense)
     return result
+
+
+def digest(updates: Iterable[Adapter]) -> str:
+    """Names a sequence of increments by its numbers."""
+    state = xxhash.xxh3_128()
+    for update in updates:
+        state.update(f"{update.scale}".encode())
+        for name, block in update.blocks.items():
+            parts = [part for part in (block.B, block.e, block.A) if part is not None]
+            state.update(f"{name}{[part.shape for part in parts]}".encode())
+            for part in parts:
+                state.update(part.tobytes(order="A"))
+        for name, tensor in update.dense.items():
+            state.update(name.encode() + tensor.tobytes())
+    return state.hexdigest()

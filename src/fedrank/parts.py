@@ -1,7 +1,9 @@
 """The parts of a run, built from its config: data, model, method, fleet, and each client's side."""
 
+import gc
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -71,11 +73,24 @@ class Parts:
         )  # fmt: skip
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Garbage is not looked for: of modules, rows and tokens nearly all stays, and looking took a third of their time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+@_uncollected()
 def prepare(config: Config, method: Method | None = None, data: ClientData | None = None) -> Parts:
     """Load the data and the model, share the rows out, and build what the config names."""
     config, chosen = _chosen(config, method)
     # torch is slow to import: a typo above should not wait for it
-    from fedrank.training import clients, frozen, local, models, packing, tasks
+    from fedrank.training import clients, frozen, local, models, packing, tasks, workload
 
     if data is None:
         dataset, shares = _dealt(config)
@@ -99,7 +114,7 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
     workers = Workers(engine.workers or fitting(engine.threads, config.device, model.spec.parameters), engine.threads)
     if engine.stack is None:
         engine = engine.model_copy(
-            update={"stack": 1 if measured else local.stacking(model, population.typical, config, workers.count)}
+            update={"stack": 1 if measured else workload.stacking(model, population.typical, config, workers.count)}
         )
         config = config.model_copy(update={"engine": engine})
     trainer = local.Trainer(
@@ -114,7 +129,7 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
     def load(client: ClientId, round: int) -> Load:
         draw = partial(rng, config.seed, "job", round, client, "batches")  # the address of a job's
         mine = held(client)
-        return local.workload(mine.train, mine.encoded.lengths, config.local, draw, packed)
+        return workload.workload(mine.train, mine.encoded.lengths, config.local, draw, packed)
 
     def device(at: int) -> Device:
         """A round that is never played stands for those to come, but any rows may meet in their largest batch."""

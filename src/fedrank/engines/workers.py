@@ -69,6 +69,7 @@ class Workers:
             for at in range(self.count):
                 own = cores[at * self.threads : (at + 1) * self.threads]
                 places.put(own if self.count * self.threads == len(cores) else [])
+            gc.unfreeze()  # of a run before this one, whose garbage is looked for here: at its end it would cost a second
             gc.collect()
             give_back()
             gc.freeze()  # else collecting garbage would write to, and so copy, all that is shared
@@ -88,7 +89,6 @@ class Workers:
                     process.kill()
             self.pool.shutdown(wait=kind is None, cancel_futures=True)
             self.pool = None
-            gc.unfreeze()
 
 
 def fitting(threads: int, device: str, parameters: int) -> int:

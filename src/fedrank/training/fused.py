@@ -1,21 +1,24 @@
 """Adapters mounted on the frozen base, of one client or of several: who computes which layers, on whose tokens."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedrank.adapter import Adapter
+from fedrank.increments import digest
 from fedrank.trace import span
 from fedrank.training.frozen import Frozen
 from fedrank.training.hooks import Live
 from fedrank.training.linears import Group, Piece, Place, Share
 from fedrank.training.packing import layout
-from fedrank.training.prefix import Prefix, laid
+from fedrank.training.prefix import Kept, Prefix, chunked, laid, lowest
 from fedrank.training.tasks import Encoded
 
 
@@ -200,8 +203,30 @@ def _begun(
         return prefixes[0].blocks.starting(prefixes[0].at, laid(states, lengths, counts, frozen.packs, device))
 
 
-def alone(
+def prefixes(
+    frozen: Frozen, kept: Mapping[Encoded, Kept], at: int, encoded: Encoded, mounts: Sequence[Mount],
+    batches: Sequence[Iterable[np.ndarray]], updates: Sequence[Adapter], device: str,
+) -> list[Prefix]:  # fmt: skip
+    """What is frozen below block `at`, of each mounted adapter; nothing where no pass begins there.
+
+    batches: of each, the rows that are computed together where they are not kept. updates: of the base.
+    """
+    blocks, found = frozen.blocks, list[Prefix]()
+    if encoded not in kept or blocks is None or at == min(blocks.modules):
+        return found
+    for mount, own in zip(mounts, batches, strict=True):
+        state = xxhash.xxh3_128(digest(updates).encode())
+        for name, part in mount.live.frozen.items():
+            if lowest([name], blocks.modules) < at:
+                state.update(f"{name} {mount.live.scale}".encode())
+                for factor in (part.Bt, part.e, part.A):
+                    state.update(b"" if factor is None else factor.numpy(force=True).tobytes())
+        run = partial(_alone, frozen, encoded, mount, mounts, device)
+        found.append(Prefix(kept[encoded], blocks, at, chunked(own, at, state.hexdigest()), run, frozen.packs))
+    return found
+
+
+def _alone(
     frozen: Frozen, encoded: Encoded, mount: Mount, mounts: Sequence[Mount], device: str, rows: np.ndarray
 ) -> None:
-    """A forward pass of rows of one client."""
     outputs(frozen, encoded, [(mount, rows)], mounts, device)

@@ -1,7 +1,7 @@
 """The local step: train an adapter on a client's rows, or count what it predicts right."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -11,27 +11,22 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
-import xxhash
 from torch import Tensor
 
 from fedrank import together
 from fedrank.adapter import Adapter
-from fedrank.config import Config, Local
-from fedrank.protocol import Address, Job, Load, Lower, Observe, Update
+from fedrank.increments import digest
+from fedrank.protocol import Address, Job, Lower, Observe, Update
 from fedrank.trace import span
 from fedrank.training import course, fused, prefix, tasks
-from fedrank.training.course import Ask, Course, TrainingError, batches
+from fedrank.training.course import Ask, Course, TrainingError
 from fedrank.training.frozen import Compute, Frozen, freeze
-from fedrank.training.fused import Mount
 from fedrank.training.hooks import Live, incremented, live, mounted, swapped
 from fedrank.training.models import Model
-from fedrank.training.packing import filled, pairs
 from fedrank.training.prefix import Kept, Prefix
 from fedrank.training.tasks import Encoded
 
 EVALUATION_BATCH = 64
-SMALL = 1_000_000  # parameters: a smaller model is trained faster than clients meet
-PASS_CPU, PASS_GPU = 1024, 16384  # tokens of a pass that keep a core, or a GPU, busy
 EXACT = Compute("float32", "torch")
 
 
@@ -131,7 +126,7 @@ class Trainer:
             job = one.ask.job
             # What is drawn in a pass, and what is timed, has to be one client's.
             alone = not one.single or job.local.dropout > 0 or self.timed
-            alike = at if alone else (_digest(job.base_updates), tuple(one.live.learning), job.plan.learn)
+            alike = at if alone else (digest(job.base_updates), tuple(one.live.learning), job.plan.learn)
             stacks.setdefault(alike, []).append(one)
         for stack in stacks.values():
             if stack[0].single:
@@ -155,8 +150,9 @@ class Trainer:
             prefixes: list[Prefix] = []
             if all(one.visits_all for one in stack):  # else more would be computed for rows that nobody sees
                 chunks = [tasks.by_length(encoded, one.ask.rows, prefix.CHUNK) for one in stack]
-                resting = [one.ask.job.adapter.take(one.ask.job.plan.frozen) for one in stack]
-                prefixes = self._prefixes(at, encoded, mounts, chunks, job.base_updates, resting)
+                prefixes = fused.prefixes(
+                    self.frozen, self.kept, at, encoded, mounts, chunks, job.base_updates, self.device
+                )
             while True:
                 started = time.perf_counter()
                 steps = [(at, batch) for at, one in enumerate(stack) if (batch := next(one.batches, None)) is not None]
@@ -176,25 +172,6 @@ class Trainer:
                     stack[at].seconds += seconds * len(batch) / rows
         if self.timed:
             stack[0].forward_seconds = sum(forward)
-
-    def _prefixes(
-        self, at: int, encoded: Encoded, mounts: list[Mount], batches: Sequence[Iterable[np.ndarray]],
-        updates: tuple[Adapter, ...], frozen: Sequence[Adapter],
-    ) -> list[Prefix]:  # fmt: skip
-        """What is frozen below block `at`, of each mounted adapter; nothing where no pass begins there.
-
-        batches: of each, the rows that are computed together where they are not kept. frozen: the components that rest.
-        """
-        blocks, found = self.frozen.blocks, []
-        if encoded not in self.kept or blocks is None or at == min(blocks.modules):
-            return []
-        for mount, own, resting in zip(mounts, batches, frozen, strict=True):
-            below = {name: part for name, part in resting.blocks.items() if prefix.lowest([name], blocks.modules) < at}
-            base = _digest((*updates, Adapter(below, resting.scale, {})))
-            run = partial(fused.alone, self.frozen, encoded, mount, mounts, self.device)
-            chunks = prefix.chunked(own, at, base)
-            found.append(Prefix(self.kept[encoded], blocks, at, chunks, run, self.frozen.packs))
-        return found
 
     def _lowest(self, lives: Iterable[Live]) -> int:
         """The lowest block that one of these adapters trains, or has a part in where nothing is trained."""
@@ -254,15 +231,15 @@ class Trainer:
     ) -> list[dict[str, float]]:
         """Of several adapters, each on its rows, in one pass over the frozen base where all rows are of one set."""
         (_, encoded, _, updates), *rest = asked
-        if any(other[1] is not encoded or _digest(other[3]) != _digest(updates) for other in rest):
+        if any(other[1] is not encoded or digest(other[3]) != digest(updates) for other in rest):
             return [self.evaluate_all([one])[0] for one in asked]
         mounts = [live(one[0], _nothing(one[0]), "", self.device) for one in asked]
         size = max(1, EVALUATION_BATCH // len(asked))
         batches = [list(tasks.by_length(encoded, one[2], size)) for one in asked]
         counts: list[list[tuple[float, int, int]]] = [[] for _ in asked]
         with torch.inference_mode(), fused.mounted(self.frozen, mounts, self._updated(updates)) as on:
-            prefixes = self._prefixes(
-                self._lowest(mounts), encoded, on, batches, updates, [_nothing(one[0]) for one in asked]
+            prefixes = fused.prefixes(
+                self.frozen, self.kept, self._lowest(mounts), encoded, on, batches, updates, self.device
             )
             for at in range(max(map(len, batches))):
                 here = [n for n, own in enumerate(batches) if at < len(own)]
@@ -280,7 +257,9 @@ class Trainer:
         alone = live(adapter, _nothing(adapter), "", self.device)
         with torch.inference_mode(), fused.mounted(self.frozen, [alone], self._updated(base_updates)) as on:
             prefixes, found = (
-                self._prefixes(self._lowest([alone]), encoded, on, [batches], base_updates, [_nothing(adapter)]),
+                fused.prefixes(
+                    self.frozen, self.kept, self._lowest([alone]), encoded, on, [batches], base_updates, self.device
+                ),
                 [],
             )
             for batch in batches:
@@ -313,7 +292,7 @@ class Trainer:
         """The weights of the base with these increments, added up from its own; the last sum is kept."""
         if not updates:
             return {}
-        key = _digest(updates)
+        key = digest(updates)
         if key not in self.working:
             self.working.clear()  # one copy of the base at a time
             self.working[key] = incremented(self.model.modules, updates)
@@ -340,16 +319,6 @@ class Trainer:
                     layer.p = rate
 
 
-def stacking(model: Model, train: Encoded, config: Config, workers: int) -> int:
-    """How many clients of a cohort are best trained together: enough for a pass to be worth its overhead."""
-    if model.spec.parameters < SMALL:
-        return 1
-    tokens = int(train.lengths.mean()) * config.local.batch_size
-    most = max(1, (PASS_CPU if config.device == "cpu" else PASS_GPU) // tokens)
-    turns = -(-config.rounds.cohort // (workers * most))  # of each worker, so that all have about as much to do
-    return -(-config.rounds.cohort // (workers * turns))
-
-
 def _nothing(like: Adapter) -> Adapter:
     return Adapter({}, like.scale, {})
 
@@ -367,35 +336,6 @@ def scores(counts: Iterable[tuple[float, int, int]], rows: int) -> dict[str, flo
     if not sum(knowns):
         raise TrainingError("no rows to evaluate on")
     return {"loss": sum(losses) / sum(knowns), "accuracy": sum(rights) / sum(knowns), "rows": float(rows)}
-
-
-def workload(
-    rows: np.ndarray,
-    lengths: np.ndarray,
-    local: Local,
-    draw: Callable[[int], np.random.Generator],
-    packed: bool = False,
-) -> Load:
-    """What a round's training on these rows goes through; a batch is packed, or padded to its longest row."""
-    parts = [lengths[batch] for batch in batches(rows, local, draw)]
-    tokens = [filled(int(part.sum())) if packed else len(part) * int(part.max()) for part in parts]
-    scores = [pairs(part) if packed else len(part) * int(part.max()) ** 2 for part in parts]
-    return Load(len(parts), sum(tokens), sum(scores), max(tokens), max(scores), sum(map(len, parts)))
-
-
-def _digest(updates: tuple[Adapter, ...]) -> str:
-    """Names a sequence of base updates by its numbers."""
-    state = xxhash.xxh3_128()
-    for update in updates:
-        state.update(f"{update.scale}".encode())
-        for name, block in update.blocks.items():
-            parts = [part for part in (block.B, block.e, block.A) if part is not None]
-            state.update(f"{name}{[part.shape for part in parts]}".encode())
-            for part in parts:
-                state.update(part.tobytes(order="A"))
-        for name, tensor in update.dense.items():
-            state.update(name.encode() + tensor.tobytes())
-    return state.hexdigest()
 
 
 def majority(labels: np.ndarray) -> float:
