@@ -20,7 +20,7 @@ from fedrank.aggregation import WEIGHTS
 from fedrank.client import MIN_TEST_ROWS, Site
 from fedrank.config import Config, ConfigError
 from fedrank.engines.local import Local as LocalEngine
-from fedrank.engines.workers import Workers, fitting
+from fedrank.engines.workers import Workers, fitting, page_out
 from fedrank.protocol import ClientId, Device, Load, Method, ModelSpec, Plan, State, rng
 from fedrank.roster import Roster
 from fedrank.server import Server
@@ -165,6 +165,9 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
 
     if workers.count > 1:
         trainer.frozen.ready()
+    if compute.dtype != "float32":  # then the model as it was loaded is read by two-level steps alone
+        for parameter in model.network.parameters():
+            page_out(parameter.data_ptr(), parameter.nbytes)
 
     def counts(asked: tuple[Adapter, tuple[Adapter, ...], list[np.ndarray]]) -> list[tuple[float, int, int]]:
         adapter, base, batches = asked

@@ -21,6 +21,7 @@ from typing import Any
 Spread = Callable[[Iterable[Any]], Iterator[Any]]
 
 TRIM, TOP_PAD, MMAP = -1, -2, -3  # mallopt's parameters, in glibc's malloc.h
+PAGE_OUT = 21  # madvise's, in Linux' mman.h
 KEPT, LARGEST = 1 << 30, 1 << 25  # bytes; above 32 MiB glibc takes no threshold for mmap
 
 _functions: list[Callable[[Any], Any]] = []  # of a worker, from the process it was forked from
@@ -113,6 +114,14 @@ def give_back() -> None:
         libc.malloc_trim(0)
 
 
+def page_out(address: int, size: int) -> None:
+    """Let the system take this memory, which is hardly read; it brings it back unchanged when it is."""
+    libc, page = ctypes.CDLL(None), os.sysconf("SC_PAGE_SIZE")
+    begin = -(-address // page) * page
+    if hasattr(libc, "madvise") and (length := (address + size - begin) // page * page) > 0:
+        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), PAGE_OUT)  # an older kernel does nothing
+
+
 def _begin(functions: list[Callable[[Any], Any]], places: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process ends the others
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -149,3 +158,4 @@ def _call(at: int, item: Any) -> tuple[Any, list[logging.LogRecord]]:
         return _functions[at](item), kept.records
     finally:
         root.handlers = before
+        give_back()  # what one task leaves in pieces, the next would add to

@@ -112,7 +112,9 @@ def tiled(lengths: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, int, in
                 used += -used % width
             starts.append(used)
             used += length
-        yield rows, np.array(starts), -(-used // width), width
+        count = -(-used // width)
+        step = max(1, 1 << count.bit_length() >> 3)  # as for tokens: kernels are made for every number of tiles
+        yield rows, np.array(starts), -(-count // step) * step, width
 
 
 def pairs(lengths: np.ndarray) -> int:
