@@ -227,3 +227,15 @@ def test_a_model_that_cannot_begin_above_has_none(tmp_path: Path):
     trainer = Trainer(model, toy.encoded("train"), toy.encoded("test"), 1e-2, 1, "cpu", prefix_bytes=ROOM)
     assert trainer.frozen.blocks is None
     assert not trainer.kept
+
+
+def test_a_model_whose_blocks_are_not_called_as_modules_has_none(tmp_path: Path):
+    """It is used as it is: a trial that cannot be made is no error."""
+    model = toy.loaded("bert", tmp_path)
+    for layer in model.base.bert.encoder.layer:
+        layer.__class__ = type(
+            "Direct", (type(layer),), {"__call__": lambda self, *given, **named: self.forward(*given, **named)}
+        )
+    trainer = Trainer(model, toy.encoded("train"), toy.encoded("test"), 1e-2, 1, "cpu", prefix_bytes=ROOM)
+    assert trainer.frozen.blocks is None
+    assert fit(trainer, ask(model.spec)).metrics["loss"] > 0

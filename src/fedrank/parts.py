@@ -75,7 +75,7 @@ class Parts:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Garbage is not looked for: of modules, rows and tokens nearly all stays, and looking took a third of their time."""
+    """Garbage is not looked for: of modules, rows and tokens nearly all stays, and looking takes long."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -165,7 +165,9 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
 
     if workers.count > 1:
         trainer.frozen.ready()
-    if compute.dtype != "float32":  # then the model as it was loaded is read by two-level steps alone
+    if (
+        compute.dtype != "float32" and config.device == "cpu"
+    ):  # then the model as it was loaded is read by two-level steps alone
         for parameter in model.network.parameters():
             page_out(parameter.data_ptr(), parameter.nbytes)
 

@@ -77,10 +77,8 @@ class Private:
             return
         with self._alone():
             for round, update in updates.items():
-                path, data = (
-                    self._base(round),
-                    save({n: np.asarray(a, order="C") for n, a in to_arrays(update).items()}),
-                )
+                path = self._base(round)
+                data = save({n: np.asarray(a, order="C") for n, a in to_arrays(update).items()})
                 if not path.exists() or path.read_bytes() != data:
                     write(path, data)
                 if update.dense:  # it sums up all before it, and no later request names those

@@ -118,7 +118,7 @@ def page_out(address: int, size: int) -> None:
     """Let the system take this memory, which is hardly read; it brings it back unchanged when it is."""
     libc, page = ctypes.CDLL(None), os.sysconf("SC_PAGE_SIZE")
     begin = -(-address // page) * page
-    if hasattr(libc, "madvise") and (length := (address + size - begin) // page * page) > 0:
+    if sys.platform == "linux" and (length := (address + size - begin) // page * page) > 0:
         libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), PAGE_OUT)  # an older kernel does nothing
 
 

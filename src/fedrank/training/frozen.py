@@ -212,7 +212,7 @@ def freeze(model: Model, compute: Compute, device: str) -> Frozen:
     there = {name: network.get_submodule(paths[layer]) for name, layer in (layers | model.heads).items()}
     heads = {name: there.pop(name) for name in model.heads}
     base = network.get_submodule(paths[model.base])
-    if (blocks := _blocks(model, device)) is not None:
+    if (blocks := _blocks(model, list(layers), device)) is not None:
         stem = tuple(network.get_submodule(paths[module]) for module in blocks.stem)
         blocks = prefix.Blocks(prefix.blocks(base, list(there)), blocks.tuples, stem)
     return Frozen(network, base, there, heads, tuple(groups), compute, _first(model, device), blocks)
@@ -229,37 +229,32 @@ def _alike(found: Tensor, expected: Tensor) -> bool:
     return torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
-def _blocks(model: Model, device: str) -> prefix.Blocks | None:
-    """The model's blocks; None where a trial that begins at one of them is not what a whole pass is."""
-    modules, inputs = prefix.blocks(model.base, list(model.modules)), _trial(model).batch(np.arange(3), device)[0]
-    stem: list[nn.Module] = []
-    handles = [
-        module.register_forward_pre_hook(lambda module, _: stem.append(module))
-        for module in model.network.modules()
-        if isinstance(module, nn.Dropout)
-    ]
-    tried = list(modules)[len(modules) // 2 :]
+def _blocks(model: Model, names: Sequence[str], device: str) -> prefix.Blocks | None:
+    """The blocks of these layers; None where a trial that begins at one of them is not what a whole pass is."""
+    modules, inputs = prefix.blocks(model.base, names), _trial(model).batch(np.arange(3), device)[0]
+    order, tuples, first, last = list[nn.Module](), list[bool](), modules[min(modules)], modules[max(modules)]
+    dropouts = [module for module in model.network.modules() if isinstance(module, nn.Dropout)]
+    watch = [module.register_forward_pre_hook(lambda it, _: order.append(it)) for module in (*dropouts, first)]
+    watch.append(last.register_forward_hook(lambda it, _, output: tuples.append(isinstance(output, tuple))))
     with torch.inference_mode():
         try:
-            prefix.Blocks(modules, False).entering(min(modules), lambda: model.network(**inputs))
+            expected = model.network(**inputs)
         finally:
-            for handle in handles:
+            for handle in watch:
                 handle.remove()
-        expected = model.network(**inputs)
-        for tuples in (False, True):
-            blocks = prefix.Blocks(modules, tuples, tuple(stem))
-            try:
-                for at in {tried[0], tried[-1]}:
-                    states = blocks.entering(at, lambda: model.network(**inputs))
-                    with blocks.starting(at, states.clone()):
-                        found = model.network(**inputs)
-                    if states.shape[:2] != inputs["input_ids"].shape or not _alike(found, expected):
+        try:
+            blocks = prefix.Blocks(modules, tuples[0], order[: order.index(first)])
+            for at in list(modules)[len(modules) // 2 :: max(1, len(modules) // 4)]:
+                states = blocks.entering(at, lambda: model.network(**inputs))
+                if states.shape != (*inputs["input_ids"].shape, model.base.config.get_text_config().hidden_size):
+                    raise ValueError(f"block {at} is given {tuple(states.shape)}")
+                with blocks.starting(at, states.clone()):
+                    if not _alike(model.network(**inputs), expected):
                         raise ValueError(f"a pass that begins at block {at} gives something else")
-                return blocks
-            except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-                why = error
-    log.info("no pass begins above frozen blocks: %s", why)
-    return None
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            log.info("no pass begins above frozen blocks: %s", error)
+            return None
+    return blocks
 
 
 def _first(model: Model, device: str) -> int | None:

@@ -204,15 +204,19 @@ def _begun(
 
 
 def prefixes(
-    frozen: Frozen, kept: Mapping[Encoded, Kept], at: int, encoded: Encoded, mounts: Sequence[Mount],
-    batches: Sequence[Iterable[np.ndarray]], updates: Sequence[Adapter], device: str,
+    frozen: Frozen, kept: Kept | None, mounts: Sequence[Mount], batches: Sequence[Iterable[np.ndarray]],
+    updates: Sequence[Adapter], device: str,
 ) -> list[Prefix]:  # fmt: skip
-    """What is frozen below block `at`, of each mounted adapter; nothing where no pass begins there.
+    """What is frozen below the lowest block of the mounted adapters, of each; nothing where no pass begins there.
 
     batches: of each, the rows that are computed together where they are not kept. updates: of the base.
     """
     blocks, found = frozen.blocks, list[Prefix]()
-    if encoded not in kept or blocks is None or at == min(blocks.modules):
+    if kept is None or blocks is None:
+        return found
+    if (at := lowest([name for mount in mounts for name in mount.live.learning], blocks.modules)) == min(
+        blocks.modules
+    ):
         return found
     for mount, own in zip(mounts, batches, strict=True):
         state = xxhash.xxh3_128(digest(updates).encode())
@@ -221,8 +225,8 @@ def prefixes(
                 state.update(f"{name} {mount.live.scale}".encode())
                 for factor in (part.Bt, part.e, part.A):
                     state.update(b"" if factor is None else factor.numpy(force=True).tobytes())
-        run = partial(_alone, frozen, encoded, mount, mounts, device)
-        found.append(Prefix(kept[encoded], blocks, at, chunked(own, at, state.hexdigest()), run, frozen.packs))
+        run = partial(_alone, frozen, kept.encoded, mount, mounts, device)
+        found.append(Prefix(kept, blocks, at, chunked(own, at, state.hexdigest()), run, frozen.packs))
     return found
 
 

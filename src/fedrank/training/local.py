@@ -21,7 +21,7 @@ from fedrank.trace import span
 from fedrank.training import course, fused, prefix, tasks
 from fedrank.training.course import Ask, Course, TrainingError
 from fedrank.training.frozen import Compute, Frozen, freeze
-from fedrank.training.hooks import Live, incremented, live, mounted, swapped
+from fedrank.training.hooks import incremented, live, mounted, swapped
 from fedrank.training.models import Model
 from fedrank.training.prefix import Kept, Prefix
 from fedrank.training.tasks import Encoded
@@ -140,8 +140,8 @@ class Trainer:
 
         What is frozen below the lowest block that learns has no dropout, whether it is kept or not.
         """
-        job, frozen, at = stack[0].ask.job, self.frozen, self._lowest(one.live for one in stack)
-        still = [] if frozen.blocks is None else frozen.blocks.below(at)
+        job, frozen, learning = stack[0].ask.job, self.frozen, list(stack[0].live.learning)  # alike in all of them
+        still = [] if frozen.blocks is None else frozen.blocks.below(prefix.lowest(learning, frozen.blocks.modules))
         with (
             self._training(frozen.network, job.local.dropout, job, still),
             fused.mounted(frozen, [one.live for one in stack], self._updated(job.base_updates)) as mounts,
@@ -150,9 +150,8 @@ class Trainer:
             prefixes: list[Prefix] = []
             if all(one.visits_all for one in stack):  # else more would be computed for rows that nobody sees
                 chunks = [tasks.by_length(encoded, one.ask.rows, prefix.CHUNK) for one in stack]
-                prefixes = fused.prefixes(
-                    self.frozen, self.kept, at, encoded, mounts, chunks, job.base_updates, self.device
-                )
+                kept = self.kept.get(encoded)
+                prefixes = fused.prefixes(frozen, kept, mounts, chunks, job.base_updates, self.device)
             while True:
                 started = time.perf_counter()
                 steps = [(at, batch) for at, one in enumerate(stack) if (batch := next(one.batches, None)) is not None]
@@ -172,11 +171,6 @@ class Trainer:
                     stack[at].seconds += seconds * len(batch) / rows
         if self.timed:
             stack[0].forward_seconds = sum(forward)
-
-    def _lowest(self, lives: Iterable[Live]) -> int:
-        """The lowest block that one of these adapters trains, or has a part in where nothing is trained."""
-        names = [name for live in lives for name in live.learning]
-        return 0 if self.frozen.blocks is None else prefix.lowest(names, self.frozen.blocks.modules)
 
     def _train_twice(self, one: Course, encoded: Encoded) -> None:
         """A client's bilevel steps, on the plain layers, which can be differentiated twice."""
@@ -233,39 +227,33 @@ class Trainer:
         (_, encoded, _, updates), *rest = asked
         if any(other[1] is not encoded or digest(other[3]) != digest(updates) for other in rest):
             return [self.evaluate_all([one])[0] for one in asked]
-        mounts = [live(one[0], _nothing(one[0]), "", self.device) for one in asked]
         size = max(1, EVALUATION_BATCH // len(asked))
         batches = [list(tasks.by_length(encoded, one[2], size)) for one in asked]
-        counts: list[list[tuple[float, int, int]]] = [[] for _ in asked]
-        with torch.inference_mode(), fused.mounted(self.frozen, mounts, self._updated(updates)) as on:
-            prefixes = fused.prefixes(
-                self.frozen, self.kept, self._lowest(mounts), encoded, on, batches, updates, self.device
-            )
-            for at in range(max(map(len, batches))):
-                here = [n for n, own in enumerate(batches) if at < len(own)]
-                passed = [(on[n], batches[n][at]) for n in here]
-                begun = [prefixes[n] for n in here] if prefixes else []
-                outputs = fused.outputs(self.frozen, encoded, passed, on, self.device, begun)
-                for n, (logits, labels) in zip(here, outputs, strict=True):
-                    counts[n].append(tasks.counts(logits, labels))
+        counts = self._counts([one[0] for one in asked], encoded, batches, updates)
         return [scores(own, len(one[2])) for own, one in zip(counts, asked, strict=True)]
 
     def counts(
         self, adapter: Adapter, encoded: Encoded, batches: list[np.ndarray], base_updates: tuple[Adapter, ...] = ()
     ) -> list[tuple[float, int, int]]:
         """Summed loss, right predictions, and predictions of each batch."""
-        alone = live(adapter, _nothing(adapter), "", self.device)
-        with torch.inference_mode(), fused.mounted(self.frozen, [alone], self._updated(base_updates)) as on:
-            prefixes, found = (
-                fused.prefixes(
-                    self.frozen, self.kept, self._lowest([alone]), encoded, on, [batches], base_updates, self.device
-                ),
-                [],
-            )
-            for batch in batches:
-                [(logits, labels)] = fused.outputs(self.frozen, encoded, [(on[0], batch)], on, self.device, prefixes)
-                found.append(tasks.counts(logits, labels))
-        return found
+        return self._counts([adapter], encoded, [batches], base_updates)[0]
+
+    def _counts(
+        self, adapters: list[Adapter], encoded: Encoded, batches: list[list[np.ndarray]], updates: tuple[Adapter, ...]
+    ) -> list[list[tuple[float, int, int]]]:
+        """Of each adapter on its batches; the k-th of all that have so many are one pass."""
+        lives = [live(adapter, Adapter({}, adapter.scale, {}), "", self.device) for adapter in adapters]
+        counts: list[list[tuple[float, int, int]]] = [[] for _ in adapters]
+        with torch.inference_mode(), fused.mounted(self.frozen, lives, self._updated(updates)) as mounts:
+            prefixes = fused.prefixes(self.frozen, self.kept.get(encoded), mounts, batches, updates, self.device)
+            for at in range(max(map(len, batches))):
+                here = [n for n, own in enumerate(batches) if at < len(own)]
+                passed = [(mounts[n], batches[n][at]) for n in here]
+                begun = [prefixes[n] for n in here] if prefixes else []
+                outputs = fused.outputs(self.frozen, encoded, passed, mounts, self.device, begun)
+                for n, (logits, labels) in zip(here, outputs, strict=True):
+                    counts[n].append(tasks.counts(logits, labels))
+        return counts
 
     @contextmanager
     def _watched(self, network: torch.nn.Module) -> Iterator[list[float]]:
@@ -317,10 +305,6 @@ class Trainer:
                 network.eval()
                 for layer, rate in zip(layers, rates, strict=True):
                     layer.p = rate
-
-
-def _nothing(like: Adapter) -> Adapter:
-    return Adapter({}, like.scale, {})
 
 
 def _outcome(one: Course) -> Update | TrainingError:

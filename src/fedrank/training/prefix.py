@@ -90,12 +90,16 @@ class Blocks:
                 del other.forward
 
     def _pass(self, *given: Any, **named: Any) -> Any:
-        states = given[0] if given else named["hidden_states"]
-        return (states,) if self.tuples else states
+        return (_states(*given, **named),) if self.tuples else _states(*given, **named)
+
+
+def _states(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    """What a block is called with, by place or by name; TypeError where that is not hidden states."""
+    return hidden_states
 
 
 def _stop(*given: Any, **named: Any) -> Any:
-    raise _Reached(given[0] if given else named["hidden_states"])
+    raise _Reached(_states(*given, **named))
 
 
 def _begin(forward: Callable[..., Any], states: Tensor, *given: Any, **named: Any) -> Any:
@@ -160,8 +164,7 @@ class Kept:
                     if os.pwrite(self.file.fileno(), _bytes(part), self._begin(row)) < part.nbytes:
                         raise OSError("no space left")
             except OSError as error:  # no bit hangs on what is kept
-                if not self.full:
-                    log.warning("hidden states are not kept in %s and computed anew: %s", tempfile.gettempdir(), error)
+                log.warning("hidden states are not kept in %s and computed anew: %s", tempfile.gettempdir(), error)
                 self.full = True
             else:
                 self.stamps[rows] = chunk.stamp
