@@ -20,7 +20,7 @@ from fedrank.aggregation import WEIGHTS
 from fedrank.client import MIN_TEST_ROWS, Site
 from fedrank.config import Config, ConfigError
 from fedrank.engines.local import Local as LocalEngine
-from fedrank.engines.workers import Workers, fitting, page_out
+from fedrank.engines.workers import Workers, fitting, keep_few_kernels, page_out
 from fedrank.protocol import ClientId, Device, Load, Method, ModelSpec, Plan, State, rng
 from fedrank.roster import Roster
 from fedrank.server import Server
@@ -89,6 +89,7 @@ def _uncollected() -> Iterator[None]:
 def prepare(config: Config, method: Method | None = None, data: ClientData | None = None) -> Parts:
     """Load the data and the model, share the rows out, and build what the config names."""
     config, chosen = _chosen(config, method)
+    keep_few_kernels()
     # torch is slow to import: a typo above should not wait for it
     from fedrank.training import clients, frozen, local, models, packing, tasks, workload
 

@@ -22,6 +22,9 @@ Spread = Callable[[Iterable[Any]], Iterator[Any]]
 
 TRIM, TOP_PAD, MMAP = -1, -2, -3  # mallopt's parameters, in glibc's malloc.h
 PAGE_OUT = 21  # madvise's, in Linux' mman.h
+# How many kernels torch and oneDNN each keep, 1024 unless told: one is half a megabyte, and there is one for every
+# number of tokens that a layer has met. To make one takes 0.2 ms.
+KERNELS = {"LRU_CACHE_CAPACITY": "128", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
 KEPT, LARGEST = 1 << 30, 1 << 25  # bytes; above 32 MiB glibc takes no threshold for mmap
 
 _functions: list[Callable[[Any], Any]] = []  # of a worker, from the process it was forked from
@@ -97,6 +100,12 @@ def fitting(threads: int, device: str, parameters: int) -> int:
     if sys.platform != "linux" or device != "cpu" or parameters < 1_000_000:
         return 1
     return max(1, len(os.sched_getaffinity(0)) // threads)
+
+
+def keep_few_kernels() -> None:
+    """Let kernels go that are long out of use; unless the environment says how many are kept, and before the first."""
+    for name, count in KERNELS.items():
+        os.environ.setdefault(name, count)
 
 
 def keep_memory() -> None:

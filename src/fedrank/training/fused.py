@@ -104,7 +104,7 @@ def mounted(frozen: Frozen, lives: Sequence[Live], weights: Mapping[str, Tensor]
 
     weights: other frozen weights, (out, in), in the place of these layers' own.
     """
-    mounts, called = _mounts(lives, frozen), list[tuple[nn.Module, Callable[..., Tensor]]]()
+    mounts, called = _mounts(lives, frozen.dtype), list[tuple[nn.Module, Callable[..., Tensor]]]()
     ones = [*mounts, *([mounts[0].whole] if mounts[0].whole else [])]
     for names in frozen.groups:
         product = frozen.product(names, weights)
@@ -125,13 +125,13 @@ def mounted(frozen: Frozen, lives: Sequence[Live], weights: Mapping[str, Tensor]
             del layer.forward
 
 
-def _mounts(lives: Sequence[Live], frozen: Frozen) -> list[Mount]:
-    """Padded rows are equally many tokens for every client: where the adapters are alike too, they are put together."""
+def _mounts(lives: Sequence[Live], dtype: torch.dtype) -> list[Mount]:
+    """Adapters that are alike are put together too, for passes in which their clients have equally many tokens."""
     first = lives[0]
     alike = all((one.scale, one.starts, list(one.learning), one.grads.keys())
                 == (first.scale, first.starts, list(first.learning), first.grads.keys()) for one in lives)  # fmt: skip
-    apart = [_mount(live, frozen.dtype) for live in lives]
-    if len(lives) == 1 or frozen.packs or not alike or not first.learning:
+    apart = [_mount(live, dtype) for live in lives]
+    if len(lives) == 1 or not alike or not first.learning:
         return apart
     values = {f: torch.stack([mount.values[f] for mount in apart]) for f in apart[0].values}
     grads = {f: torch.stack([mount.grads[f] for mount in apart]) for f in apart[0].grads}

@@ -15,6 +15,8 @@ from transformers import AttentionInterface
 NAME = "fedrank"  # of this attention among those of transformers
 # What some models' attention has beside softmax over the row: it would not show in a trial with short rows.
 UNLIKE = {"attention_mask", "sliding_window", "softcap", "s_aux", "position_bias"}
+EVEN = 8  # all clients are filled up alike, to a multiple of this, for their products to be one
+MOST = 1.1  # times the tokens that filling up each by itself makes, if that makes no more
 STEP = 32  # tokens are filled up to a multiple of this, and tiles are at least so wide: softmax is slow on less
 
 _packed: ContextVar["Packed"] = ContextVar("packed")
@@ -87,13 +89,16 @@ def filled(tokens: int) -> int:
 
 
 def layout(lengths: np.ndarray, counts: Sequence[int]) -> tuple[np.ndarray, list[int]]:
-    """(tokens,): the place of each token, and (clients,): the tokens of each client, filled up as their sum is.
+    """(tokens,): the place of each token, and (clients,): the tokens of each client, filled up alike or as their sum is.
 
     counts: how many of the rows are each client's, whose tokens lie together.
     """
     own = [int(part.sum()) for part in np.split(lengths, np.cumsum(counts)[:-1])]
-    sizes = [filled(tokens) for tokens in own]
-    sizes[-1] += filled(sum(sizes)) - sum(sizes)
+    sizes, even = [filled(tokens) for tokens in own], -(-max(own) // EVEN) * EVEN
+    if len(own) > 1 and even * len(own) <= MOST * sum(sizes):
+        sizes = [even] * len(own)
+    else:
+        sizes[-1] += filled(sum(sizes)) - sum(sizes)
     begins = np.cumsum(sizes) - sizes
     return np.concatenate([begin + np.arange(tokens) for begin, tokens in zip(begins, own, strict=True)]), sizes
 
