@@ -24,7 +24,7 @@ TRIM, TOP_PAD, MMAP = -1, -2, -3  # mallopt's parameters, in glibc's malloc.h
 PAGE_OUT = 21  # madvise's, in Linux' mman.h
 # How many kernels torch and oneDNN each keep, 1024 unless told: one is half a megabyte, and there is one for every
 # number of tokens that a layer has met. To make one takes 0.2 ms.
-KERNELS = {"LRU_CACHE_CAPACITY": "128", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
+KERNELS = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 KEPT, LARGEST = 1 << 30, 1 << 25  # bytes; above 32 MiB glibc takes no threshold for mmap
 
 _functions: list[Callable[[Any], Any]] = []  # of a worker, from the process it was forked from
@@ -167,4 +167,3 @@ def _call(at: int, item: Any) -> tuple[Any, list[logging.LogRecord]]:
         return _functions[at](item), kept.records
     finally:
         root.handlers = before
-        give_back()  # what one task leaves in pieces, the next would add to
