@@ -16,7 +16,7 @@ from fedrank.config import Local
 from fedrank.engines import local as engine
 from fedrank.methods.fedavg import FedAvg
 from fedrank.protocol import Device, Job, Plan, rng
-from fedrank.training import linears, models
+from fedrank.training import linears, models, packing
 from fedrank.training.course import Ask, TrainingError
 from fedrank.training.local import Trainer
 
@@ -168,11 +168,10 @@ def test_a_frozen_prefix_changes_no_bit_with_workers_or_after_a_resume(tmp_path)
 
 
 @pytest.mark.parametrize("factors", ["BAh", "BeAh"])
-def test_padded_clients_that_are_alike_are_one_batched_product(monkeypatch, factors):
-    """As many products for three clients as for one, where all have batches of as many rows."""
-    model = models.load(toy.settings(model={"name": "tiny-encoder"}), toy.LABELS)
-    trainer = Trainer(model, toy.encoded("train"), toy.encoded("test"), 1e-2, 1, "cpu")
-    trainer.frozen.first = None
+def test_clients_that_are_alike_are_one_batched_product(trainer, monkeypatch, factors):
+    """As many products for three clients as for one, where all have batches of about as many tokens."""
+    monkeypatch.setattr(packing, "MOST", 4)
+    model = trainer.model
     make = gaussian if "e" in factors else kaiming
     start = model.spec.with_head(make(model.spec.shapes, 3, model.spec.scale, rng(0, "start")))
 
@@ -184,9 +183,9 @@ def test_padded_clients_that_are_alike_are_one_batched_product(monkeypatch, fact
     counts = list[int]()
     for names in (["c0"], list(ROWS)):
         called = list[int]()
-        monkeypatch.setattr(linears, "_add", lambda *given, add=linears._add, to=called: to.append(1) or add(*given))
-        found = trainer.fit_all([ask(name) for name in names])
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(linears, "_add", lambda *given, add=linears._add, to=called: to.append(1) or add(*given))
+            found = trainer.fit_all([ask(name) for name in names])
         counts.append(len(called))
     assert 0 < counts[0] == counts[1]
     for name, together in zip(ROWS, found, strict=True):

@@ -27,14 +27,11 @@ class Tiles:
     """Rows of like length side by side in tiles of one width, so that short ones fill the vectors of a product.
 
     owner: (tiles, width), the row at each place, -1 where there is none. tokens: (tiles * width,), the packed token at
-    each place, any where there is none. places, at: (their tokens,), where the tokens of these rows are in the tiles,
-    and where packed.
+    each place, any where there is none.
     """
 
     owner: Tensor
     tokens: Tensor
-    places: Tensor
-    at: Tensor
     biases: dict[tuple[bool, torch.dtype], Tensor] = field(default_factory=dict)
 
     def bias(self, causal: bool, dtype: torch.dtype) -> Tensor:
@@ -47,19 +44,8 @@ class Tiles:
         return self.biases[causal, dtype]
 
     def spread(self, part: Tensor) -> Tensor:
-        """(heads, filled, size) -> (heads * tiles, width, size), anything at places without a token."""
+        """(heads, filled, size) -> (heads * tiles, width, size). No token sees what is at places without one."""
         return part.index_select(1, self.tokens).view(-1, self.owner.shape[1], part.shape[2])
-
-    def spread_zeros(self, part: Tensor) -> Tensor:
-        """The same, with zeros at places without a token."""
-        found = part.new_zeros(len(part), len(self.tokens), part.shape[2])
-        found.index_copy_(1, self.places, part.index_select(1, self.at))
-        return found.view(-1, self.owner.shape[1], part.shape[2])
-
-    def gather(self, part: Tensor, into: Tensor) -> None:
-        """(heads * tiles, width, size) to where its tokens are in (heads, filled, size)."""
-        flat = part.view(len(into), -1, part.shape[2])
-        into.index_copy_(1, self.at, flat.index_select(1, self.places))
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,13 +53,22 @@ class Packed:
     """Where packed rows are, shared by all layers of a pass.
 
     lengths: (rows,), tokens of each row. filled: all tokens, with those that only fill up, after each client's.
-    at: (tokens of the rows,), where each is. tiles: the rows as attention computes them, by their length.
+    at: (tokens of the rows,), where each is. filler: where those are that only fill up. tiles: the rows as attention
+    computes them, by their length. places: (filled,), where each token is in the tiles one after the other, any for
+    those that fill up.
     """
 
     lengths: Tensor
     filled: int
     at: Tensor
+    filler: Tensor
     tiles: tuple[Tiles, ...]
+    places: Tensor
+
+    def gather(self, parts: Sequence[Tensor], heads: int) -> Tensor:
+        """(heads * tiles, width, size) of each -> (heads, filled, size), of tokens that fill up anything."""
+        flat = [part.view(heads, -1, part.shape[2]) for part in parts]
+        return (flat[0] if len(flat) == 1 else torch.cat(flat, 1)).index_select(1, self.places)
 
     def mean(self, hidden: Tensor) -> Tensor:
         """(filled, width) -> (rows, width), the mean over each row's tokens."""
@@ -132,15 +127,19 @@ def pack(lengths: np.ndarray, counts: Sequence[int], device: str) -> Packed:
         return torch.from_numpy(part).to(device)
 
     at, sizes = layout(lengths, counts)
-    begins, tiles = np.cumsum(lengths) - lengths, []
+    everywhere = np.zeros(sum(sizes), np.int64)
+    begins, tiles, done = np.cumsum(lengths) - lengths, [], 0
     for rows, starts, count, width in tiled(lengths):
         own = lengths[rows]
         within = np.arange(own.sum()) - np.repeat(np.cumsum(own) - own, own)  # a token's place in its row
         places, packed = np.repeat(starts, own) + within, at[np.repeat(begins[rows], own) + within]
         owner, tokens = np.full(count * width, -1), np.zeros(count * width, np.int64)
         owner[places], tokens[places] = np.repeat(rows, own), packed
-        tiles.append(Tiles(there(owner.reshape(count, width)), there(tokens), there(places), there(packed)))
-    return Packed(there(lengths), sum(sizes), there(at), tuple(tiles))
+        everywhere[packed] = done + places
+        tiles.append(Tiles(there(owner.reshape(count, width)), there(tokens)))
+        done += count * width
+    filler = np.setdiff1d(np.arange(sum(sizes)), at)
+    return Packed(there(lengths), sum(sizes), there(at), there(filler), tuple(tiles), there(everywhere))
 
 
 class Attention(torch.autograd.Function):
@@ -154,8 +153,7 @@ class Attention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, packed: Packed, causal: bool, scale: float, drop: float
     ) -> Tensor:
         """(filled, heads, width of a head)"""
-        made = torch.zeros_like(query)
-        saved: list[Tensor | None] = []
+        made, saved = list[Tensor](), list[Tensor | None]()
         for tiles in packed.tiles:
             q, k, v = (tiles.spread(part) for part in (query, key, value))
             q *= scale
@@ -163,20 +161,20 @@ class Attention(torch.autograd.Function):
             scores.view(len(query), -1, *scores.shape[1:]).add_(tiles.bias(causal, scores.dtype))
             shares = torch.softmax(scores, -1)
             kept = torch.empty_like(shares).bernoulli_(1 - drop).div_(1 - drop) if drop else None
-            tiles.gather(torch.bmm(shares if kept is None else shares * kept, v), made)
+            made.append(torch.bmm(shares if kept is None else shares * kept, v))
             saved += [q, k, v, shares, kept]
         ctx.save_for_backward(*saved)
         ctx.rest = packed, scale
-        return made.transpose(0, 1)
+        return packed.gather(made, len(query)).transpose(0, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         packed, scale = ctx.rest
-        made = [torch.zeros_like(grad.transpose(0, 1)) for _ in range(3)]
+        made: list[list[Tensor]] = [[], [], []]
         saved = iter(ctx.saved_tensors)
         for tiles, (q, k, v, shares, kept) in zip(packed.tiles, zip(*[saved] * 5, strict=True), strict=True):
-            g = tiles.spread_zeros(grad.transpose(0, 1))
+            g = tiles.spread(grad.transpose(0, 1))
             of_shares = torch.bmm(g, v.transpose(1, 2))
             if kept is not None:
                 of_shares *= kept
@@ -185,8 +183,9 @@ class Attention(torch.autograd.Function):
             of_query = torch.bmm(of_scores, k).mul_(scale)
             of_key = torch.bmm(of_scores.transpose(1, 2), q)
             for part, into in zip((of_query, of_key, of_value), made, strict=True):
-                tiles.gather(part, into)
-        return (*made, None, None, None, None)
+                into.append(part)
+        found = [packed.gather(parts, grad.shape[1]).index_fill_(1, packed.filler, 0) for parts in made]
+        return (*found, None, None, None, None)
 
 
 def attend(
