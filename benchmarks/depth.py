@@ -113,6 +113,10 @@ def measured(path: Path, repeats: int) -> dict[str, dict]:
     trainers = {
         kind: replace(teacher, prefix_bytes=room) for kind, room in (("kept", teacher.prefix_bytes), ("anew", 0))
     }
+    for trainer in trainers.values():  # made once, and shared by who trains
+        trainer.frozen.ready()
+        assert trainer.frozen.blocks is not None
+        assert bool(trainer.kept) == bool(trainer.prefix_bytes)
     cases = jobs(parts, path, rows)
     timings = {(kind, what): list[float]() for what in cases for kind in trainers}
     memory = {(kind, what): above(trainers[kind], cases[what][1], rows) for kind, what in timings}

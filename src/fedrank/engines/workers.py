@@ -22,9 +22,9 @@ Spread = Callable[[Iterable[Any]], Iterator[Any]]
 
 TRIM, TOP_PAD, MMAP = -1, -2, -3  # mallopt's parameters, in glibc's malloc.h
 PAGE_OUT = 21  # madvise's, in Linux' mman.h
-# How many kernels torch and oneDNN each keep, 1024 unless told: one is half a megabyte, and there is one for every
-# number of tokens that a layer has met. To make one takes 0.2 ms.
-KERNELS = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+# Of the kernels that oneDNN makes, half a megabyte each for every shape it meets: how many are kept, 1,024 unless told. To
+# make one takes 0.2 ms. The first is a cache of torch's own before that of oneDNN, which is enough.
+KERNELS = {"LRU_CACHE_CAPACITY": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}
 KEPT, LARGEST = 1 << 30, 1 << 25  # bytes; above 32 MiB glibc takes no threshold for mmap
 
 _functions: list[Callable[[Any], Any]] = []  # of a worker, from the process it was forked from
