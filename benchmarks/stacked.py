@@ -1,7 +1,8 @@
 """Clients trained together against one by one, and against a plain loop of PEFT: made for a GPU, runs anywhere.
 
 python benchmarks/stacked.py DATA --device cuda: MiniLM, LoRA of rank 8 on all linear layers, the rows of DATA/clinc150,
-in turns. Needs fedrank[quickstart] and peft. Without a GPU, --device cpu shows that it runs; its ratios mean little.
+in turns, once all three have been seen to train the same. Needs fedrank[quickstart] and peft. Without a GPU, --device cpu
+shows that it runs; its ratios mean little.
 """
 
 import argparse
@@ -9,7 +10,7 @@ import copy
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch.nn import functional
 
 from fedrank import config
+from fedrank.adapter import Adapter
 from fedrank.parts import prepare
 from fedrank.protocol import Device, Job, Plan, rng
 from fedrank.training.course import Ask, drawn_batches
@@ -29,6 +31,7 @@ from fedrank.training.frozen import DTYPES
 from fedrank.training.local import Trainer
 
 RESULTS = Path(__file__).parent / "results" / "stacked.json"
+APART = {"float32": 0.01, "bfloat16": 0.3}  # at most; AdamW makes much of gradients that are next to zero
 
 
 def settings(args: argparse.Namespace) -> dict:
@@ -39,49 +42,69 @@ def settings(args: argparse.Namespace) -> dict:
     }  # fmt: skip
 
 
-def asks(trainer: Trainer, adapter, chosen: config.Config, args: argparse.Namespace) -> list[Ask]:
+def asks(trainer: Trainer, adapter: Adapter, chosen: config.Config, args: argparse.Namespace) -> list[Ask]:
     """Of each client, as many rows as it takes."""
-    order = np.array_split(
-        rng(0, "rows").permutation(len(trainer.train))[: args.clients * args.batch * 8], args.clients
-    )
-    plan, spec = Plan({name: block.ids for name, block in adapter.blocks.items()}), trainer.model.spec
-    return [
-        Ask(
-            Job(plan, 1, 1, spec, adapter, (), {}, chosen.local, Device(str(at), len(rows)), 0, print), rows, None, None
-        )
-        for at, rows in enumerate(order)
-    ]
+    drawn = rng(0, "rows").permutation(len(trainer.train))[: args.clients * args.batch * 8]
+    plan, spec, found = Plan(adapter.ids), trainer.model.spec, list[Ask]()
+    for at, rows in enumerate(np.array_split(drawn, args.clients)):
+        job = Job(plan, 1, 1, spec, adapter, (), {}, chosen.local, Device(str(at), len(rows)), 0, print)
+        found.append(Ask(job, rows, None, None))
+    return found
 
 
-def peft_loop(trainer: Trainer, adapter) -> Callable[[list[Ask]], None]:
+def numbers(adapter: Adapter) -> dict[str, np.ndarray]:
+    factors = {f"{name}.{factor}": getattr(block, factor) for name, block in adapter.blocks.items() for factor in "AB"}
+    return factors | dict(adapter.dense)
+
+
+def peft_loop(trainer: Trainer, adapter: Adapter) -> Callable[[list[Ask]], list[dict[str, np.ndarray]]]:
     """The same training by PEFT's layers, in the same compute type, a client after the other."""
     network = copy.deepcopy(trainer.model.network)
     paths = {module: path for path, module in trainer.model.network.named_modules()}
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules=list(adapter.blocks))
-    inject_adapter_in_model(lora, network.get_submodule(paths[trainer.model.base]))
-    for head in trainer.model.heads.values():
-        network.get_submodule(paths[head]).requires_grad_(True)
+    base = network.get_submodule(paths[trainer.model.base])
+    inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16, target_modules=list(adapter.blocks)), base)
     network.to(trainer.device).eval()
-    learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    start = [parameter.detach().clone() for parameter in learning]
-    dtype = DTYPES[trainer.compute.dtype]
+    learning = {}
+    for name in adapter.blocks:
+        layer = base.get_submodule(name)
+        learning |= {f"{name}.A": layer.lora_A["default"].weight, f"{name}.B": layer.lora_B["default"].weight}
+    for name, head in trainer.model.heads.items():
+        learning |= {f"{name}.{part}": it for part, it in network.get_submodule(paths[head]).named_parameters()}
+    start = {name: torch.from_numpy(array).to(trainer.device) for name, array in numbers(adapter).items()}
+    parameters, dtype = list(learning.values()), DTYPES[trainer.compute.dtype]
+    network.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
 
-    def train(asked: list[Ask]) -> None:
+    def train(asked: list[Ask]) -> list[dict[str, np.ndarray]]:
+        found = []
         for ask in asked:
             with torch.no_grad():
-                for parameter, value in zip(learning, start, strict=True):
-                    parameter.copy_(value)
-            optimizer = torch.optim.AdamW(learning, lr=ask.job.local.lr, weight_decay=0.0)
+                for name, parameter in learning.items():
+                    parameter.copy_(start[name])
+            optimizer = torch.optim.AdamW(parameters, lr=ask.job.local.lr, weight_decay=0.0)
             for batch in drawn_batches(ask.rows, ask.job.local, ask.job):
                 inputs, labels = trainer.train.batch(batch, trainer.device)
                 with torch.autocast(torch.device(trainer.device).type, dtype, enabled=dtype != torch.float32):
                     loss = functional.cross_entropy(network(**inputs).float(), labels)
                 optimizer.zero_grad()
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_(learning, ask.job.local.clip)
+                torch.nn.utils.clip_grad_norm_(parameters, ask.job.local.clip)
                 optimizer.step()
+            found.append({name: parameter.numpy(force=True).copy() for name, parameter in learning.items()})
+        return found
 
     return train
+
+
+def apart(ones: Sequence[dict], others: Sequence[dict], start: dict) -> float:
+    """How far all numbers are from the others', as a share of how far training took them (roots of mean squares)."""
+
+    def distance(many: Sequence[dict], beside: Sequence[dict]) -> float:
+        squares = [((a[name] - b[name]) ** 2).sum() for a, b in zip(many, beside, strict=True) for name in start]
+        return float(np.sqrt(sum(squares)))
+
+    return distance(ones, others) / distance(ones, [start] * len(ones))
 
 
 def timed(work: Callable[[], object], device: str) -> float:
@@ -112,9 +135,11 @@ def main() -> None:
         "peft": partial(loop, asked),
     }
     short = [replace(ask, job=replace(ask.job, local=ask.job.local.model_copy(update={"steps": 2}))) for ask in asked]
-    trainer.fit_all(short)
-    trainer.fit_all(short[:1])
-    loop(short[:1])
+    stacked = [numbers(update.adapter) for update in trainer.fit_all(short)]
+    others = {"one by one": [numbers(trainer.fit_all([ask])[0].adapter) for ask in short], "peft": loop(short)}
+    distances = {name: apart(stacked, other, numbers(adapter)) for name, other in others.items()}
+    if max(distances.values()) > APART[trainer.compute.dtype]:
+        raise SystemExit(f"they do not train the same: {distances} of the way apart")
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     with trainer.session():
         for _ in range(args.repeats):
@@ -125,13 +150,10 @@ def main() -> None:
         "device": platform.processor() if args.device == "cpu" else torch.cuda.get_device_name(args.device),
         "client_steps_per_second": {name: args.clients * args.steps / median(times) for name, times in seconds.items()},
         "stacked_over": {name: median(times) / median(seconds["stacked"]) for name, times in seconds.items()},
-        "seconds": seconds,
+        "apart_after_two_steps": distances, "seconds": seconds,
     }  # fmt: skip
-    print(
-        json.dumps(
-            {key: found[key] for key in ("device", "compute", "client_steps_per_second", "stacked_over")}, indent=1
-        )
-    )
+    shown = ("device", "compute", "client_steps_per_second", "stacked_over", "apart_after_two_steps")
+    print(json.dumps({key: found[key] for key in shown}, indent=1))
     if args.device != "cpu":
         RESULTS.write_text(json.dumps(found, indent=1))
 

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +85,20 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
+@cache
+def _import() -> None:
+    """torch is slow to import: a typo should not wait for it. Modules stay, so garbage is not looked for among them."""
+    import fedrank.training.local  # noqa: F401 - brings all that is large
+
+    gc.freeze()
+
+
 @_uncollected()
 def prepare(config: Config, method: Method | None = None, data: ClientData | None = None) -> Parts:
     """Load the data and the model, share the rows out, and build what the config names."""
     config, chosen = _chosen(config, method)
     keep_few_kernels()
-    # torch is slow to import: a typo above should not wait for it
+    _import()
     from fedrank.training import clients, frozen, local, models, packing, tasks, workload
 
     if data is None:

@@ -36,6 +36,8 @@ class Workers:
     They are forked when something is first computed: whatever is in memory by then is shared and not copied.
     """
 
+    forked = False  # by any of them
+
     def __init__(self, count: int, threads: int) -> None:
         self.count, self.threads = count, threads
         self.functions: list[Callable[[Any], Any]] = []
@@ -73,7 +75,11 @@ class Workers:
             for at in range(self.count):
                 own = cores[at * self.threads : (at + 1) * self.threads]
                 places.put(own if self.count * self.threads == len(cores) else [])
-            gc.unfreeze()  # of a run before this one, whose garbage is looked for here: at its end it would cost a second
+            if (
+                Workers.forked
+            ):  # a run before this one, whose garbage is looked for here: at its end it would cost a second
+                gc.unfreeze()
+            Workers.forked = True
             gc.collect()
             give_back()
             gc.freeze()  # else collecting garbage would write to, and so copy, all that is shared

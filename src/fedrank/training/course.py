@@ -103,7 +103,7 @@ def begin(ask: Ask, lr: float, device: str) -> Course:
     on = live(train, job.adapter.take(job.plan.frozen), job.plan.learn, device)
     rate = (local.lr or lr) * schedule(local.schedule, job.round, job.rounds)
     values = list(on.values.values())
-    optimizer = torch.optim.AdamW(values, lr=rate, weight_decay=0.0) if values else None
+    optimizer = torch.optim.AdamW(values, lr=rate, weight_decay=0.0, fused=True) if values else None
     two = None if ask.lower is None else bilevel.begin(on, ask.lower, job.plan.learn, device, optimizer)
     drawn = drawn_batches(ask.rows, local, job)
     return Course(ask, train, on, rate, optimizer, two, drawn, seconds=time.perf_counter() - started)

@@ -47,7 +47,8 @@ def choose(
 ) -> Compute:
     """The fastest way on this machine to compute these layers; what is not "auto" is kept.
 
-    On a CPU all ways are measured, on the layers' largest weight. A GPU computes in bfloat16 where it has units for it.
+    On a CPU they are measured, on the layers' largest weight; torch gives bfloat16 to oneDNN in any case, but has it pack
+    the weight for every product. A GPU computes in bfloat16 where it has units for it.
     ValueError where a library is asked for that is not here.
     """
     if library == "onednn" and (device != "cpu" or not onednn()):
@@ -62,7 +63,9 @@ def choose(
         libraries = libraries[:1]
     if weight.numel() < SMALL:
         dtypes = dtypes[:1]
-    options = [Compute(kind, whose) for kind in dtypes for whose in libraries]
+    options = [
+        Compute(kind, whose) for kind in dtypes for whose in (libraries[-1:] if kind == "bfloat16" else libraries)
+    ]
     if len(options) == 1:
         return options[0]
     seconds = _seconds(options, weight, threads)
