@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedrank.engines.workers import Workers, fitting
+from fedrank.engines.workers import KERNELS, Workers, fitting, keep_few_kernels
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
 
@@ -112,3 +112,11 @@ def test_as_many_as_fill_the_cores():
     assert fitting(1, "cpu", 10**7) == cores
     assert fitting(2 * cores, "cpu", 10**7) == 1
     assert fitting(1, "cuda", 10**7) == fitting(1, "cpu", 10**4) == 1
+
+
+def test_fewer_kernels_are_kept_unless_the_environment_says_how_many(monkeypatch):
+    monkeypatch.delenv("LRU_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "17")
+    keep_few_kernels()
+    assert os.environ["LRU_CACHE_CAPACITY"] == KERNELS["LRU_CACHE_CAPACITY"]
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "17"

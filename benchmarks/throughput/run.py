@@ -139,6 +139,25 @@ def floor(job: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+COLUMNS = {
+    "wall, s": ("wall_seconds", 1, 1), "start-up, s": ("startup_seconds", 1, 1),
+    "updates/s": ("updates_per_second", 1, 2), "steady updates/s": ("steady_updates_per_second", 1, 2),
+    "steady examples/s": ("steady_examples_per_second", 1, 0), "CPU s": ("cpu_seconds", 1, 0),
+    "outside training, s": ("outside_training_seconds", 1, 1), "peak PSS, MB": ("peak_pss_bytes", 1e-6, 0),
+    "accuracy, %": ("accuracy", 100, 1),
+}  # fmt: skip
+
+
+def table(summary: dict[str, Any]) -> str:
+    """Medians, in Markdown; in brackets the least and the most of the wall time."""
+    lines = [" | ".join(["", *COLUMNS]), "|".join(["---"] * (len(COLUMNS) + 1))]
+    for name, own in summary.items():
+        cells = [f"{own[key]['median'] * factor:.{digits}f}" for key, factor, digits in COLUMNS.values()]
+        cells[0] += f" ({own['wall_seconds']['least']:.1f} to {own['wall_seconds']['most']:.1f})"
+        lines.append(" | ".join([name, *cells]))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
 def verdict(summary: dict[str, Any]) -> dict[str, Any]:
     """What was to be shown: ratios of medians, and whether they are what was asked for."""
 
@@ -256,6 +275,8 @@ def main() -> None:
                     if len(job["summary"]) == len(PEERS | OURS):
                         job["verdict"] = verdict(job["summary"])
                     keep()
+            if "summary" in job:
+                print(f"{dataset}, {rounds} rounds\n{table(job['summary'])}")
 
 
 if __name__ == "__main__":
