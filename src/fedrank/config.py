@@ -144,7 +144,8 @@ class EngineSettings(BaseModel, extra="forbid", frozen=True):
     """threads: of each worker. workers: processes that share the work; null for as many as fill this machine's cores.
     failure_rate: share of requests that get no answer, drawn by address.
 
-    stack: clients that are trained together, over one pass of the frozen model; null: by the length of the rows.
+    stack: clients that are trained together, over one pass of the frozen model; null: by the length of the rows, the cohort
+    and the workers.
     compute: the type of activations and of products with frozen weights; adapters, their gradients and the optimizer
     are float32 in any case. products: whose library computes these. auto: what is fastest when it is tried at the start.
     prefix_bytes: of hidden states below the blocks that learn, kept on disk; where those of all rows would take more,
@@ -163,6 +164,14 @@ class EngineSettings(BaseModel, extra="forbid", frozen=True):
     failure_rate: Share = 0.0
     fleet: FleetSettings | None = None
     timing: Literal["modelled", "measured"] = "modelled"
+
+    @model_validator(mode="after")
+    def _own_time(self) -> "EngineSettings":
+        if self.timing == "measured" and (self.stack or 1) > 1:
+            raise ValueError(
+                "stack: the time of clients that are trained together is nobody's own; with timing: measured, 1"
+            )
+        return self
 
 
 class WireSettings(BaseModel, extra="forbid", frozen=True):

@@ -88,6 +88,7 @@ def _uncollected() -> Iterator[None]:
 @cache
 def _import() -> None:
     """torch is slow to import: a typo should not wait for it. Modules stay, so garbage is not looked for among them."""
+    gc.collect()  # what is garbage by now would stay too
     import fedrank.training.local  # noqa: F401 - brings all that is large
 
     gc.freeze()

@@ -22,8 +22,8 @@ Spread = Callable[[Iterable[Any]], Iterator[Any]]
 
 TRIM, TOP_PAD, MMAP = -1, -2, -3  # mallopt's parameters, in glibc's malloc.h
 PAGE_OUT = 21  # madvise's, in Linux' mman.h
-# Of the kernels that oneDNN makes, half a megabyte each for every shape it meets: how many are kept, 1,024 unless told. To
-# make one takes 0.2 ms. The first is a cache of torch's own before that of oneDNN, which is enough.
+# How many of oneDNN's kernels are kept, by torch and by oneDNN itself, each 1,024 unless told. A kernel is half a megabyte,
+# there is one for every shape, and making one takes 0.2 ms; oneDNN's own cache is enough.
 KERNELS = {"LRU_CACHE_CAPACITY": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}
 KEPT, LARGEST = 1 << 30, 1 << 25  # bytes; above 32 MiB glibc takes no threshold for mmap
 
@@ -36,7 +36,7 @@ class Workers:
     They are forked when something is first computed: whatever is in memory by then is shared and not copied.
     """
 
-    forked = False  # by any of them
+    forked = False  # whether any of them has been, in this process
 
     def __init__(self, count: int, threads: int) -> None:
         self.count, self.threads = count, threads
@@ -75,9 +75,7 @@ class Workers:
             for at in range(self.count):
                 own = cores[at * self.threads : (at + 1) * self.threads]
                 places.put(own if self.count * self.threads == len(cores) else [])
-            if (
-                Workers.forked
-            ):  # a run before this one, whose garbage is looked for here: at its end it would cost a second
+            if Workers.forked:  # what an earlier run left is looked for here: at that one's end it would cost a second
                 gc.unfreeze()
             Workers.forked = True
             gc.collect()
@@ -99,6 +97,7 @@ class Workers:
                     process.kill()
             self.pool.shutdown(wait=kind is None, cancel_futures=True)
             self.pool = None
+        self.functions.clear()  # they lead back here, and to the model: a cycle that would stay as long as it is frozen
 
 
 def fitting(threads: int, device: str, parameters: int) -> int:
@@ -109,7 +108,7 @@ def fitting(threads: int, device: str, parameters: int) -> int:
 
 
 def keep_few_kernels() -> None:
-    """Let kernels go that are long out of use; unless the environment says how many are kept, and before the first."""
+    """Let kernels go that are long out of use, unless the environment says otherwise. In vain after torch's first product."""
     for name, count in KERNELS.items():
         os.environ.setdefault(name, count)
 

@@ -141,6 +141,5 @@ def begin(upper: Live, rule: Lower, learn: str, device: str, optimizer: torch.op
         name, _, key = path.rpartition("/")
         value = upper.values[name]
         assert optimizer is not None
-        # AdamW counts its steps on the CPU.
-        optimizer.state[value][key] = torch.tensor(array, device="cpu" if key == "step" else device)
+        optimizer.state[value][key] = torch.tensor(array, device=device)
     return Bilevel(upper, lower, rule, optimizer)

@@ -16,7 +16,7 @@ NAME = "fedrank"  # of this attention among those of transformers
 # What some models' attention has beside softmax over the row: it would not show in a trial with short rows.
 UNLIKE = {"attention_mask", "sliding_window", "softcap", "s_aux", "position_bias"}
 EVEN = 8  # all clients are filled up alike, to a multiple of this, for their products to be one
-MOST = 1.1  # times the tokens that filling up each by itself makes, if that makes no more
+MOST = 1.1  # unless that takes more than so many times the tokens of filling up each by itself
 STEP = 32  # tokens are filled up to a multiple of this, and tiles are at least so wide: softmax is slow on less
 
 _packed: ContextVar["Packed"] = ContextVar("packed")
