@@ -115,8 +115,29 @@ def test_as_many_as_fill_the_cores():
 
 
 def test_fewer_kernels_are_kept_unless_the_environment_says_how_many(monkeypatch):
-    monkeypatch.delenv("LRU_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "")  # to be put back
+    del os.environ["LRU_CACHE_CAPACITY"]
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "17")
     keep_few_kernels()
     assert os.environ["LRU_CACHE_CAPACITY"] == KERNELS["LRU_CACHE_CAPACITY"]
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "17"
+
+
+def test_workers_of_several_threads_compute_after_their_parent_has():
+    """OpenMP's threads do not come along in a fork; in a process of its own, since the tests have one thread."""
+    code = """
+import torch
+from fedrank.engines.workers import Workers
+
+def total(n):
+    torch.set_num_threads(2)
+    return torch.ones(n).neg().abs().sum().item()
+
+torch.set_num_threads(2)
+total(4_000_000)
+with Workers(2, 2) as workers:
+    print(list(workers.share(total)([4_000_000, 2_000_000])))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+    assert done.stdout == "[4000000.0, 2000000.0]\n", done.stderr

@@ -175,9 +175,7 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
 
     if workers.count > 1:
         trainer.frozen.ready()
-    if (
-        compute.dtype != "float32" and config.device == "cpu"
-    ):  # then the model as it was loaded is read by two-level steps alone
+    if compute.dtype != "float32" and config.device == "cpu":  # else it is the model that computes
         for parameter in model.network.parameters():
             page_out(parameter.data_ptr(), parameter.nbytes)
 

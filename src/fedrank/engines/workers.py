@@ -10,7 +10,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from multiprocessing.connection import wait
@@ -28,6 +28,7 @@ KERNELS = {"LRU_CACHE_CAPACITY": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}
 KEPT, LARGEST = 1 << 30, 1 << 25  # bytes; above 32 MiB glibc takes no threshold for mmap
 
 _functions: list[Callable[[Any], Any]] = []  # of a worker, from the process it was forked from
+_threads: list[ThreadPoolExecutor] = []  # of a worker with several: who computes, see _begin
 
 
 class Workers:
@@ -82,7 +83,7 @@ class Workers:
             give_back()
             gc.freeze()  # else collecting garbage would write to, and so copy, all that is shared
             before = set(multiprocessing.active_children())
-            self.pool = ProcessPoolExecutor(self.count, context, _begin, (self.functions, places))
+            self.pool = ProcessPoolExecutor(self.count, context, _begin, (self.functions, places, self.threads))
             self.pool.submit(int).result()  # all are forked with the first task
             self.processes = set(multiprocessing.active_children()) - before
         return self.pool
@@ -136,13 +137,15 @@ def page_out(address: int, size: int) -> None:
         libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), PAGE_OUT)  # an older kernel does nothing
 
 
-def _begin(functions: list[Callable[[Any], Any]], places: Any) -> None:
+def _begin(functions: list[Callable[[Any], Any]], places: Any, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process ends the others
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _functions[:] = functions
     if cores := places.get():
         os.sched_setaffinity(0, cores)
     keep_memory()
+    if threads > 1:  # OpenMP waits forever for threads of the process that was forked, but not in a new thread
+        _threads.append(ThreadPoolExecutor(1))
     threading.Thread(target=_follow, daemon=True).start()
 
 
@@ -169,6 +172,7 @@ def _call(at: int, item: Any) -> tuple[Any, list[logging.LogRecord]]:
     root, kept = logging.getLogger(), _Kept()
     before, root.handlers = root.handlers, [kept]
     try:
-        return _functions[at](item), kept.records
+        function = _functions[at]
+        return _threads[0].submit(function, item).result() if _threads else function(item), kept.records
     finally:
         root.handlers = before

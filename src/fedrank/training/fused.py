@@ -214,9 +214,8 @@ def prefixes(
     blocks, found = frozen.blocks, list[Prefix]()
     if kept is None or blocks is None:
         return found
-    if (at := lowest([name for mount in mounts for name in mount.live.learning], blocks.modules)) == min(
-        blocks.modules
-    ):
+    at = lowest([name for mount in mounts for name in mount.live.learning], blocks.modules)
+    if at == min(blocks.modules):
         return found
     for mount, own in zip(mounts, batches, strict=True):
         state = xxhash.xxh3_128(digest(updates).encode())
