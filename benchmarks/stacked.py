@@ -1,8 +1,9 @@
-"""Clients trained together against one by one, and against a plain loop of PEFT: made for a GPU, runs anywhere.
+"""Clients trained together, in groups of several sizes, and by a plain loop of PEFT: in turns, in one process.
 
 python benchmarks/stacked.py DATA --device cuda: MiniLM, LoRA of rank 8 on all linear layers, the rows of DATA/clinc150,
-in turns, once all three have been seen to train the same. Needs fedrank[quickstart] and peft. Without a GPU, --device cpu
-shows that it runs; its ratios mean little.
+once all have been seen to train the same. Needs fedrank[quickstart] and peft.
+python benchmarks/stacked.py DATA --device cpu --together 1,2,5,10 --clients 10 --batch 16 [--dataset 20news]: one core,
+what `engine.stack` goes by there.
 """
 
 import argparse
@@ -30,13 +31,13 @@ from fedrank.training.course import Ask, drawn_batches
 from fedrank.training.frozen import DTYPES
 from fedrank.training.local import Trainer
 
-RESULTS = Path(__file__).parent / "results" / "stacked.json"
+RESULTS = Path(__file__).parent / "results"
 APART = {"float32": 0.01, "bfloat16": 0.3}  # at most; AdamW makes much of gradients that are next to zero
 
 
 def settings(args: argparse.Namespace) -> dict:
     return {
-        "model": {"name": "minilm"}, "data": {"path": str(args.data / "clinc150"), "test_limit": 64},
+        "model": {"name": "minilm"}, "data": {"path": str(args.data / args.dataset), "test_limit": 64},
         "clients": {"count": args.clients}, "rounds": {"count": 1, "cohort": args.clients}, "device": args.device,
         "local": {"lr": 0.003, "batch_size": args.batch, "max_length": 64, "steps": args.steps}, "engine": {"stack": args.clients},
     }  # fmt: skip
@@ -82,7 +83,7 @@ def peft_loop(trainer: Trainer, adapter: Adapter) -> Callable[[list[Ask]], list[
             with torch.no_grad():
                 for name, parameter in learning.items():
                     parameter.copy_(start[name])
-            optimizer = torch.optim.AdamW(parameters, lr=ask.job.local.lr, weight_decay=0.0)
+            optimizer = torch.optim.AdamW(parameters, lr=ask.job.local.lr, weight_decay=0.0, fused=True)
             for batch in drawn_batches(ask.rows, ask.job.local, ask.job):
                 inputs, labels = trainer.train.batch(batch, trainer.device)
                 with torch.autocast(torch.device(trainer.device).type, dtype, enabled=dtype != torch.float32):
@@ -118,7 +119,11 @@ def timed(work: Callable[[], object], device: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
+    parser.add_argument("--dataset", default="clinc150")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument(
+        "--together", default="1,32", help="the sizes of groups; the last one is compared with the others"
+    )
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20)
@@ -129,33 +134,45 @@ def main() -> None:
     trainer, adapter = parts.trainer, parts.begin.adapter
     asked = asks(trainer, adapter, parts.config, args)
     loop = peft_loop(trainer, adapter)
-    ways = {
-        "stacked": partial(trainer.fit_all, asked),
-        "one by one": lambda: [trainer.fit_all([ask]) for ask in asked],
-        "peft": partial(loop, asked),
-    }
+    sizes = list(map(int, args.together.split(",")))
+
+    def grouped(size: int, given: list[Ask]) -> list[dict[str, np.ndarray]]:
+        groups = [given[at : at + size] for at in range(0, len(given), size)]
+        return [numbers(update.adapter) for group in groups for update in trainer.fit_all(group)]
+
+    trained = {f"{size} together": partial(grouped, size) for size in sizes} | {"peft": loop}
+    most = f"{sizes[-1]} together"
     short = [replace(ask, job=replace(ask.job, local=ask.job.local.model_copy(update={"steps": 2}))) for ask in asked]
-    stacked = [numbers(update.adapter) for update in trainer.fit_all(short)]
-    others = {"one by one": [numbers(trainer.fit_all([ask])[0].adapter) for ask in short], "peft": loop(short)}
-    distances = {name: apart(stacked, other, numbers(adapter)) for name, other in others.items()}
+    found = {name: train(short) for name, train in trained.items()}
+    distances = {name: apart(found[most], other, numbers(adapter)) for name, other in found.items()}
     if max(distances.values()) > APART[trainer.compute.dtype]:
         raise SystemExit(f"they do not train the same: {distances} of the way apart")
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, list[float]] = {name: [] for name in trained}
     with trainer.session():
         for _ in range(args.repeats):
-            for name, work in ways.items():
-                seconds[name].append(timed(work, args.device))
-    found = {
-        "machine": machine.describe(), "compute": trainer.compute.dtype, "clients": args.clients, "batch": args.batch,
+            for name, train in trained.items():
+                seconds[name].append(timed(partial(train, asked), args.device))
+    lengths, by = trainer.train.lengths, {name: median(times) for name, times in seconds.items()}
+    result = {
+        "machine": machine.describe(), "compute": trainer.compute, "clients": args.clients, "batch": args.batch,
+        "tokens_of_a_batch": args.batch * float(np.concatenate([lengths[ask.rows] for ask in asked]).mean()),
         "device": platform.processor() if args.device == "cpu" else torch.cuda.get_device_name(args.device),
-        "client_steps_per_second": {name: args.clients * args.steps / median(times) for name, times in seconds.items()},
-        "stacked_over": {name: median(times) / median(seconds["stacked"]) for name, times in seconds.items()},
+        "client_steps_per_second": {name: args.clients * args.steps / taken for name, taken in by.items()},
+        "faster_than": {name: taken / by[most] for name, taken in by.items()},
         "apart_after_two_steps": distances, "seconds": seconds,
     }  # fmt: skip
-    shown = ("device", "compute", "client_steps_per_second", "stacked_over", "apart_after_two_steps")
-    print(json.dumps({key: found[key] for key in shown}, indent=1))
-    if args.device != "cpu":
-        RESULTS.write_text(json.dumps(found, indent=1))
+    shown = (
+        "device",
+        "compute",
+        "tokens_of_a_batch",
+        "client_steps_per_second",
+        "faster_than",
+        "apart_after_two_steps",
+    )
+    print(json.dumps({key: result[key] for key in shown}, indent=1))
+    kept = RESULTS / f"stacked_{torch.device(args.device).type}.json"
+    before = json.loads(kept.read_text()) if kept.exists() else {}
+    kept.write_text(json.dumps(before | {args.dataset: result}, indent=1))
 
 
 if __name__ == "__main__":

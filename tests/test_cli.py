@@ -437,10 +437,11 @@ def test_sizes_for_people(count: float, text: str) -> None:
 # ---- profile
 
 
-def test_profile_says_where_the_time_goes(fed, config, tmp_path):
-    """Every second of it once, and every span in a file that a trace viewer opens."""
+@pytest.mark.parametrize("workers", [1, 2])
+def test_profile_says_where_the_time_goes(fed, config, tmp_path, workers):
+    """Every second of it once, and every span in a file that a trace viewer opens; in one process, whatever a run takes."""
     trace = tmp_path / "trace.json"
-    result = fed("profile", config, "--rounds", "3", "--trace", trace, "--json")
+    result = fed("profile", config, f"engine.workers={workers}", "--rounds", "3", "--trace", trace, "--json")
     assert result.exit_code == 0
     found = json.loads(result.stdout)
     assert {"reading", "data", "forward", "backward", "optimizer", "wire", "aggregation", "evaluation"} <= found[
@@ -448,7 +449,7 @@ def test_profile_says_where_the_time_goes(fed, config, tmp_path):
     ].keys()
     assert sum(found["seconds"].values()) == pytest.approx(found["wall_seconds"])
     assert all(seconds >= 0 for seconds in found["seconds"].values())
-    assert (found["rounds"], found["clients"]) == (3, 6)
+    assert (found["rounds"], found["clients"], found["workers"]) == (3, 6, workers)
     names = [event["name"] for event in json.loads(trace.read_text())["traceEvents"]]
     assert names.count("aggregation") == 3
     assert names.count("backward") == names.count("optimizer") >= 6

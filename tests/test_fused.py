@@ -9,8 +9,8 @@ import torch
 import toy
 from fedrank.adapter import Adapter, Block
 from fedrank.protocol import rng
-from fedrank.training import fused, hooks, tasks
-from fedrank.training.frozen import Compute, Frozen, freeze, onednn
+from fedrank.training import frozen, fused, hooks, tasks
+from fedrank.training.frozen import Compute, Frozen, choose, freeze, onednn
 from fedrank.training.hooks import Live, live
 from fedrank.training.models import Model
 
@@ -105,3 +105,33 @@ def test_updated_weights_are_made_ready_once_and_used(model):
     assert not torch.allclose(other.forward(x), own.forward(x))
     assert base.product(names, dict(weights)) is not other
     assert base.product(base.groups[-1], weights) is base.product(base.groups[-1])
+
+
+SLOW, PACKED, SHORT = Compute("float32", "torch"), Compute("float32", "onednn"), Compute("bfloat16", "onednn")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "asked", "chosen"),
+    [
+        ((1.0, 0.9, 0.8), {}, SLOW),  # less than measurements differ by
+        ((1.0, 0.8, 0.7), {}, PACKED),
+        ((1.0, 0.8, 0.5), {}, SHORT),
+        ((1.0, 0.9, 0.6), {}, SHORT),
+        ((1.0, 0.8, 0.5), {"dtype": "float32"}, PACKED),
+        ((1.0, 0.8, 0.5), {"dtype": "float32", "library": "torch"}, SLOW),
+        ((1.0, 2.0, 3.0), {"library": "onednn"}, PACKED),
+        ((1.0, 2.0, 3.0), {"dtype": "bfloat16"}, SHORT),
+    ],
+)
+def test_what_is_clearly_faster_computes(monkeypatch, seconds, asked, chosen):
+    measured = dict(zip((SLOW, PACKED, SHORT), seconds, strict=True))
+    monkeypatch.setattr(frozen, "onednn", lambda: True)
+    monkeypatch.setattr(frozen, "_seconds", lambda options, *_: {option: measured[option] for option in options})
+    assert choose([torch.nn.Linear(512, 256)], "cpu", 1, **asked) == chosen
+
+
+def test_nothing_is_gained_on_a_small_model_and_a_library_that_is_not_here_is_refused(monkeypatch):
+    monkeypatch.setattr(frozen, "_seconds", None)  # not measured
+    assert choose([torch.nn.Linear(32, 32)], "cpu", 1) == SLOW
+    with pytest.raises(ValueError, match="onednn is not to be had on cuda"):
+        choose([torch.nn.Linear(32, 32)], "cuda", 1, library="onednn")

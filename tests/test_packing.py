@@ -150,3 +150,40 @@ def test_attention_that_is_more_than_that_is_refused(name):
         packing.attend(torch.nn.Module(), *parts, None)
         with pytest.raises(ValueError, match=name):
             packing.attend(torch.nn.Module(), *parts, None, **{name: 4})
+
+
+@pytest.mark.parametrize(
+    ("lengths", "counts", "sizes"),
+    [
+        ([10, 20, 13], [3], [64]),  # 43 tokens of one client, to a multiple of 32
+        ([10, 20, 13, 45], [3, 1], [48, 48]),  # 43 and 45: alike, to a multiple of 8
+        ([60, 40, 40], [1, 1, 1], [64, 64, 64]),  # 192 places, where each by itself takes as many
+        ([64, 40, 33], [1, 1, 1], [64, 64, 64]),
+        ([90, 10, 10], [1, 1, 1], [96, 32, 32]),  # 288 alike would be too many
+        ([300, 290, 280], [1, 1, 1], [304, 304, 304]),
+    ],
+)
+def test_clients_are_filled_up_alike_where_that_takes_little(lengths, counts, sizes):
+    at, found = packing.layout(np.array(lengths), counts)
+    assert found == sizes
+    begins = np.cumsum(found) - found
+    owner = np.repeat(np.repeat(np.arange(len(counts)), counts), lengths)
+    own = [np.arange(total) for total in np.bincount(owner)]
+    np.testing.assert_array_equal(at, begins[owner] + np.concatenate(own))
+
+
+@pytest.mark.parametrize("lengths", [[4, 9, 1, 7, 7, 30], [40, 3, 3, 3, 3, 41], [33, 33, 33, 33, 33, 70]])
+@pytest.mark.parametrize("counts", [[1, 2, 3], [3, 3], [2, 1, 2, 1]])
+def test_whatever_one_client_reads_is_its_own(lengths, counts):
+    """In its tiles and where it is only filled up: no number of another one's, as it may be none."""
+    packed = packing.pack(np.array(lengths), counts, "cpu")
+    sizes = packing.layout(np.array(lengths), counts)[1]
+    client, row = np.repeat(np.arange(len(counts)), sizes), np.repeat(np.arange(len(counts)), counts)
+    for tiles in packed.tiles:
+        read = client[tiles.tokens.view(tiles.owner.shape)]
+        for owner, clients in zip(tiles.owner.numpy(), read, strict=True):
+            here = np.unique(row[owner[owner >= 0]])
+            assert len(here) <= 1
+            assert not len(here) or (clients == here[0]).all()
+    written = np.concatenate([client[tiles.tokens] for tiles in packed.tiles])
+    np.testing.assert_array_equal(written[packed.places], client)

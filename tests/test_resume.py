@@ -1,6 +1,7 @@
 """A run that is killed anywhere and resumed ends as if it had never stopped: every file of its directory, to the bit."""
 
 import contextlib
+import faulthandler
 import json
 import os
 import random
@@ -128,6 +129,7 @@ def child(work: Callable[[], object]) -> int:
     if pid:
         return pid
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a script it is ignored
+    faulthandler.dump_traceback_later(200, exit=True, file=2)  # one that hangs says where, before its test is given up
     status = 1
     if tracer := coverage.Coverage.current():
         tracer.stop()  # what it sees here is never saved, and a signal inside its lock would leave that taken

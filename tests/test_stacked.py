@@ -16,7 +16,7 @@ from fedrank.config import Local
 from fedrank.engines import local as engine
 from fedrank.methods.fedavg import FedAvg
 from fedrank.protocol import Device, Job, Plan, rng
-from fedrank.training import linears, models, packing
+from fedrank.training import linears, models, packing, workload
 from fedrank.training.course import Ask, TrainingError
 from fedrank.training.local import Trainer
 
@@ -85,12 +85,30 @@ def test_dropout_is_drawn_for_each_client_alone(trainer):
         assert toy.same(found.adapter, trainer.fit_all([ask])[0].adapter)
 
 
-def test_one_that_fails_fails_alone(trainer):
+@pytest.mark.parametrize("who", range(3))
+@pytest.mark.parametrize(("how", "most"), [("diverges", packing.MOST), ("diverges", 4), ("raises", packing.MOST)])
+def test_one_that_fails_fails_alone(trainer, monkeypatch, who, how, most):
+    """Whether its numbers are none any more or a method's own code raises; wherever it stands, filled up alike or not."""
+    monkeypatch.setattr(packing, "MOST", most)
+
+    def raises(*_: Any) -> None:
+        raise ValueError("of this client")
+
     given = asks(trainer)
-    broken = replace(given[1].job, local=Local(batch_size=8, lr=1e37, clip=None, epochs=2))
-    found = trainer.fit_all([given[0], replace(given[1], job=broken), given[2]])
-    assert isinstance(found[1], TrainingError)
-    near(found[0].adapter, trainer.fit_all([given[0]])[0].adapter)
+    diverging = replace(given[who].job, local=Local(batch_size=8, lr=1e37, clip=None, epochs=2))
+    broken = {"diverges": {"job": diverging}, "raises": {"observe": raises}}[how]
+    found = trainer.fit_all([replace(ask, **broken) if at == who else ask for at, ask in enumerate(given)])
+    assert isinstance(found[who], TrainingError if how == "diverges" else ValueError)
+    for at in {0, 1, 2} - {who}:
+        near(found[at].adapter, trainer.fit_all([given[at]])[0].adapter)
+
+
+def test_one_that_cannot_be_scored_fails_alone(trainer):
+    adapter = trainer.model.spec.with_head(asks(trainer)[0].job.adapter)
+    asked = [(adapter, trainer.test, np.arange(count), ()) for count in (5, 0, 9)]
+    found = trainer.evaluate_all(asked)
+    assert str(found[1]) == "no rows to evaluate on"
+    assert [found[at]["rows"] for at in (0, 2)] == [5, 9]
 
 
 def test_scored_together_as_one_by_one(trainer):
@@ -124,6 +142,39 @@ def config(data: Path, **engine_settings: Any) -> dict[str, Any]:
         "clients": {"count": 6}, "rounds": {"count": 2, "cohort": 5, "evaluate_every": 1}, "local": {"max_length": 32},
         "adapter": {"rank": 4}, "method": {"name": "feddpa"}, "engine": engine_settings,
     }  # fmt: skip
+
+
+def test_a_stack_that_is_filled_up_alike_in_some_steps_only(trainer, monkeypatch):
+    if not trainer.frozen.packs:
+        pytest.skip("of packed rows")
+    alike = list[bool]()
+
+    def layout(lengths: Any, counts: Any, whole: Any = packing.layout) -> Any:
+        at, sizes = whole(lengths, counts)
+        alike.extend([len(set(sizes)) == 1] * (len(sizes) > 1))
+        return at, sizes
+
+    monkeypatch.setattr(packing, "layout", layout)
+    monkeypatch.setattr(packing, "MOST", 1.3)
+    found = trainer.fit_all(asks(trainer, epochs=2))
+    assert {*alike} == {True, False}
+    for one, ask in zip(found, asks(trainer, epochs=2), strict=True):
+        near(one.adapter, trainer.fit_all([ask])[0].adapter)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "device", "length", "cohort", "workers", "stack"),
+    [
+        (10**5, "cpu", 10, 10, 2, 1),  # too small to gain
+        (10**7, "cpu", 10, 10, 2, 5),  # 12 would fill a pass: all in one, for each worker
+        (10**7, "cpu", 10, 60, 2, 10),  # three turns of 10 rather than two of 12 and one of 6
+        (10**7, "cpu", 100, 10, 2, 1),  # 800 tokens of one client fill it
+        (10**7, "cuda", 100, 32, 1, 16),
+    ],
+)
+def test_as_many_are_stacked_as_fill_a_pass(parameters, device, length, cohort, workers, stack):
+    settings = toy.settings(clients={"count": 100}, rounds={"cohort": cohort}, device=device)
+    assert workload.stacking(parameters, np.full(7, length), settings, workers) == stack
 
 
 @pytest.mark.slow

@@ -1,17 +1,20 @@
 """Worker processes: the same results in the same order, what they log, and their end."""
 
+import gc
 import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from fedrank.engines.workers import KERNELS, Workers, fitting, keep_few_kernels
+from fedrank.engines.workers import KERNELS, Workers, fitting, keep_few_kernels, page_out
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
 
@@ -141,3 +144,29 @@ with Workers(2, 2) as workers:
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
     assert done.stdout == "[4000000.0, 2000000.0]\n", done.stderr
+
+
+def test_memory_that_is_let_go_comes_back_unchanged():
+    values = np.arange(1 << 20)
+    page_out(values.ctypes.data, values.nbytes)
+    page_out(values.ctypes.data + 1, 10)  # less than a page
+    assert (values == np.arange(1 << 20)).all()
+
+
+def test_what_was_shared_is_let_go_with_the_next_workers():
+    """Frozen for the fork, it would never be: functions and workers hold each other."""
+
+    class Model:
+        def square(self, number: int) -> int:
+            return number**2
+
+    def run() -> weakref.ref[Model]:
+        model = Model()
+        with Workers(2, 1) as workers:
+            assert list(workers.share(model.square)(range(3))) == [0, 1, 4]
+        return weakref.ref(model)
+
+    assert run()() is None
+    frozen = gc.get_freeze_count()
+    run()
+    assert gc.get_freeze_count() < 2 * frozen

@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--evaluate-every", type=int, default=10)
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_intermixed_args()
-    clock, began = {"started": time.time(), "rounds": [], "evaluations": []}, 0.0
+    clock, began = {"rounds": [], "evaluations": []}, 0.0
     examples = dict[int, int]()
 
     def watch(event: dict) -> None:

@@ -61,7 +61,6 @@ def stop(home: str) -> None:
 
 
 def main() -> None:
-    started = time.time()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("job", type=Path)
     parser.add_argument("out", type=Path)
@@ -81,7 +80,7 @@ def main() -> None:
             # --stream: it returns when the run has finished, but with 0 even if that failed
             run = subprocess.run(
                 [BIN / "flwr", "run", HERE / "flower_app", "--stream", "--federation-config", federation, "--run-config",
-                 f'job="{job}" out="{out}" mode="{args.mode}" started={started!r}'],
+                 f'job="{job}" out="{out}" mode="{args.mode}"'],
                 env=environment(home), stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
         finally:

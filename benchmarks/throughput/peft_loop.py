@@ -15,29 +15,29 @@ from plain import Clock, Job, Network, Values
 
 network: Network
 job: Job
-bf16 = False
+autocast = False
 
 
 def update(task: tuple[int, str, Values]) -> tuple[Values, int, float]:
     round, client, values = task
     network.write(values)
-    examples, seconds = plain.train(network, job, round, client, bf16)
+    examples, seconds = plain.train(network, job, round, client, autocast)
     return network.read(), examples, seconds
 
 
 def main() -> None:
-    global network, job, bf16
+    global network, job, autocast
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("job", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--bf16", action="store_true", help="autocast")
+    parser.add_argument("--bf16", choices=["autocast", "base"], help="products of a float32 base, or the base itself")
     args = parser.parse_args()
     clock = Clock()
     torch.set_num_threads(args.threads)
-    job, bf16 = Job(args.job), args.bf16
-    network = Network(job)
+    job, autocast = Job(args.job), args.bf16 == "autocast"
+    network = Network(job, dtype=torch.bfloat16 if args.bf16 == "base" else torch.float32)
     values = network.read()
     context = multiprocessing.get_context("fork")
     with context.Pool(args.processes) if args.processes > 1 else nullcontext() as pool:
@@ -51,7 +51,7 @@ def main() -> None:
                 started = time.time()
                 torch.set_num_threads(args.processes * args.threads)
                 network.write(values)
-                clock.evaluation(started, plain.evaluate(network, job, bf16))
+                clock.evaluation(started, plain.evaluate(network, job, autocast))
                 torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     network.write(values)

@@ -109,7 +109,7 @@ class Report(TrainingProcessCallback):
 
 
 def adamw(parameters: Iterable[torch.nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=lr, weight_decay=0.0)
+    return torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=lr, weight_decay=0.0, fused=True)
 
 
 def main() -> None:

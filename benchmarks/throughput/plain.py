@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import cast_adapter_dtype
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -52,16 +53,20 @@ class Job:
 
 
 class Network(nn.Module):
-    """MiniLM with PEFT's LoRA on every linear layer of its blocks, the mean over tokens, a linear head."""
+    """MiniLM with PEFT's LoRA on every linear layer of its blocks, the mean over tokens, a linear head.
 
-    def __init__(self, job: Job, dropout: bool = False) -> None:
+    dtype: of the base; what learns is in float32, as PEFT has it.
+    """
+
+    def __init__(self, job: Job, dropout: bool = False, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         about = job.about
-        backbone = AutoModel.from_pretrained(about["model"], dtype=torch.float32).requires_grad_(False)
+        backbone = AutoModel.from_pretrained(about["model"], dtype=dtype).requires_grad_(False)
         start = load_file(job.folder / "start.safetensors")
         targets = sorted({name.rpartition(".lora_")[0] for name in start if ".lora_" in name})
         lora = LoraConfig(r=about["rank"], lora_alpha=about["scale"] * about["rank"], target_modules=targets)
         self.backbone = inject_adapter_in_model(lora, backbone)
+        cast_adapter_dtype(self.backbone, "default")
         self.head = nn.Linear(backbone.config.hidden_size, about["classes"])
         self.training_mode = dropout
         own = self.state_dict(keep_vars=True)
@@ -73,7 +78,7 @@ class Network(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        weight = attention_mask[..., None].to(hidden.dtype)
+        weight = attention_mask[..., None].float()
         return self.head((hidden * weight).sum(1) / weight.sum(1))
 
     def read(self) -> Values:
@@ -85,15 +90,15 @@ class Network(nn.Module):
                 parameter.copy_(torch.from_numpy(value))
 
 
-def train(network: Network, job: Job, round: int, client: str, bf16: bool = False) -> tuple[int, float]:
+def train(network: Network, job: Job, round: int, client: str, autocast: bool = False) -> tuple[int, float]:
     """One client's local epoch with a fresh AdamW: its examples, and the seconds it took."""
     started, seen = time.perf_counter(), 0
     network.train(network.training_mode)
     values = list(network.learning.values())
-    optimizer = torch.optim.AdamW(values, lr=job.about["lr"], weight_decay=0.0)
+    optimizer = torch.optim.AdamW(values, lr=job.about["lr"], weight_decay=0.0, fused=True)
     for rows in job.batches(round, client):
         inputs, labels = job.inputs("train", rows)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = functional.cross_entropy(network(**inputs).float(), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -103,12 +108,12 @@ def train(network: Network, job: Job, round: int, client: str, bf16: bool = Fals
     return seen, time.perf_counter() - started
 
 
-def evaluate(network: Network, job: Job, bf16: bool = False) -> float:
+def evaluate(network: Network, job: Job, autocast: bool = False) -> float:
     """Accuracy on the test rows, in batches of rows of like length."""
     network.eval()
     starts, right = job.rows["test_starts"], 0
     order = np.argsort(np.diff(starts), kind="stable")
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         for at in range(0, len(order), 64):
             inputs, labels = job.inputs("test", order[at : at + 64])
             right += int((network(**inputs).argmax(-1) == labels).sum())
@@ -125,7 +130,6 @@ class Clock:
     """What a contestant reports: when its rounds began and ended, and what went on in them. Times are time.time()."""
 
     def __init__(self) -> None:
-        self.started = time.time()
         self.rounds: list[dict[str, float]] = []
         self.evaluations: list[dict[str, float]] = []
 
@@ -137,7 +141,7 @@ class Clock:
         self.evaluations.append({"started": started, "ended": time.time(), "accuracy": accuracy})
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps({"started": self.started, "rounds": self.rounds, "evaluations": self.evaluations}))
+        path.write_text(json.dumps({"rounds": self.rounds, "evaluations": self.evaluations}))
 
 
 def due(job: Job, round: int) -> bool:

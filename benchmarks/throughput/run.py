@@ -7,6 +7,7 @@ on. Every contestant is a process of its own, timed from outside; memory and CPU
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -33,7 +34,8 @@ PEERS = {
     "flower, matched": (["flower.py", "--mode", "matched"], 2),
     "peft, 1 x 2 threads": (["peft_loop.py", "--processes", "1", "--threads", "2"], 1),
     "peft, 2 x 1 thread": (["peft_loop.py", "--processes", "2", "--threads", "1"], 2),
-    "peft, 2 x 1 thread, autocast": (["peft_loop.py", "--processes", "2", "--threads", "1", "--bf16"], 2),
+    "peft, 2 x 1 thread, autocast": (["peft_loop.py", "--processes", "2", "--threads", "1", "--bf16", "autocast"], 2),
+    "peft, 2 x 1 thread, bfloat16 base": (["peft_loop.py", "--processes", "2", "--threads", "1", "--bf16", "base"], 2),
     "pfl, 1 x 2 threads": (["pfl_run.py", "--threads", "2"], 1),
     "pfl, 2 x 1 thread": (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "pfl_run.py",
                            "--threads", "1"], 2),
@@ -72,13 +74,19 @@ class Watch(threading.Thread):
             self.peak = max(self.peak, total)
 
 
+def children() -> float:
+    """The CPU seconds of all processes that have ended and were waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def play(command: list[str], out: Path, processes: int) -> dict[str, Any]:
     """Run one contestant and read what it reports."""
     out.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex
     watch = Watch(mark)
     environment = os.environ | {MARK: mark, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
-    launched = time.time()
+    launched, before = time.time(), children()
     watch.start()
     with (out / "log.txt").open("w") as log:
         run = subprocess.run(command, cwd=HERE, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -101,7 +109,8 @@ def play(command: list[str], out: Path, processes: int) -> dict[str, Any]:
         "steady_updates_per_second": sum(r["updates"] for r in rounds[later]) / sum(seconds[later]),
         "steady_examples_per_second": sum(r["examples"] for r in rounds[later]) / sum(seconds[later]),
         "outside_training_seconds": sum(seconds) - sum(r["train_seconds"] for r in rounds) / processes,
-        "cpu_seconds": sum(watch.cpu.values()),
+        # Neither knows all: not what ran after the last sample, nor those whose parents did not wait for them.
+        "cpu_seconds": max(sum(watch.cpu.values()), children() - before),
         "peak_pss_bytes": watch.peak,
         "accuracy": clock["evaluations"][-1]["accuracy"],
         "updates": updates,
@@ -139,6 +148,7 @@ def floor(job: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+APART = {"1 steps": 1e-6, "10 steps": 1e-5}
 COLUMNS = {
     "wall, s": ("wall_seconds", 1, 1), "start-up, s": ("startup_seconds", 1, 1),
     "updates/s": ("updates_per_second", 1, 2), "steady updates/s": ("steady_updates_per_second", 1, 2),
@@ -158,14 +168,14 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def verdict(summary: dict[str, Any]) -> dict[str, Any]:
+def verdict(summary: dict[str, Any], floor: dict[str, Any], distances: dict[str, Any]) -> dict[str, Any]:
     """What was to be shown: ratios of medians, and whether they are what was asked for."""
 
     def middle(name: str, figure: str) -> float:
         return float(summary[name][figure]["median"])
 
     def best(figure: str, bf16: bool) -> float:
-        return max(middle(name, figure) for name in PEERS if bf16 or "autocast" not in name)
+        return max(middle(name, figure) for name, (words, _) in PEERS.items() if bf16 or "--bf16" not in words)
 
     steady, memory = "steady_updates_per_second", "peak_pss_bytes"
     apart = {name: 100 * abs(middle(name, "accuracy") - middle("fedrank", "accuracy")) for name in summary}
@@ -180,14 +190,18 @@ def verdict(summary: dict[str, Any]) -> dict[str, Any]:
             name: middle("fedrank", memory) / middle(f"flower, {name}", memory) for name in ("as usual", "matched")
         },
         "accuracy_points_apart": apart,
+        "share_of_the_bfloat16_floor": floor["bfloat16"]["share_of_round_seconds"]["fedrank"],
     }
     met = {
         "5x of flower, matched": found["updates_per_second_over_flower"]["matched"] >= 5,
         "3x of the best peer, steady": found["steady_over_best_peer"] >= 3,
+        "else half of what products' rate allows": found["share_of_the_bfloat16_floor"] >= 0.5,
         "half the memory of flower, matched": found["memory_over_flower"]["matched"] < 0.5,
         # dropout is part of how Flower's users write it
         "accuracy within 1 point": all(points <= 1 for name, points in apart.items() if name != "flower, as usual"),
-    }
+        **{f"{steps} apart less than {most:g}, root of mean square": distances[steps]["root_mean_square"] < most
+           for steps, most in APART.items()},
+    }  # fmt: skip
     return found | {"met": met}
 
 
@@ -236,16 +250,18 @@ def main() -> None:
         raise SystemExit(f"{args.results} is of commit {results['machine']['commit']}, here is {here['commit']}: "
                          "go on with that one, or write another file by --results")  # fmt: skip
 
+    work = args.work / here["commit"].replace(", ", "-").replace(" ", "-")  # a job hangs on the code that wrote it
+
     def keep() -> None:
         args.results.parent.mkdir(parents=True, exist_ok=True)
         args.results.write_text(json.dumps(results, indent=1))
 
     for dataset in args.datasets.split(","):
         if dataset not in results.setdefault("distances", {}):
-            results["distances"][dataset] = distances((args.data / dataset).resolve(), args.work, args.peers)
+            results["distances"][dataset] = distances((args.data / dataset).resolve(), work, args.peers)
             keep()
         for rounds in map(int, args.rounds.split(",")):
-            folder = (args.work / f"{dataset}-{rounds}").resolve()
+            folder = (work / f"{dataset}-{rounds}").resolve()
             if not (folder / "job" / "job.json").exists():
                 subprocess.run([sys.executable, HERE / "job.py", args.data / dataset, folder / "job", "--rounds",
                                 str(rounds)], check=True)  # fmt: skip
@@ -273,7 +289,7 @@ def main() -> None:
                     job["summary"] = {n: summary(r) for n, r in job["records"].items() if r}
                     job["floor"] = floor(job)
                     if len(job["summary"]) == len(PEERS | OURS):
-                        job["verdict"] = verdict(job["summary"])
+                        job["verdict"] = verdict(job["summary"], job["floor"], results["distances"][dataset])
                     keep()
             if "summary" in job:
                 print(f"{dataset}, {rounds} rounds\n{table(job['summary'])}")

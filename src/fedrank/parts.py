@@ -123,9 +123,9 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
     measured = engine.timing == "measured"
     workers = Workers(engine.workers or fitting(engine.threads, config.device, model.spec.parameters), engine.threads)
     if engine.stack is None:
-        engine = engine.model_copy(
-            update={"stack": 1 if measured else workload.stacking(model, population.typical, config, workers.count)}
-        )
+        lengths = population.typical.lengths
+        stack = 1 if measured else workload.stacking(model.spec.parameters, lengths, config, workers.count)
+        engine = engine.model_copy(update={"stack": stack})
         config = config.model_copy(update={"engine": engine})
     trainer = local.Trainer(
         model, population.typical, test, config.local.lr or chosen.default_lr, engine.threads, config.device, compute, measured,

@@ -20,13 +20,7 @@ def profile(config: Config, rounds: int, to: Path) -> dict[str, Any]:
         "evaluate_every": rounds,
         "personal": 0 if config.rounds.personal == 0 else config.rounds.cohort,
     }
-    workers = config.engine.workers
-    config = config.model_copy(
-        update={
-            "rounds": config.rounds.model_copy(update=played),
-            "engine": config.engine.model_copy(update={"workers": 1}),
-        }
-    )
+    config = config.model_copy(update={"rounds": config.rounds.model_copy(update=played)})
     events = list[dict[str, Any]]()
     with TemporaryDirectory(prefix="fedrank-") as folder, trace.recording() as spans:
         started = time.perf_counter()
@@ -46,6 +40,7 @@ def profile(config: Config, rounds: int, to: Path) -> dict[str, Any]:
         "rounds": rounds,
         "clients": len(clients),
         "examples": sum(event.get("examples", 0) for event in clients),
-        "workers": workers or fitting(config.engine.threads, config.device, events[0]["parameters"]),
+        "workers": config.engine.workers or fitting(config.engine.threads, config.device, events[0]["parameters"]),
         "compute": numerics["compute"], "products": numerics["products"], "rows": numerics["rows"],
+        "stack": numerics["stack"],
     }  # fmt: skip

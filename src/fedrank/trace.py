@@ -47,6 +47,11 @@ def recording() -> Iterator[list[Span]]:
         _recording = None
 
 
+def on() -> bool:
+    """Whether spans are kept; of this process alone, so that whoever would share work out computes it here."""
+    return _recording is not None
+
+
 def shares(spans: list[Span], whole: tuple[str, ...] = ()) -> dict[str, float]:
     """Seconds of each name, less those of the spans inside it; what is inside one of `whole` counts as that one."""
     found: dict[str, float] = {}

@@ -18,6 +18,8 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any
 
+from fedrank import trace
+
 Spread = Callable[[Iterable[Any]], Iterator[Any]]
 
 TRIM, TOP_PAD, MMAP = -1, -2, -3  # mallopt's parameters, in glibc's malloc.h
@@ -32,7 +34,7 @@ _threads: list[ThreadPoolExecutor] = []  # of a worker with several: who compute
 
 
 class Workers:
-    """`count` processes that compute shared functions; with one, this process computes them itself.
+    """`count` processes that compute shared functions; with one, or while spans are recorded, this process computes them.
 
     They are forked when something is first computed: whatever is in memory by then is shared and not copied.
     """
@@ -49,7 +51,8 @@ class Workers:
         """The function over many arguments: results in the order of these, which are taken as they are needed."""
         assert self.pool is None, "what is shared must be known before the workers are"
         self.functions.append(function)
-        return partial(map, function) if self.count == 1 else partial(self._map, len(self.functions) - 1)
+        here = self.count == 1 or trace.on()
+        return partial(map, function) if here else partial(self._map, len(self.functions) - 1)
 
     def _map(self, at: int, items: Iterable[Any]) -> Iterator[Any]:
         pool, waiting, source = self._started(), deque[Future[Any]](), iter(items)

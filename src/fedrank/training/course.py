@@ -47,6 +47,7 @@ class Course:
     optimizer: torch.optim.Optimizer | None
     two: bilevel.Bilevel | None
     batches: Iterator[np.ndarray]
+    failure: Exception | None = None
     seconds: float = 0.0
     forward_seconds: float | None = None
     seen: int = 0
@@ -63,9 +64,14 @@ class Course:
         local = self.ask.job.local
         return local.steps is None or local.steps * local.batch_size >= len(self.ask.rows)
 
-    def step(self, loss: Tensor, mount: Mount | None) -> None:
-        """After a backward pass: clip, let the optimizer step, and begin anew."""
+    def fail(self, error: Exception) -> None:
+        """It ends here, and its update is this exception; others that are trained together with it go on."""
+        self.failure, self.batches = error, iter(())
+
+    def step(self, loss: Tensor, mount: Mount | None, rows: int) -> None:
+        """After a backward pass over these rows: clip, let the optimizer step, and begin anew."""
         self.losses.append(loss.detach())
+        self.seen += rows
         if mount is not None:
             mount.collect()
         values = self.live.values
@@ -83,6 +89,8 @@ class Course:
 
     def update(self) -> Update:
         """TrainingError where the loss is no longer a number."""
+        if self.failure is not None:
+            raise self.failure
         mean = float(torch.stack(self.losses).double().mean())
         if not math.isfinite(mean):
             raise TrainingError(f"the loss became {mean}; a lower local.lr than {self.rate:g} may help")

@@ -26,6 +26,8 @@ DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch
 
 ROWS = 256  # of the products that are measured: a batch of short texts
 SMALL = 2**16  # weights of fewer numbers gain nothing
+# What a model raises that is built otherwise.
+UNABLE = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
 GAIN = {"bfloat16": 1.4, "onednn": 1.2}  # how much faster it has to be to be chosen: well above a measurement's noise
 
 
@@ -254,8 +256,8 @@ def _blocks(model: Model, names: Sequence[str], device: str) -> prefix.Blocks | 
                 with blocks.starting(at, states.clone()):
                     if not _alike(model.network(**inputs), expected):
                         raise ValueError(f"a pass that begins at block {at} gives something else")
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-            log.info("no pass begins above frozen blocks: %s", error)
+        except UNABLE as error:
+            log.info("no pass begins above frozen blocks: %s: %s", type(error).__name__, error)
             return None
     return blocks
 
@@ -281,15 +283,18 @@ def _first(model: Model, device: str) -> int | None:
         expected = model.network(**inputs)
         if model.task == "generate":
             expected = expected[inputs["attention_mask"].bool()]
+        why = "they give something else"
         for first in sorted({0, offset}):
             try:
                 with packing.attention(model.base, packed):
                     found = model.network(**rows.packed(np.arange(3), [3], first, device)[0], packed=packed)
-            except (RuntimeError, TypeError, ValueError, IndexError):
+            except UNABLE as error:
+                why = f"{type(error).__name__}: {error}"
                 continue
             found = found[0, : rows.starts[-1]] if model.task == "generate" else found
             if _alike(found, expected):
                 return first
+    log.info("rows are padded, not packed: %s", why)
     return None
 
 

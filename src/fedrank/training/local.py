@@ -1,11 +1,12 @@
 """The local step: train an adapter on a client's rows, or count what it predicts right."""
 
+import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import tokenizers
@@ -25,6 +26,9 @@ from fedrank.training.hooks import incremented, live, mounted, swapped
 from fedrank.training.models import Model
 from fedrank.training.prefix import Kept, Prefix
 from fedrank.training.tasks import Encoded
+
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 EVALUATION_BATCH = 64
 EXACT = Compute("float32", "torch")
@@ -84,7 +88,10 @@ class Trainer:
         """Where hidden states are kept, of both sets or of none; made before workers are, so that they share it."""
         width, dtype = self.model.base.config.get_text_config().hidden_size, self.frozen.dtype
         tokens = int(self.train.starts[-1] + self.test.starts[-1])
-        if self.frozen.blocks is None or tokens * width * dtype.itemsize > self.prefix_bytes:
+        if self.frozen.blocks is None:
+            return {}
+        if (needed := tokens * width * dtype.itemsize) > self.prefix_bytes:
+            log.info("no pass begins above frozen blocks: %d bytes, more than engine.prefix_bytes", needed)
             return {}
         return {one: Kept(one, width, dtype) for one in (self.train, self.test)}
 
@@ -113,27 +120,36 @@ class Trainer:
         update: Update = together.ask(self.fit_all, Ask(job, rows, observe, lower, encoded))
         return update
 
-    def fit_all(self, asks: list[Ask]) -> list[Update | TrainingError]:
-        """Several clients' trainings, stacked over one pass of the frozen base where they go through it alike."""
+    def fit_all(self, asks: list[Ask]) -> list[Update | Exception]:
+        """Several clients' trainings, stacked over one pass of the frozen base where they go through it alike.
+
+        What one of them alone gets wrong is its own outcome.
+        """
         sets = [self.train if ask.encoded is None else ask.encoded for ask in asks]
         encoded = sets[0]
         if any(other is not encoded for other in sets):
             encoded, firsts = tasks.joined(sets), np.cumsum([0, *map(len, sets)])
             asks = [replace(ask, rows=ask.rows + first) for ask, first in zip(asks, firsts[:-1], strict=True)]
-        courses = [course.begin(ask, self.lr, self.device) for ask in asks]
+        courses = [_outcome(partial(course.begin, ask, self.lr, self.device)) for ask in asks]
         stacks: dict[Any, list[Course]] = {}
         for at, one in enumerate(courses):
+            if isinstance(one, Exception):
+                continue
             job = one.ask.job
             # What is drawn in a pass, and what is timed, has to be one client's.
             alone = not one.single or job.local.dropout > 0 or self.timed
             alike = at if alone else (digest(job.base_updates), tuple(one.live.learning), job.plan.learn)
             stacks.setdefault(alike, []).append(one)
         for stack in stacks.values():
-            if stack[0].single:
-                self._train(stack, encoded)
-            else:
-                self._train_twice(stack[0], encoded)
-        return [_outcome(one) for one in courses]
+            try:
+                if stack[0].single:
+                    self._train(stack, encoded)
+                else:
+                    self._train_twice(stack[0], encoded)
+            except Exception as error:  # of a pass that all of these share
+                for one in stack:
+                    one.fail(error)
+        return [one if isinstance(one, Exception) else _outcome(one.update) for one in courses]
 
     def _train(self, stack: list[Course], encoded: Encoded) -> None:
         """All steps of these clients; the k-th steps of all that have so many are one pass.
@@ -164,8 +180,10 @@ class Trainer:
                 with span("backward"):
                     torch.stack(found).sum().backward()  # type: ignore[no-untyped-call]
                 for (at, batch), loss in zip(steps, found, strict=True):
-                    stack[at].step(loss, mounts[at])
-                    stack[at].seen += len(batch)
+                    try:
+                        stack[at].step(loss, mounts[at], len(batch))
+                    except Exception as error:
+                        stack[at].fail(error)
                 seconds, rows = time.perf_counter() - started, sum(len(batch) for _, batch in steps)
                 for at, batch in steps:
                     stack[at].seconds += seconds * len(batch) / rows
@@ -190,8 +208,7 @@ class Trainer:
                     loss = two.step(
                         partial(self._again, encoded, next(others), job, at), partial(self._plainly, encoded, batch)
                     )
-                one.step(loss, None)
-                one.seen += len(batch)
+                one.step(loss, None, len(batch))
         one.seconds += time.perf_counter() - started
         if self.timed:
             one.forward_seconds = sum(forward)
@@ -222,15 +239,15 @@ class Trainer:
 
     def evaluate_all(
         self, asked: list[tuple[Adapter, Encoded, np.ndarray, tuple[Adapter, ...]]]
-    ) -> list[dict[str, float]]:
+    ) -> list[dict[str, float] | Exception]:
         """Of several adapters, each on its rows, in one pass over the frozen base where all rows are of one set."""
         (_, encoded, _, updates), *rest = asked
         if any(other[1] is not encoded or digest(other[3]) != digest(updates) for other in rest):
-            return [self.evaluate_all([one])[0] for one in asked]
+            return [_outcome(partial(self.evaluate, *one)) for one in asked]
         size = max(1, EVALUATION_BATCH // len(asked))
         batches = [list(tasks.by_length(encoded, one[2], size)) for one in asked]
         counts = self._counts([one[0] for one in asked], encoded, batches, updates)
-        return [scores(own, len(one[2])) for own, one in zip(counts, asked, strict=True)]
+        return [_outcome(partial(scores, own, len(one[2]))) for own, one in zip(counts, asked, strict=True)]
 
     def counts(
         self, adapter: Adapter, encoded: Encoded, batches: list[np.ndarray], base_updates: tuple[Adapter, ...] = ()
@@ -307,10 +324,10 @@ class Trainer:
                     layer.p = rate
 
 
-def _outcome(one: Course) -> Update | TrainingError:
+def _outcome(work: Callable[[], Result]) -> Result | Exception:
     try:
-        return one.update()
-    except TrainingError as error:
+        return work()
+    except Exception as error:
         return error
 
 

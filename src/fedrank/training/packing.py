@@ -27,7 +27,8 @@ class Tiles:
     """Rows of like length side by side in tiles of one width, so that short ones fill the vectors of a product.
 
     owner: (tiles, width), the row at each place, -1 where there is none. tokens: (tiles * width,), the packed token at
-    each place, any where there is none.
+    each place, any of the same client where there is none. A tile is one client's: what is no longer a number there, and
+    times nothing still is none, stays there.
     """
 
     owner: Tensor
@@ -54,8 +55,8 @@ class Packed:
 
     lengths: (rows,), tokens of each row. filled: all tokens, with those that only fill up, after each client's.
     at: (tokens of the rows,), where each is. filler: where those are that only fill up. tiles: the rows as attention
-    computes them, by their length. places: (filled,), where each token is in the tiles one after the other, any for
-    those that fill up.
+    computes them, by their length. places: (filled,), where each token is in the tiles one after the other, for those
+    that fill up another of the same client.
     """
 
     lengths: Tensor
@@ -98,17 +99,19 @@ def layout(lengths: np.ndarray, counts: Sequence[int]) -> tuple[np.ndarray, list
     return np.concatenate([begin + np.arange(tokens) for begin, tokens in zip(begins, own, strict=True)]), sizes
 
 
-def tiled(lengths: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, int, int]]:
+def tiled(lengths: np.ndarray, counts: Sequence[int]) -> Iterator[tuple[np.ndarray, np.ndarray, int, int]]:
     """Rows of like length, and where in their tiles each begins; the number of these, and their width.
 
-    Rows stay in their order; a tile takes as many as it holds.
+    Rows stay in their order; a tile takes as many of one client as it holds.
     """
+    clients = np.repeat(np.arange(len(counts)), counts)
     doublings = np.ceil(np.log2(np.maximum(lengths, STEP) / STEP)).astype(int)
     for doubling in np.unique(doublings):
         rows = np.flatnonzero(doublings == doubling)
         width, starts, used = filled(int(lengths[rows].max())), list[int](), 0
-        for length in lengths[rows].tolist():
-            if used % width + length > width:
+        others = np.diff(clients[rows], prepend=-1) > 0
+        for length, other in zip(lengths[rows].tolist(), others.tolist(), strict=True):
+            if other or used % width + length > width:
                 used += -used % width
             starts.append(used)
             used += length
@@ -118,8 +121,8 @@ def tiled(lengths: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, int, in
 
 
 def pairs(lengths: np.ndarray) -> int:
-    """The scores of these rows' attention: those of their tiles."""
-    return sum(count * width**2 for _, _, count, width in tiled(lengths))
+    """The scores of the attention of a client's rows: those of their tiles."""
+    return sum(count * width**2 for _, _, count, width in tiled(lengths, [len(lengths)]))
 
 
 def pack(lengths: np.ndarray, counts: Sequence[int], device: str) -> Packed:
@@ -129,16 +132,19 @@ def pack(lengths: np.ndarray, counts: Sequence[int], device: str) -> Packed:
     at, sizes = layout(lengths, counts)
     everywhere = np.zeros(sum(sizes), np.int64)
     begins, tiles, done = np.cumsum(lengths) - lengths, [], 0
-    for rows, starts, count, width in tiled(lengths):
+    for rows, starts, count, width in tiled(lengths, counts):
         own = lengths[rows]
         within = np.arange(own.sum()) - np.repeat(np.cumsum(own) - own, own)  # a token's place in its row
         places, packed = np.repeat(starts, own) + within, at[np.repeat(begins[rows], own) + within]
-        owner, tokens = np.full(count * width, -1), np.zeros(count * width, np.int64)
-        owner[places], tokens[places] = np.repeat(rows, own), packed
+        owner, tokens = np.full(count * width, -1), np.zeros((count, width), np.int64)
+        opens = starts % width == 0
+        tokens[starts[opens] // width] = at[begins[rows[opens]], None]
+        owner[places], tokens.reshape(-1)[places] = np.repeat(rows, own), packed
         everywhere[packed] = done + places
-        tiles.append(Tiles(there(owner.reshape(count, width)), there(tokens)))
+        tiles.append(Tiles(there(owner.reshape(count, width)), there(tokens.reshape(-1))))
         done += count * width
     filler = np.setdiff1d(np.arange(sum(sizes)), at)
+    everywhere[filler] = everywhere[at[np.searchsorted(at, filler) - 1]]
     return Packed(there(lengths), sum(sizes), there(at), there(filler), tuple(tiles), there(everywhere))
 
 

@@ -7,9 +7,7 @@ import numpy as np
 from fedrank.config import Config, Local
 from fedrank.protocol import Load
 from fedrank.training.course import batches
-from fedrank.training.models import Model
 from fedrank.training.packing import filled, pairs
-from fedrank.training.tasks import Encoded
 
 SMALL = 1_000_000  # parameters: a smaller model is trained faster than clients meet
 PASS_CPU, PASS_GPU = 1024, 16384  # tokens of a pass that keep a core, or a GPU, busy
@@ -29,11 +27,14 @@ def workload(
     return Load(len(parts), sum(tokens), sum(scores), max(tokens), max(scores), sum(map(len, parts)))
 
 
-def stacking(model: Model, train: Encoded, config: Config, workers: int) -> int:
-    """How many clients of a cohort are best trained together: enough for a pass to be worth its overhead."""
-    if model.spec.parameters < SMALL:
+def stacking(parameters: int, lengths: np.ndarray, config: Config, workers: int) -> int:
+    """How many clients of a cohort are best trained together: enough for a pass to be worth its overhead.
+
+    A rule, from measurements: two runs of one config on one machine have to be the same.
+    """
+    if parameters < SMALL:
         return 1
-    tokens = int(train.lengths.mean()) * config.local.batch_size
+    tokens = int(lengths.mean()) * config.local.batch_size
     most = max(1, (PASS_CPU if config.device == "cpu" else PASS_GPU) // tokens)
     turns = -(-config.rounds.cohort // (workers * most))  # of each worker, so that all have about as much to do
     return -(-config.rounds.cohort // (workers * turns))

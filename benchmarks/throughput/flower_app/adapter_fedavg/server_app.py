@@ -64,7 +64,6 @@ class Cohorts(FedAvg):
 def main(grid: Grid, context: Context) -> None:
     config = context.run_config
     clock = Clock()
-    clock.started = config["started"]
     if config["mode"] == "matched":
         torch.set_num_threads(2)
     job = Job(Path(config["job"]))
