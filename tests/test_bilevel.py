@@ -386,7 +386,7 @@ def on_plain_layers(job: Job) -> Update:
         for batch in one.batches:
             loss = trainer._plainly(trainer.train, batch)
             loss.backward()
-            one.step(loss, None)
+            one.step(loss, None, 8)
     return one.update()
 
 
