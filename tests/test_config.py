@@ -210,3 +210,15 @@ def test_a_wrong_hyper_parameter_is_explained_as_any_key(given: dict[str, Any], 
     with pytest.raises(ConfigError) as found:
         methods.build({"name": "legend", **given})
     assert str(found.value) == why
+
+
+@pytest.mark.parametrize(
+    ("settings", "wrong"),
+    [
+        ({"device": "cuda", "engine": {"workers": 2}}, "engine.workers: processes that share the work are for CPUs"),
+        ({"engine": {"timing": "measured", "stack": 2}}, "stack: the time of clients that are trained together"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(settings, wrong):
+    with pytest.raises(ConfigError, match=wrong):
+        load({"data": {"name": "docstrings"}, **settings})

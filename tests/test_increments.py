@@ -14,10 +14,13 @@ from fedrank import client, cost, export, increments
 from fedrank.adapter import Adapter, Block, kaiming, recompress
 from fedrank.aggregation import average
 from fedrank.frame import Refused, pack, sizes, unpack
+from fedrank.increments import digest
 from fedrank.protocol import Device, Job, ModelSpec, Plan, State, Update, rng
 from fedrank.selection import everything
 from fedrank.store import StoreError
+from fedrank.training import tasks
 from fedrank.training.hooks import incremented, live, mounted, swapped
+from fedrank.training.local import Trainer
 
 SPEC = toy.small({"0.m": (2, 3), "1.m": (3, 2), "2.m": (4, 4)})
 
@@ -128,6 +131,40 @@ def test_updated_weights_are_the_mounted_adapter(kind, form, tmp_path):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found, plain, atol=1e-3)
     assert all(torch.equal(before[name], layer.weight) for name, layer in model.modules.items())
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "gpt2"])
+@pytest.mark.parametrize("targets", ["all", "square"])
+def test_training_and_scores_see_the_updated_base(kind, targets, tmp_path):
+    """As they would a model whose own weights are those; also a square one of GPT-2's, whichever way it is stored."""
+    model, rows = toy.loaded(kind, tmp_path), np.arange(12)
+    train, test = (tasks.encode(toy.texts(30, seed), model.tokenizer, "classify", 16) for seed in (1, 2))
+    spec, ends = model.spec, ("attn.c_proj", "query", "q_proj")
+    names = [name for name in spec.shapes if targets == "all" or name.endswith(ends)]
+    part = replace(factors(1, *names, spec=spec), scale=20.0)
+    adapter = spec.with_head(kaiming(spec.shapes, 2, spec.scale, rng(0, "start")))
+    job = toy.job(spec, adapter, Plan(everything(adapter)), print)
+
+    def trainer() -> Trainer:
+        return Trainer(model, train, test, 1e-2, 1, "cpu")
+
+    found = trainer().fit(replace(job, base_updates=(part,)), rows).adapter
+    scored = trainer().evaluate(job.adapter, test, rows, (part,))
+    with swapped(model.modules, incremented(model.modules, [part])):
+        other = trainer()
+        expected, score = other.fit(job, rows).adapter, other.evaluate(job.adapter, test, rows)
+    for name, array in toy.arrays(expected).items():
+        np.testing.assert_allclose(toy.arrays(found)[name], array, rtol=1e-3, atol=1e-4)
+    assert scored["loss"] == pytest.approx(score["loss"], rel=1e-4)
+    plain = toy.arrays(trainer().fit(job, rows).adapter)
+    assert any(np.abs(plain[name] - array).max() > 1e-3 for name, array in toy.arrays(expected).items())
+
+
+def test_a_digest_names_numbers_however_they_lie_in_memory():
+    """Those read from a frame and those loaded from the client's store."""
+    one = factors(1)
+    turned = {n: Block(b.ids, np.asfortranarray(b.B), b.e, np.asfortranarray(b.A)) for n, b in one.blocks.items()}
+    assert digest([one]) == digest([replace(one, blocks=turned)]) != digest([factors(2)])
 
 
 def test_an_error_inside_puts_the_weights_back():

@@ -158,6 +158,19 @@ def test_evaluation_shares_it(trainer, packs):
     assert once.kept[once.test].stamps.all()
 
 
+def test_scores_of_some_rows_and_of_all_keep_the_same_states(trainer, monkeypatch):
+    """Whoever asks for which rows, and with how many others: nothing is computed twice."""
+    once = trainer()
+    adapter = start(once.model.spec).take(ask(once.model.spec).job.plan.train)
+    made = list[int]()
+    compute = prefix.Prefix._computed
+    monkeypatch.setattr(prefix.Prefix, "_computed", lambda one, rows: made.extend(rows) or compute(one, rows))
+    whole, half = np.arange(len(once.test)), np.arange(0, len(once.test), 2)
+    for asked in ([whole], [half], [half, half[3:], whole], [whole]):
+        once.evaluate_all([(adapter, once.test, rows, ()) for rows in asked])
+    assert sorted(made) == whole.tolist()
+
+
 def test_nothing_is_kept_above_the_bytes_it_may_take(trainer):
     tokens = sum(int(toy.encoded(split).starts[-1]) for split in ("train", "test"))
     width = trainer().model.base.config.hidden_size

@@ -415,6 +415,7 @@ def test_stopped_by_a_signal(what: signal.Signals, texts: Path, tmp_path: Path, 
         if (path / "states" / "0002.safetensors").exists():
             break
         time.sleep(0.01)
+    assert (path / "states" / "0002.safetensors").exists()
     os.kill(pid, what)
     assert ended(pid) == 130
     assert f"every finished round is saved. Go on with: fedrank resume {path}" in said.read_text()

@@ -79,3 +79,35 @@ def test_what_fails_fails_alone():
     assert [type(error) for error in found[1:]] == [ValueError, OSError, KeyError]
     with pytest.raises(ValueError, match="three"):
         together.ask(many, 3)
+
+
+class Left(BaseException):
+    """As Ctrl-C."""
+
+
+@pytest.mark.parametrize("when", ["answering", "first", "later"])
+def test_whoever_leaves_a_meeting_ends_all_its_work(when):
+    """No thread stays behind, nor goes on beside what comes after."""
+    calls, ended = Calls(), list[int]()
+
+    def answer(ones: list[int]) -> list[int]:
+        if when == "answering":
+            raise Left
+        return calls.double(ones)
+
+    def code(number: int) -> None:
+        try:
+            if number == 1 and when == "first":
+                raise Left
+            together.ask(answer, number)
+            if number == 1:
+                raise Left
+            together.ask(answer, number)
+        finally:
+            ended.append(number)
+
+    before = threading.active_count()
+    with pytest.raises(Left):
+        together.meet([lambda n=n: code(n) for n in range(3)])
+    assert threading.active_count() == before
+    assert sorted(ended) == ([0, 1] if when == "first" else [0, 1, 2])  # the last one had not begun

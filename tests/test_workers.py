@@ -1,5 +1,6 @@
 """Worker processes: the same results in the same order, what they log, and their end."""
 
+import fcntl
 import gc
 import logging
 import os
@@ -14,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedrank.engines.workers import KERNELS, Workers, fitting, keep_few_kernels, page_out
+from fedrank.engines.workers import KERNELS, Workers, cores, fitting, keep_few_kernels, page_out
+from fedrank.store import Store
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
 
@@ -111,9 +113,8 @@ def _alive(process: int) -> bool:
 
 
 def test_as_many_as_fill_the_cores():
-    cores = len(os.sched_getaffinity(0))
-    assert fitting(1, "cpu", 10**7) == cores
-    assert fitting(2 * cores, "cpu", 10**7) == 1
+    assert fitting(1, "cpu", 10**7) == cores()
+    assert fitting(2 * cores(), "cpu", 10**7) == 1
     assert fitting(1, "cuda", 10**7) == fitting(1, "cpu", 10**4) == 1
 
 
@@ -154,9 +155,12 @@ def test_memory_that_is_let_go_comes_back_unchanged():
 
 
 def test_what_was_shared_is_let_go_with_the_next_workers():
-    """Frozen for the fork, it would never be: functions and workers hold each other."""
+    """Set aside for the fork, garbage that holds itself would never be found."""
 
     class Model:
+        def __init__(self) -> None:
+            self.me = self
+
         def square(self, number: int) -> int:
             return number**2
 
@@ -166,7 +170,32 @@ def test_what_was_shared_is_let_go_with_the_next_workers():
             assert list(workers.share(model.square)(range(3))) == [0, 1, 4]
         return weakref.ref(model)
 
-    assert run()() is None
-    frozen = gc.get_freeze_count()
+    first = run()
+    gc.collect()
+    assert first() is not None
     run()
-    assert gc.get_freeze_count() < 2 * frozen
+    assert first() is None
+
+
+def test_a_lock_that_workers_share_is_free_when_they_are_left(tmp_path):
+    """They are killed where the work is broken off, and waited for."""
+    store = Store.create(tmp_path / "run")
+
+    def stop(number: int) -> None:
+        if number:
+            time.sleep(30)
+        raise KeyError
+
+    with pytest.raises(KeyError), store.locked(), Workers(2, 1) as workers:
+        list(workers.share(stop)(range(4)))
+    with (store.path / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@pytest.mark.parametrize(
+    ("limit", "fitted"), [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("990000 100000", 8)]
+)
+def test_a_control_group_has_less_time_than_cores(monkeypatch, limit, fitted):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setattr(Path, "read_text", lambda path: limit)
+    assert cores() == fitted

@@ -32,12 +32,14 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--bf16", choices=["autocast", "base"], help="products of a float32 base, or the base itself")
+    parser.add_argument("--base", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--autocast", action="store_true", help="products in bfloat16")
+    parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
     args = parser.parse_args()
     clock = Clock()
     torch.set_num_threads(args.threads)
-    job, autocast = Job(args.job), args.bf16 == "autocast"
-    network = Network(job, dtype=torch.bfloat16 if args.bf16 == "base" else torch.float32)
+    job, autocast = Job(args.job), args.autocast
+    network = Network(job, dtype=getattr(torch, args.base), attention=args.attention)
     values = network.read()
     context = multiprocessing.get_context("fork")
     with context.Pool(args.processes) if args.processes > 1 else nullcontext() as pool:

@@ -55,13 +55,16 @@ class Job:
 class Network(nn.Module):
     """MiniLM with PEFT's LoRA on every linear layer of its blocks, the mean over tokens, a linear head.
 
-    dtype: of the base; what learns is in float32, as PEFT has it.
+    dtype: of the base; what learns is in float32, as PEFT has it. attention: transformers' implementation.
     """
 
-    def __init__(self, job: Job, dropout: bool = False, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, job: Job, dropout: bool = False, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+    ) -> None:
         super().__init__()
         about = job.about
-        backbone = AutoModel.from_pretrained(about["model"], dtype=dtype).requires_grad_(False)
+        backbone = AutoModel.from_pretrained(about["model"], dtype=dtype, attn_implementation=attention)
+        backbone.requires_grad_(False)
         start = load_file(job.folder / "start.safetensors")
         targets = sorted({name.rpartition(".lora_")[0] for name in start if ".lora_" in name})
         lora = LoraConfig(r=about["rank"], lora_alpha=about["scale"] * about["rank"], target_modules=targets)

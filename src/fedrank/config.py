@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import sys
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -146,8 +147,8 @@ class EngineSettings(BaseModel, extra="forbid", frozen=True):
 
     stack: clients that are trained together, over one pass of the frozen model; null: by the length of the rows, the cohort
     and the workers.
-    compute: the type of activations and of products with frozen weights; adapters, their gradients and the optimizer
-    are float32 in any case. products: whose library computes these. auto: what is fastest when it is tried at the start.
+    compute: the type of activations, of products with frozen weights, and of the adapter's copy in them, so that its
+    gradients are rounded to it; adapters and the optimizer are float32 in any case. products: whose library computes these. auto: what is fastest when it is tried at the start.
     prefix_bytes: of hidden states below the blocks that learn, kept on disk; where those of all rows would take more,
     they are computed anew for every batch.
     fleet: the clients' devices, on whose simulated clock rounds are played; by default one nominal kind.
@@ -199,7 +200,8 @@ class ServerSettings(BaseModel, extra="forbid", frozen=True):
 
 
 class Config(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants"):
-    """Everything a run is made of; the same config and seed give the same run."""
+    """Everything a run is made of; the same config and seed give the same run, once what is measured or counted on the
+    machine (engine.compute, products, stack) is named, as it is in a run's own config."""
 
     task: Literal["classify", "generate"] = "classify"
     model: Model = Model()
@@ -221,6 +223,11 @@ class Config(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants
             raise ValueError(
                 "give one of data.name (docstrings, or a Hugging Face dataset) and data.path;"
                 " data.name=null takes a preset's away"
+            )
+        if (self.engine.workers or 1) > 1 and (self.device != "cpu" or sys.platform != "linux"):
+            raise ValueError(
+                f"engine.workers: processes that share the work are for CPUs under Linux; with device {self.device} "
+                f"on {sys.platform}, 1 or null"
             )
         if not isinstance(self.method.get("name"), str):
             raise ValueError("method.name must name a method; `fedrank methods` lists them")

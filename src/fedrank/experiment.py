@@ -1,5 +1,6 @@
 """A run from its config: model, data, method and engine put together, played, and closed with a summary."""
 
+import gc
 import json
 import logging
 import platform
@@ -70,8 +71,7 @@ def run(
     raw = source.model_dump(mode="json") if isinstance(source, Config) else source
     config = settings.load(raw, [*overrides, *named])
     path = default_out(config) if out is None else Path(out)
-    for event in start(config, path, method, data=data):
-        watch(event)
+    _watched(start(config, path, method, data=data), watch)
     return Run(path)
 
 
@@ -83,9 +83,16 @@ def resume(
     data: ClientData | None = None,
 ) -> Run:
     """Go on with a stopped run from its last state, or extend a finished one (``rounds.count=+20``)."""
-    for event in go_on(Path(path), overrides, method, data):
-        watch(event)
+    _watched(go_on(Path(path), overrides, method, data), watch)
     return Run(Path(path))
+
+
+def _watched(events: Iterable[Event], watch: Callable[[Event], None]) -> None:
+    try:
+        for event in events:
+            watch(event)
+    finally:
+        gc.unfreeze()  # a run sets aside all there is, the caller's own objects too
 
 
 def start(

@@ -87,7 +87,7 @@ def digest(updates: Iterable[Adapter]) -> str:
             parts = [part for part in (block.B, block.e, block.A) if part is not None]
             state.update(f"{name}{[part.shape for part in parts]}".encode())
             for part in parts:
-                state.update(part.tobytes(order="A"))
+                state.update(part.tobytes())
         for name, tensor in update.dense.items():
             state.update(name.encode() + tensor.tobytes())
     return state.hexdigest()

@@ -1,5 +1,6 @@
 """The parts of a run, built from its config: data, model, method, fleet, and each client's side."""
 
+import atexit
 import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -92,6 +93,7 @@ def _import() -> None:
     import fedrank.training.local  # noqa: F401 - brings all that is large
 
     gc.freeze()
+    atexit.register(gc.freeze)  # the interpreter's last look would take a second
 
 
 @_uncollected()

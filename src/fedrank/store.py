@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from fedrank.protocol import ClientId, State, Total, Update
 from fedrank.trace import span
 
 KEEP_LAST, KEEP_EVERY = 3, 10
+RETRIES = 20  # of the lock, a tenth of a second apart
 _CLIENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 
@@ -163,12 +165,17 @@ class Store:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """One process at a time; the lock goes with the process, so a kill leaves none behind."""
+        """One process at a time; the lock goes with the process and its workers, so a kill leaves none behind."""
         with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise StoreError(f"{self.path} is in use by another process") from None
+            for left in reversed(range(RETRIES)):  # workers end a moment after a process that is killed
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    if not left:
+                        raise StoreError(f"{self.path} is in use by another process") from None
+                    time.sleep(0.1)
+                else:
+                    break
             yield
 
     def write(self, name: str, content: str | bytes) -> None:

@@ -18,25 +18,40 @@ class _Work:
         self.asks: tuple[Many, Any] | None = None
         self.result: Any = None
         self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
 
     def _run(self) -> None:
-        self.go.wait()
         _present.set(self)
         try:
             self.result = self.code()
-        except Exception as error:  # given to who called the meeting
+        except BaseException as error:  # given to who called the meeting
             self.result = error
         finally:
             self.asks = None
             self.back.set()
 
     def resume(self, answer: Any = None) -> None:
-        """Let it run until it asks again or ends."""
+        """Let it run until it asks again or ends; what ends more than this one piece of code is raised."""
+        self._go(answer)
+        if isinstance(self.result, BaseException) and not isinstance(self.result, Exception):
+            raise self.result
+
+    def _go(self, answer: Any) -> None:
         self.answer, self.asks = answer, None
         self.back.clear()
-        self.go.set()
+        if self.thread.ident is None:
+            self.thread.start()
+        else:
+            self.go.set()
         self.back.wait()
+
+    def leave(self) -> None:
+        """End it: nobody will answer any more."""
+        if self.thread.ident is None:
+            return
+        self.back.wait()
+        if self.asks is not None:
+            self._go(SystemExit("the meeting was left"))
+        self.thread.join()
 
     def ask(self, many: Many, one: Any) -> Any:
         self.asks = many, one
@@ -50,7 +65,7 @@ def ask(many: Many, one: Any) -> Any:
     """``many([one])[0]``; in a meeting together with what the others ask of the same function. An exception is raised."""
     here = _present.get()
     answer = many([one])[0] if here is None else here.ask(many, one)
-    if isinstance(answer, Exception):
+    if isinstance(answer, BaseException):
         raise answer
     return answer
 
@@ -66,6 +81,15 @@ def meet(codes: Sequence[Callable[[], Any]]) -> list[Any]:
     One runs at a time, in their order, and answers are computed in this thread: the same every time.
     """
     works = [_Work(code) for code in codes]
+    try:
+        return _met(works)
+    except BaseException:
+        for work in works:
+            work.leave()
+        raise
+
+
+def _met(works: list[_Work]) -> list[Any]:
     for work in works:
         work.resume()
     while asking := [work for work in works if work.asks is not None]:

@@ -15,6 +15,7 @@ from functools import partial
 from itertools import islice
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -27,6 +28,7 @@ PAGE_OUT = 21  # madvise's, in Linux' mman.h
 # How many of oneDNN's kernels are kept, by torch and by oneDNN itself, each 1,024 unless told. A kernel is half a megabyte,
 # there is one for every shape, and making one takes 0.2 ms; oneDNN's own cache is enough.
 KERNELS = {"LRU_CACHE_CAPACITY": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}
+SMALL = 1_000_000  # parameters: a smaller model is trained faster than other processes are reached
 KEPT, LARGEST = 1 << 30, 1 << 25  # bytes; above 32 MiB glibc takes no threshold for mmap
 
 _functions: list[Callable[[Any], Any]] = []  # of a worker, from the process it was forked from
@@ -99,6 +101,8 @@ class Workers:
             if kind is not None:  # nobody waits for what they are at
                 for process in self.processes:
                     process.kill()
+                for process in self.processes:  # they hold what was open at the fork, such as the run's lock
+                    process.join()
             self.pool.shutdown(wait=kind is None, cancel_futures=True)
             self.pool = None
         self.functions.clear()  # they lead back here, and to the model: a cycle that would stay as long as it is frozen
@@ -106,9 +110,19 @@ class Workers:
 
 def fitting(threads: int, device: str, parameters: int) -> int:
     """As many workers as keep all cores of this machine busy; a small model gains nothing from another process."""
-    if sys.platform != "linux" or device != "cpu" or parameters < 1_000_000:
+    if sys.platform != "linux" or device != "cpu" or parameters < SMALL:
         return 1
-    return max(1, len(os.sched_getaffinity(0)) // threads)
+    return max(1, cores() // threads)
+
+
+def cores() -> int:
+    """Those that this process may run on, or as many as its control group has the time of."""
+    may = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return may
+    return may if quota == "max" else min(may, max(1, int(quota) // int(period)))
 
 
 def keep_few_kernels() -> None:
@@ -143,6 +157,7 @@ def page_out(address: int, size: int) -> None:
 def _begin(functions: list[Callable[[Any], Any]], places: Any, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process ends the others
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # not through a display that only the first process draws
     _functions[:] = functions
     if cores := places.get():
         os.sched_setaffinity(0, cores)

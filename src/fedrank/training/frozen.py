@@ -193,14 +193,17 @@ class Frozen:
             return self.network(**inputs, packed=packed), labels
 
     def product(self, names: tuple[str, ...], weights: Mapping[str, Tensor] = {}) -> Product:
-        """Of the layers of one group, with other weights in their places where given; those of the last mapping are kept."""
+        """Of the layers of one group, with other weights in their places where given; those of the last mapping are kept.
+
+        weights: as the layers hold their own.
+        """
         if self.weights is not weights and weights:
             self.weights, self.updated = weights, {}
         kept = self.updated if any(name in weights for name in names) else self.products
         if names not in kept:
             layers = [self.layers[name] for name in names]
             biases = [layer.bias if isinstance(layer.bias, Tensor) else None for layer in layers]
-            own = [weights.get(name, _matrix(layer)) for name, layer in zip(names, layers, strict=True)]
+            own = [_matrix(layer, weights.get(name)) for name, layer in zip(names, layers, strict=True)]
             kept[names] = Product(own, biases, self.compute)
         return kept[names]
 
@@ -299,17 +302,21 @@ def _first(model: Model, device: str) -> int | None:
 
 
 def _converted(network: nn.Module, kept: Iterable[nn.Module], dtype: torch.dtype) -> nn.Module:
-    """A copy in this type, which shares the parameters of the layers that are kept as they are."""
+    """A copy in this type, which shares the parameters of the layers that are kept as they are.
+
+    As where transformers loads in a type: what a state does not hold, such as rotary frequencies, is not rounded.
+    """
     shared = {id(parameter): parameter for layer in kept for parameter in layer.parameters()}
     twin = copy.deepcopy(network, dict(shared))
+    held = {id(tensor) for tensor in twin.state_dict(keep_vars=True).values()} - shared.keys()
     twin._apply(  # type: ignore[no-untyped-call]
-        lambda tensor: tensor.to(dtype) if tensor.is_floating_point() and id(tensor) not in shared else tensor
+        lambda tensor: tensor.to(dtype) if tensor.is_floating_point() and id(tensor) in held else tensor
     )
     return twin
 
 
-def _matrix(layer: nn.Module) -> Tensor:
-    """(out, in)"""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().t() if isinstance(layer, Conv1D) else weight.detach()
+def _matrix(layer: nn.Module, weight: Tensor | None = None) -> Tensor:
+    """(out, in) of the layer's weight, or of another one as it would hold it."""
+    held = layer.weight if weight is None else weight
+    assert isinstance(held, Tensor)
+    return held.detach().t() if isinstance(layer, Conv1D) else held.detach()

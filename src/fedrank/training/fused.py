@@ -102,7 +102,7 @@ class Mount:
 def mounted(frozen: Frozen, lives: Sequence[Live], weights: Mapping[str, Tensor] = {}) -> Iterator[list[Mount]]:
     """The adapters of one or more clients on the base while the block runs; the layers compute as `frozen` does.
 
-    weights: other frozen weights, (out, in), in the place of these layers' own.
+    weights: other frozen weights, as the layers hold theirs, in the place of these.
     """
     mounts, called = _mounts(lives, frozen.dtype), list[tuple[nn.Module, Callable[..., Tensor]]]()
     ones = [*mounts, *([mounts[0].whole] if mounts[0].whole else [])]

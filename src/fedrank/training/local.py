@@ -22,7 +22,7 @@ from fedrank.trace import span
 from fedrank.training import course, fused, prefix, tasks
 from fedrank.training.course import Ask, Course, TrainingError
 from fedrank.training.frozen import Compute, Frozen, freeze
-from fedrank.training.hooks import incremented, live, mounted, swapped
+from fedrank.training.hooks import Live, incremented, live, mounted, swapped
 from fedrank.training.models import Model
 from fedrank.training.prefix import Kept, Prefix
 from fedrank.training.tasks import Encoded
@@ -86,14 +86,18 @@ class Trainer:
     @cached_property
     def kept(self) -> dict[Encoded, Kept]:
         """Where hidden states are kept, of both sets or of none; made before workers are, so that they share it."""
-        width, dtype = self.model.base.config.get_text_config().hidden_size, self.frozen.dtype
-        tokens = int(self.train.starts[-1] + self.test.starts[-1])
         if self.frozen.blocks is None:
             return {}
+        width, dtype = self.model.base.config.get_text_config().hidden_size, self.frozen.dtype
+        tokens = int(self.train.starts[-1] + self.test.starts[-1])
         if (needed := tokens * width * dtype.itemsize) > self.prefix_bytes:
             log.info("no pass begins above frozen blocks: %d bytes, more than engine.prefix_bytes", needed)
             return {}
         return {one: Kept(one, width, dtype) for one in (self.train, self.test)}
+
+    @cached_property
+    def _test_chunks(self) -> list[np.ndarray]:
+        return list(tasks.by_length(self.test, np.arange(len(self.test)), EVALUATION_BATCH))
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -244,25 +248,39 @@ class Trainer:
         (_, encoded, _, updates), *rest = asked
         if any(other[1] is not encoded or digest(other[3]) != digest(updates) for other in rest):
             return [_outcome(partial(self.evaluate, *one)) for one in asked]
+        found: list[Any] = [_outcome(partial(self._live, one[0])) for one in asked]
+        there = [at for at, on in enumerate(found) if isinstance(on, Live)]
         size = max(1, EVALUATION_BATCH // len(asked))
-        batches = [list(tasks.by_length(encoded, one[2], size)) for one in asked]
-        counts = self._counts([one[0] for one in asked], encoded, batches, updates)
-        return [_outcome(partial(scores, own, len(one[2]))) for own, one in zip(counts, asked, strict=True)]
+        batches = [list(tasks.by_length(encoded, asked[at][2], size)) for at in there]
+        counts = self._counts([found[at] for at in there], encoded, batches, updates)
+        for at, own in zip(there, counts, strict=True):
+            found[at] = _outcome(partial(scores, own, len(asked[at][2])))
+        return found
 
     def counts(
         self, adapter: Adapter, encoded: Encoded, batches: list[np.ndarray], base_updates: tuple[Adapter, ...] = ()
     ) -> list[tuple[float, int, int]]:
         """Summed loss, right predictions, and predictions of each batch."""
-        return self._counts([adapter], encoded, [batches], base_updates)[0]
+        return self._counts([self._live(adapter)], encoded, [batches], base_updates)[0]
+
+    def _live(self, adapter: Adapter) -> Live:
+        return live(adapter, Adapter({}, adapter.scale, {}), "", self.device)
 
     def _counts(
-        self, adapters: list[Adapter], encoded: Encoded, batches: list[list[np.ndarray]], updates: tuple[Adapter, ...]
+        self, lives: list[Live], encoded: Encoded, batches: list[list[np.ndarray]], updates: tuple[Adapter, ...]
     ) -> list[list[tuple[float, int, int]]]:
-        """Of each adapter on its batches; the k-th of all that have so many are one pass."""
-        lives = [live(adapter, Adapter({}, adapter.scale, {}), "", self.device) for adapter in adapters]
-        counts: list[list[tuple[float, int, int]]] = [[] for _ in adapters]
+        """Of each adapter on its batches; the k-th of all that have so many are one pass.
+
+        What is kept of the test rows is kept in groups of its own, the same for whoever scores which of them; what is
+        kept of others is for training.
+        """
+        counts: list[list[tuple[float, int, int]]] = [[] for _ in lives]
+        if not lives:
+            return counts
         with torch.inference_mode(), fused.mounted(self.frozen, lives, self._updated(updates)) as mounts:
-            prefixes = fused.prefixes(self.frozen, self.kept.get(encoded), mounts, batches, updates, self.device)
+            kept = self.kept.get(encoded) if encoded is self.test else None
+            chunks = [self._test_chunks] * len(lives)
+            prefixes = fused.prefixes(self.frozen, kept, mounts, chunks, updates, self.device)
             for at in range(max(map(len, batches))):
                 here = [n for n, own in enumerate(batches) if at < len(own)]
                 passed = [(mounts[n], batches[n][at]) for n in here]

@@ -217,7 +217,7 @@ class Prefix:
             found = self.blocks.entering(self.at, lambda: self.run(rows))
         lengths = self.kept.encoded.lengths[rows]
         at = torch.from_numpy(_places(lengths, [len(rows)], self.packs))
-        whole = found.reshape(-1, found.shape[-1])[at.to(found.device)].cpu()
+        whole = found.reshape(-1, found.shape[-1])[at.to(found.device)].to("cpu", self.kept.dtype)
         return list(torch.split(whole, lengths.tolist()))
 
 
