@@ -44,6 +44,7 @@ def main() -> None:
     for name, block in adapter.blocks.items():  # by PEFT's names, to be compared
         arrays |= {f"backbone.{name}.lora_A.default.weight": block.A, f"backbone.{name}.lora_B.default.weight": block.B}
     np.savez(args.out / "adapter.npz", **arrays, **adapter.dense)
+    clock["numerics"] = run.summary["numerics"]
     (args.out / "clock.json").write_text(json.dumps(clock))
 
 

@@ -65,22 +65,23 @@ def main() -> None:
     parser.add_argument("job", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--mode", choices=["matched", "usual"], required=True)
+    parser.add_argument("--bf16", action="store_true")
     args = parser.parse_args()
     job, out = args.job.resolve(), args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     for name in ("clock.json", "adapter.npz"):
         (out / name).unlink(missing_ok=True)
     clients = json.loads((job / "job.json").read_text())["clients"]
-    federation = f"num-supernodes={len(clients)}"
+    federation = f"num-supernodes={len(clients)} init-args-num-cpus=2"
     if args.mode == "matched":
-        federation += " init-args-num-cpus=2 client-resources-num-cpus=1"
+        federation += " client-resources-num-cpus=1"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what is below is stopped too
     with TemporaryDirectory(prefix="flower-") as home, (out / "flower.log").open("w") as log:
         try:
             # --stream: it returns when the run has finished, but with 0 even if that failed
             run = subprocess.run(
                 [BIN / "flwr", "run", HERE / "flower_app", "--stream", "--federation-config", federation, "--run-config",
-                 f'job="{job}" out="{out}" mode="{args.mode}"'],
+                 f'job="{job}" out="{out}" mode="{args.mode}" bf16={str(args.bf16).lower()}'],
                 env=environment(home), stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
         finally:

@@ -15,31 +15,28 @@ from plain import Clock, Job, Network, Values
 
 network: Network
 job: Job
-autocast = False
 
 
 def update(task: tuple[int, str, Values]) -> tuple[Values, int, float]:
     round, client, values = task
     network.write(values)
-    examples, seconds = plain.train(network, job, round, client, autocast)
+    examples, seconds = plain.train(network, job, round, client)
     return network.read(), examples, seconds
 
 
 def main() -> None:
-    global network, job, autocast
+    global network, job
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("job", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--base", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--autocast", action="store_true", help="products in bfloat16")
-    parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
+    parser.add_argument("--bf16", action="store_true")
     args = parser.parse_args()
     clock = Clock()
     torch.set_num_threads(args.threads)
-    job, autocast = Job(args.job), args.autocast
-    network = Network(job, dtype=getattr(torch, args.base), attention=args.attention)
+    job = Job(args.job)
+    network = Network(job, bf16=args.bf16)
     values = network.read()
     context = multiprocessing.get_context("fork")
     with context.Pool(args.processes) if args.processes > 1 else nullcontext() as pool:
@@ -53,7 +50,7 @@ def main() -> None:
                 started = time.time()
                 torch.set_num_threads(args.processes * args.threads)
                 network.write(values)
-                clock.evaluation(started, plain.evaluate(network, job, autocast))
+                clock.evaluation(started, plain.evaluate(network, job))
                 torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     network.write(values)

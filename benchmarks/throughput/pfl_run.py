@@ -94,9 +94,11 @@ class Report(TrainingProcessCallback):
         examples, updates = int(aggregate_metrics[EXAMPLES].weighted_value), int(aggregate_metrics[UPDATES])
         self.clock.round(self.started, examples, aggregate_metrics[SECONDS], updates)
         if plain.due(self.job, central_iteration + 1):
-            if self.rank == 0:
-                started = time.time()
+            if self.rank == 0:  # the others wait, and leave it their cores
+                started, threads = time.time(), torch.get_num_threads()
+                torch.set_num_threads(2)
                 self.clock.evaluation(started, plain.evaluate(model.pytorch_model, self.job))
+                torch.set_num_threads(threads)
             self.begin()
         else:
             self.started = time.time()
@@ -117,6 +119,7 @@ def main() -> None:
     parser.add_argument("job", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--bf16", action="store_true")
     args = parser.parse_args()
     clock = Clock()
     torch.set_num_threads(args.threads)
@@ -129,7 +132,7 @@ def main() -> None:
     # with the weights pfl shares a cohort out by rows; without them by turns, which goes astray in an odd cohort
     weights = {user: len(Client(job, *user)) for user in users}
     data = FederatedDataset(lambda user: Client(job, *user), MinimizeReuseUserSampler(users), weights)
-    network = Learner(job).eval()
+    network = Learner(job, bf16=args.bf16).eval()
     central = torch.optim.SGD(network.learning.values(), lr=1.0)
     model = PyTorchModel(network, local_optimizer_create=adamw, central_optimizer=central)
     Averaging().run(

@@ -1,4 +1,4 @@
-"""A client of the Flower app: it trains the adapter that it is sent on its own rows."""
+"""A client of the Flower app: it trains the adapter that it is sent on the rows of the client that it is asked to be."""
 
 from functools import cache
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import plain
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from plain import Job, Network
 from torch.utils.data import DataLoader
@@ -29,30 +29,18 @@ def data(folder: str, mode: str) -> Job:
 
 
 @cache
-def kept(job: Job) -> Network:
+def kept(job: Job, bf16: bool) -> Network:
     torch.set_num_threads(1)
-    return Network(job)
-
-
-def name(job: Job, context: Context) -> str:
-    return str(job.about["clients"][int(context.node_config["partition-id"])])
-
-
-@app.query()
-def query(message: Message, context: Context) -> Message:
-    """Says which client this node is."""
-    job = data(context.run_config["job"], context.run_config["mode"])
-    if context.run_config["mode"] == "matched":
-        kept(job)  # the others build theirs before the first round too
-    return Message(RecordDict({"about": ConfigRecord({"client": name(job, context)})}), reply_to=message)
+    return Network(job, bf16=bf16)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    job = data(context.run_config["job"], context.run_config["mode"])
+    config, asked = context.run_config, message.content["config"]
+    job = data(config["job"], config["mode"])
     # `usual` builds the model in every message, as Flower's tutorials do
-    network = kept(job) if context.run_config["mode"] == "matched" else Network(job, dropout=True)
+    network = kept(job, config["bf16"]) if config["mode"] == "matched" else Network(job, dropout=True)
     network.write(message.content["arrays"].to_numpy_ndarrays())
-    examples, seconds = plain.train(network, job, message.content["config"]["server-round"], name(job, context))
+    examples, seconds = plain.train(network, job, asked["server-round"], asked["client"])
     metrics = MetricRecord({"num-examples": examples, "seconds": seconds})
     return Message(RecordDict({"arrays": ArrayRecord(network.read()), "metrics": metrics}), reply_to=message)

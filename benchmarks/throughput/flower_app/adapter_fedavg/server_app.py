@@ -24,12 +24,11 @@ def answered(replies: Iterable[Message]) -> list[Message]:
 
 
 def nodes(grid: Grid, job: Job) -> dict[str, int]:
-    """The node of each client, which only the node knows."""
-    while len(ids := list(grid.get_node_ids())) < len(job.about["clients"]):
+    """A node for each client; which one does not matter, since the job names the client in every message."""
+    clients = job.about["clients"]
+    while len(ids := list(grid.get_node_ids())) < len(clients):
         time.sleep(0.1)
-    queries = [Message(RecordDict(), message_type=MessageType.QUERY, dst_node_id=node) for node in ids]
-    replies = answered(grid.send_and_receive(queries))
-    return {reply.content["about"]["client"]: reply.metadata.src_node_id for reply in replies}
+    return dict(zip(clients, ids, strict=True))
 
 
 class Cohorts(FedAvg):
@@ -43,10 +42,16 @@ class Cohorts(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         self.started = time.time()
-        config["server-round"] = server_round
-        record = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
-        cohort = [self.nodes[client] for client in self.job.cohorts[server_round - 1]]
-        return self._construct_messages(record, cohort, MessageType.TRAIN)
+        return [
+            Message(
+                RecordDict({
+                    self.arrayrecord_key: arrays,
+                    self.configrecord_key: ConfigRecord({**config, "server-round": server_round, "client": client}),
+                }),
+                message_type=MessageType.TRAIN, dst_node_id=self.nodes[client],
+            )
+            for client in self.job.cohorts[server_round - 1]
+        ]  # fmt: skip
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -67,7 +72,7 @@ def main(grid: Grid, context: Context) -> None:
     if config["mode"] == "matched":
         torch.set_num_threads(2)
     job = Job(Path(config["job"]))
-    network = Network(job)
+    network = Network(job, bf16=config["bf16"])
     strategy = Cohorts(job, clock, nodes(grid, job))
 
     def evaluate(round: int, arrays: ArrayRecord) -> MetricRecord | None:
