@@ -1,8 +1,8 @@
 """What a step costs by the number of blocks that learn, as for LEGEND's and late FedARA's clients.
 
 python benchmarks/depth.py DATA: seconds and peak memory of MiniLM's last 6, 5, ... 1 blocks, and of what FedARA has left
-after 20 rounds, in turns, with the states below kept and computed anew, beside the share of the FLOPs. DATA holds
-clinc150/ and 20news/.
+after 20 rounds, in turns, beside the share of the FLOPs: with the states below kept, with these yet to be computed (a
+client's first time), and in every pass anew. DATA holds clinc150/ and 20news/.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import ctypes
 import json
 import os
 import time
+import traceback
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -45,10 +46,16 @@ def peak() -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def timed(trainer: local.Trainer, job: Job, rows: np.ndarray) -> float:
-    """Seconds of a step, after training once for kernels and for what is kept: of each row, the last depth's states."""
+def timed(trainer: local.Trainer, job: Job, rows: np.ndarray, first: bool = False) -> float:
+    """Seconds of a step, after training once for kernels and for what is kept: of each row, the last depth's states.
+
+    first: of what is kept, nothing is left.
+    """
     with trainer.session():
         trainer.fit(job, rows)
+        if first:
+            for kept in trainer.kept.values():
+                kept.stamps[:] = 0
         started = time.perf_counter()
         trainer.fit(job, rows)
         return (time.perf_counter() - started) / STEPS
@@ -64,12 +71,16 @@ def above(trainer: local.Trainer, job: Job, rows: np.ndarray) -> int:
             before = peak()
             timed(trainer, job, rows)
             os.write(write, str(peak() - before).encode())
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(0)
-    os.waitpid(child, 0)
+    status = os.waitpid(child, 0)[1]
     os.close(write)
     with os.fdopen(read) as found:
-        return int(found.read())
+        if not (text := found.read()):
+            raise SystemExit(f"training in a new process ended with {os.waitstatus_to_exitcode(status)}")
+        return int(text)
 
 
 def pruned(path: Path) -> tuple[Adapter, Adapter]:
@@ -110,9 +121,8 @@ def measured(path: Path, repeats: int) -> dict[str, dict]:
     parts = prepare(config.load(settings(path)))
     teacher = parts.trainer
     rows = rng(0, "rows").permutation(len(teacher.train))[: STEPS * BATCH]
-    trainers = {
-        kind: replace(teacher, prefix_bytes=room) for kind, room in (("kept", teacher.prefix_bytes), ("anew", 0))
-    }
+    rooms = {"kept": teacher.prefix_bytes, "yet to be kept": teacher.prefix_bytes, "anew": 0}
+    trainers = {kind: replace(teacher, prefix_bytes=room) for kind, room in rooms.items()}
     for trainer in trainers.values():  # made once, and shared by who trains
         trainer.frozen.ready()
         assert trainer.frozen.blocks is not None
@@ -122,22 +132,26 @@ def measured(path: Path, repeats: int) -> dict[str, dict]:
     memory = {(kind, what): above(trainers[kind], cases[what][1], rows) for kind, what in timings}
     for _ in range(repeats):
         for kind, what in timings:
-            timings[kind, what].append(timed(trainers[kind], cases[what][1], rows))
+            timings[kind, what].append(timed(trainers[kind], cases[what][1], rows, kind == "yet to be kept"))
 
     def flops(job: Job) -> float:
         draw = partial(job.rng, "batches")
         load = workload.workload(rows, teacher.train.lengths, job.local, draw, teacher.frozen.packs)
         return sum(cost.flops(parts.spec, job.adapter, job.plan, load))
 
-    return {
-        f"{what}, states below {kind}": {
+    found = {}
+    for (kind, what), times in timings.items():
+        whole = cases[what][0]
+        seconds = median(times) / median(timings[kind, whole])
+        work = flops(cases[what][1]) / flops(cases[whole][1])
+        found[f"{what}, states below {kind}"] = {
             "step_seconds": {"median": median(times), "least": min(times), "most": max(times)},
-            "share_of_seconds": median(times) / median(timings[kind, cases[what][0]]),
-            "share_of_flops": flops(cases[what][1]) / flops(cases[cases[what][0]][1]),
-            "training_bytes": memory[kind, what],
-        }
-        for (kind, what), times in timings.items()
-    }
+            "share_of_seconds": seconds, "share_of_flops": work,
+            "training_bytes": memory[kind, what], "share_of_bytes": memory[kind, what] / memory[kind, whole],
+            "met": {"time falls as the FLOPs do, less 15 %": 1 - seconds >= 0.85 * (1 - work),
+                    "memory falls": memory[kind, what] < memory[kind, whole]} if what != whole else {},
+        }  # fmt: skip
+    return found
 
 
 def main() -> None:
@@ -149,7 +163,8 @@ def main() -> None:
     for name in ("clinc150", "20news"):
         found["data"][name] = measured(args.data / name, args.repeats)
         for key, row in found["data"][name].items():
-            print(name, key, {k: round(v["median"] if isinstance(v, dict) else v, 4) for k, v in row.items()})
+            print(name, key, {k: v if k == "met" else round(v["median"] if isinstance(v, dict) else v, 4)
+                              for k, v in row.items()})  # fmt: skip
         RESULTS.write_text(json.dumps(found, indent=1))
 
 

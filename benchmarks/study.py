@@ -210,6 +210,13 @@ def main() -> None:
     for setting, seed in product(study["settings"], study["seeds"]):
         folders = {arm: given.out / f"{setting}-{arm}-{seed}" for arm in study["arms"]}
         result["to_target"].setdefault(setting, {})[str(seed)] = targets(folders, study["score"])
+    baseline, *others = study["arms"]
+    if len(study["seeds"]) > 1:  # the same seeds, so that what they have in common falls out
+        late = {(s, arm): [run["last_five"] for run in seeds.values()] for s, arms in result["runs"].items()
+                for arm, seeds in arms.items()}  # fmt: skip
+        result["minus_first_arm"] = {
+            s: {arm: paired(late[s, arm], late[s, baseline]) for arm in others} for s in study["settings"]
+        }
     results.write_text(json.dumps(result, indent=1) + "\n")
     for setting, played in result["runs"].items():
         print(f"\n{setting}")
