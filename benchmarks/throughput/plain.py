@@ -54,8 +54,8 @@ class Job:
 class Network(nn.Module):
     """MiniLM with PEFT's LoRA on every linear layer of its blocks, the mean over tokens, a linear head.
 
-    bf16: products in bfloat16 by autocast, and eager attention, with which it is half as fast again as with transformers'
-    default: the backward pass of torch's own is slow in this type. A base loaded in bfloat16 is no faster.
+    bf16: products in bfloat16 by autocast, and eager attention, since the backward pass of torch's own is slow in this
+    type; a base loaded in bfloat16 was tried and no faster.
     """
 
     def __init__(self, job: Job, dropout: bool = False, bf16: bool = False) -> None:

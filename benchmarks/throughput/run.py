@@ -257,20 +257,11 @@ def distances(data: Path, work: Path, peers: str) -> dict[str, dict[str, float]]
         shutil.rmtree(folder, ignore_errors=True)
         exact = ["engine.compute=float32", "engine.workers=1", "engine.threads=1"]
         job, ours, other, theirs = (folder / name for name in ("job", "torch", "auto", "peft"))
+        short = ["--rounds", "1", *overrides]
         for command in (
-            [sys.executable, "job.py", data, job, "--rounds", "1", *overrides],
-            [
-                sys.executable,
-                "fedrank_run.py",
-                data,
-                ours,
-                "--rounds",
-                "1",
-                *overrides,
-                *exact,
-                "engine.products=torch",
-            ],
-            [sys.executable, "fedrank_run.py", data, other, "--rounds", "1", *overrides, *exact],
+            [sys.executable, "job.py", data, job, *short],
+            [sys.executable, "fedrank_run.py", data, ours, *short, *exact, "engine.products=torch"],
+            [sys.executable, "fedrank_run.py", data, other, *short, *exact],
             [peers, "peft_loop.py", job, theirs, "--processes", "1", "--threads", "1"],
         ):
             subprocess.run(list(map(str, command)), cwd=HERE, check=True, capture_output=True)

@@ -148,7 +148,8 @@ class EngineSettings(BaseModel, extra="forbid", frozen=True):
     stack: clients that are trained together, over one pass of the frozen model; null: by the length of the rows, the cohort
     and the workers.
     compute: the type of activations, of products with frozen weights, and of the adapter's copy in them, so that its
-    gradients are rounded to it; adapters and the optimizer are float32 in any case. products: whose library computes these. auto: what is fastest when it is tried at the start.
+    gradients are rounded to it; adapters and the optimizer are float32 in any case. products: whose library computes
+    these. auto: what is fastest when it is tried at the start.
     prefix_bytes: of hidden states below the blocks that learn, kept on disk; where those of all rows would take more,
     they are computed anew for every batch.
     fleet: the clients' devices, on whose simulated clock rounds are played; by default one nominal kind.

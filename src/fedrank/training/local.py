@@ -96,8 +96,18 @@ class Trainer:
         return {one: Kept(one, width, dtype) for one in (self.train, self.test)}
 
     @cached_property
-    def _test_chunks(self) -> list[np.ndarray]:
-        return list(tasks.by_length(self.test, np.arange(len(self.test)), EVALUATION_BATCH))
+    def _test_chunks(self) -> tuple[list[np.ndarray], np.ndarray]:
+        """The test rows in groups, and the group of each."""
+        chunks = list(tasks.by_length(self.test, np.arange(len(self.test)), EVALUATION_BATCH))
+        owner = np.empty(len(self.test), np.int64)
+        for at, rows in enumerate(chunks):
+            owner[rows] = at
+        return chunks, owner
+
+    def _chunks_of(self, batches: list[np.ndarray]) -> list[np.ndarray]:
+        """The groups of test rows in which these are."""
+        chunks, owner = self._test_chunks
+        return [chunks[at] for at in np.unique(owner[np.concatenate(batches)])] if batches else []
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -278,9 +288,10 @@ class Trainer:
         if not lives:
             return counts
         with torch.inference_mode(), fused.mounted(self.frozen, lives, self._updated(updates)) as mounts:
-            kept = self.kept.get(encoded) if encoded is self.test else None
-            chunks = [self._test_chunks] * len(lives)
-            prefixes = fused.prefixes(self.frozen, kept, mounts, chunks, updates, self.device)
+            prefixes: list[Prefix] = []
+            if encoded is self.test and (kept := self.kept.get(encoded)) is not None:
+                chunks = [self._chunks_of(own) for own in batches]
+                prefixes = fused.prefixes(self.frozen, kept, mounts, chunks, updates, self.device)
             for at in range(max(map(len, batches))):
                 here = [n for n, own in enumerate(batches) if at < len(own)]
                 passed = [(mounts[n], batches[n][at]) for n in here]

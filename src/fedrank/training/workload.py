@@ -30,7 +30,7 @@ def workload(
 def stacking(parameters: int, lengths: np.ndarray, config: Config, workers: int) -> int:
     """How many clients of a cohort are best trained together: enough for a pass to be worth its overhead.
 
-    A rule, from measurements: two runs of one config on one machine have to be the same.
+    A rule, and not a trial at the start, whose outcome would differ from one run to the next.
     """
     if parameters < SMALL:
         return 1
