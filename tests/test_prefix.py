@@ -105,6 +105,16 @@ def test_its_bits_do_not_hang_on_what_is_kept(trainer):
     assert toy.same(fit(trainer(), one).adapter, first.adapter)
 
 
+@pytest.mark.parametrize("packs", [True, False])
+def test_every_row_is_computed_with_one_batch(packs):
+    encoded, rows = toy.encoded("test"), np.arange(40)[::-1]
+    batches = list(prefix.batches(encoded, rows, packs))
+    assert sorted(np.concatenate(batches)) == sorted(rows)
+    assert [len(batch) for batch in batches] == [16, 16, 8]
+    if packs:  # as they come
+        assert np.concatenate(batches).tolist() == rows.tolist()
+
+
 def test_it_is_computed_once(trainer):
     """And only as far as it is needed: its products are those of the first block, forward."""
     once, one = trainer(), ask(trainer().model.spec)

@@ -179,7 +179,7 @@ class Trainer:
         ):
             prefixes: list[Prefix] = []
             if all(one.visits_all for one in stack):  # else more would be computed for rows that nobody sees
-                chunks = [tasks.by_length(encoded, one.ask.rows, prefix.CHUNK) for one in stack]
+                chunks = [prefix.batches(encoded, one.ask.rows, frozen.packs) for one in stack]
                 kept = self.kept.get(encoded)
                 prefixes = fused.prefixes(frozen, kept, mounts, chunks, job.base_updates, self.device)
             while True:

@@ -17,12 +17,13 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from fedrank.training import tasks
 from fedrank.training.flow import block
 from fedrank.training.packing import layout
 from fedrank.training.tasks import Encoded
 
 log = logging.getLogger(__name__)
-CHUNK = 32  # rows that are computed together: always the same ones, so that their bits do not hang on what is kept
+CHUNK = 16  # rows that are computed together: always the same ones, so that their bits do not hang on what is kept
 
 
 class Chunk(NamedTuple):
@@ -30,6 +31,16 @@ class Chunk(NamedTuple):
 
     rows: np.ndarray
     stamp: int
+
+
+def batches(encoded: Encoded, rows: np.ndarray, packs: bool) -> Iterator[np.ndarray]:
+    """Rows that are computed together.
+
+    Where they are packed, as they come: batches then have about as many tokens each, and few kernels are made.
+    """
+    if not packs:
+        return tasks.by_length(encoded, rows, CHUNK)
+    return (rows[at : at + CHUNK] for at in range(0, len(rows), CHUNK))
 
 
 def chunked(batches: Iterable[np.ndarray], at: int, base: str) -> dict[int, Chunk]:
