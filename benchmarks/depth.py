@@ -129,7 +129,10 @@ def measured(path: Path, repeats: int) -> dict[str, dict]:
         assert bool(trainer.kept) == bool(trainer.prefix_bytes)
     cases = jobs(parts, path, rows)
     timings = {(kind, what): list[float]() for what in cases for kind in trainers}
-    memory = {(kind, what): above(trainers[kind], cases[what][1], rows) for kind, what in timings}
+    memory = {
+        (kind, what): median(above(trainers[kind], cases[what][1], rows) for _ in range(repeats))
+        for kind, what in timings
+    }
     for _ in range(repeats):
         for kind, what in timings:
             timings[kind, what].append(timed(trainers[kind], cases[what][1], rows, kind == "yet to be kept"))

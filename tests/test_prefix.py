@@ -110,7 +110,7 @@ def test_every_row_is_computed_with_one_batch(packs):
     encoded, rows = toy.encoded("test"), np.arange(40)[::-1]
     batches = list(prefix.batches(encoded, rows, packs))
     assert sorted(np.concatenate(batches)) == sorted(rows)
-    assert [len(batch) for batch in batches] == [16, 16, 8]
+    assert [len(batch) for batch in batches] == [32, 8]
     if packs:  # as they come
         assert np.concatenate(batches).tolist() == rows.tolist()
 

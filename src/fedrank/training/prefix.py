@@ -23,7 +23,7 @@ from fedrank.training.packing import layout
 from fedrank.training.tasks import Encoded
 
 log = logging.getLogger(__name__)
-CHUNK = 16  # rows that are computed together: always the same ones, so that their bits do not hang on what is kept
+CHUNK = 32  # rows that are computed together: always the same ones, so that their bits do not hang on what is kept
 
 
 class Chunk(NamedTuple):
