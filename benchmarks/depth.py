@@ -61,15 +61,15 @@ def timed(trainer: local.Trainer, job: Job, rows: np.ndarray, first: bool = Fals
         return (time.perf_counter() - started) / STEPS
 
 
-def above(trainer: local.Trainer, job: Job, rows: np.ndarray) -> int:
-    """Bytes by which training lifts the peak of a new process that shares the model."""
+def above(trainer: local.Trainer, job: Job, rows: np.ndarray, first: bool = False) -> int:
+    """Bytes by which training lifts the peak of a new process that shares the model and what is kept, as in timed()."""
     ctypes.CDLL(None).malloc_trim(0)  # free memory that is still here would be taken without a trace
     read, write = os.pipe()
     if not (child := os.fork()):
         try:
             Path("/proc/self/clear_refs").write_text("5")  # resets the peak
             before = peak()
-            timed(trainer, job, rows)
+            timed(trainer, job, rows, first)
             os.write(write, str(peak() - before).encode())
         except BaseException:
             traceback.print_exc()
@@ -130,9 +130,10 @@ def measured(path: Path, repeats: int) -> dict[str, dict]:
     cases = jobs(parts, path, rows)
     timings = {(kind, what): list[float]() for what in cases for kind in trainers}
     memory = {
-        (kind, what): median(above(trainers[kind], cases[what][1], rows) for _ in range(repeats))
+        (kind, what): median([above(trainers[kind], cases[what][1], rows, kind == "yet to be kept")
+                              for _ in range(1 + repeats)][1:])  # the first one may have to compute what is kept
         for kind, what in timings
-    }
+    }  # fmt: skip
     for _ in range(repeats):
         for kind, what in timings:
             timings[kind, what].append(timed(trainers[kind], cases[what][1], rows, kind == "yet to be kept"))

@@ -298,10 +298,11 @@ def advice(found: dict[str, Any], trace: Any) -> list[str]:
     return [*lines, f"Every span: {trace}, for chrome://tracing or ui.perfetto.dev."]
 
 
-STEPS = ("data", "forward", "backward", "optimizer", "both levels")
+STEPS = ("prefix", "data", "forward", "backward", "optimizer", "both levels")
 SPANS = {
     "loading": "the model, the partition, the fleet",
     "reading": "the rows, read and tokenised",
+    "prefix": "hidden states below what learns, computed or read",
     "data": "batches made",
     "forward": "of local steps",
     "backward": "of local steps",
