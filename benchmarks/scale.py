@@ -2,14 +2,14 @@
 
 python benchmarks/scale.py [--clients 1000 10000 100000 1000000] [--repeats 3] [--results FILE]
 
-Rounds of 1,000 clients on the tiny encoder, their rows made when they are drawn, each run in a process of its own, the
-sizes in turn within each repeat. What is measured is kept: killed, it goes on where it was. The methods: fedsa_lora,
+Rounds of 1,000 clients on the tiny encoder, their rows made when they are drawn, each run in a process of its own. The
+runs of all sizes take turns round by round, in another order every time, and are compared within a turn: what slows the
+machine for minutes slows all of them. What is measured is kept: killed, it goes on where it was. The methods: fedsa_lora,
 whose clients keep their B on disk, and legend, which gives each client a depth by its device and remembers what its
 rounds took. Then the time in which every method draws and plans a round of 1,000 of a million devices for a model of
 MiniLM's size. Server and clients are one process here, so its memory is an upper bound of the server's. Linux only:
 memory is read from /proc; of it, `pss_mib` hangs on what else runs, since libraries are shared. Seconds per client are
-given by the wall and of the processor: all work is done by one thread, and where others use the machine too the processor's
-are what can be compared.
+given by the wall and of the processor.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "fed_plora": [{}, {"selection": "weight_norm"}, {"rest": "drop"}],
     "hetlora": [{}, {"form": "full"}],
 }  # of a method that plans in more ways than one
-COHORT, WARM_UP, ROUNDS, ROWS = 1000, 1, 2, 4
+COHORT, WARM_UP, ROUNDS, ROWS = 1000, 1, 3, 4
 FLEET = {
     "devices": {"jetson-tx2": 30, "jetson-xavier-nx": 40, "jetson-agx-xavier": 10}, "jitter": 0.2, "redraw": 20,
     "ranks": {"jetson-tx2": 2, "jetson-xavier-nx": 4},
 }  # fmt: skip
 WORDS = [line.split() for line in ("red green blue grey", "oak elm ash fir", "cat dog cow hen", "one two six ten")]
-COMPARED = ("cpu_seconds_per_client", "seconds_per_client", "peak_rss_mib", "rss_mib")
 LIMITS = {
     "memory": 1.1,
     "cpu_seconds_per_client": 1.1,
@@ -68,8 +67,15 @@ def memory() -> dict[str, float]:
     return found
 
 
+def wait() -> None:
+    """For this run's next turn."""
+    print("ready", flush=True)
+    if not sys.stdin.readline():
+        sys.exit("who gave the turns is gone")
+
+
 def play(method: str, clients: int) -> dict[str, Any]:
-    """One run of this process: its start-up, and its rounds after the first."""
+    """One run of this process: its start-up, and its rounds, each when it is its turn."""
     clock, cpu = time.perf_counter(), time.process_time()
     import fedrank
     from fedrank import experiment
@@ -97,6 +103,7 @@ def play(method: str, clients: int) -> dict[str, Any]:
                 if len(took) == WARM_UP + ROUNDS:
                     break
                 if event["event"] in ("start", "round"):
+                    wait()
                     clock, cpu = time.perf_counter(), time.process_time()
         state = experiment.Run(path / "run").state
         folders = [folder for folder in (path / "run" / "clients").iterdir() if any(folder.iterdir())]
@@ -163,6 +170,36 @@ def apart(*words: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def in_turns(method: str, sizes: list[int], repeat: int) -> list[dict[str, Any]]:
+    """The runs of all sizes: started one after the other, then one round of each, in an order that goes round."""
+    with ExitStack() as stack:
+
+        def answer(run: subprocess.Popen[str]) -> str:
+            assert run.stdout is not None
+            if not (line := run.stdout.readline()):
+                raise SystemExit(f"a run of {method} ended with {run.wait()}")
+            return line
+
+        def turn(run: subprocess.Popen[str]) -> str:
+            assert run.stdin is not None
+            run.stdin.write("go\n")
+            run.stdin.flush()
+            return answer(run)
+
+        runs = []
+        for clients in sizes:
+            words = [sys.executable, __file__, "--only", method, str(clients)]
+            run = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            runs.append(stack.enter_context(run))
+            answer(run)
+        answers = [""] * len(runs)
+        for number in range(WARM_UP + ROUNDS):
+            for at in range(len(runs)):
+                at = (at + number + repeat) % len(runs)
+                answers[at] = turn(runs[at])
+    return [json.loads(line) for line in answers]
+
+
 def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
@@ -171,8 +208,16 @@ def ratio(values: list[float]) -> float:
     return max(values) / min(values)
 
 
+def ratio_in_turns(sizes: list[list[dict[str, Any]]], rounds: str) -> float:
+    """Of the slowest size to the fastest one; a size's time is the median, over turns, of its share of the turn's mean."""
+    turns = [[run[rounds][at] for run in runs] for runs in zip(*sizes, strict=True)
+             for at in range(WARM_UP, WARM_UP + ROUNDS)]  # fmt: skip
+    shares = [[seconds / statistics.mean(turn) for seconds in turn] for turn in turns]
+    return ratio([statistics.median(own) for own in zip(*shares, strict=True)])
+
+
 def summary(runs: dict[str, dict[str, list[Any]]], plans: list[dict[str, float]]) -> dict[str, Any]:
-    """Medians with their spread, and how each target is met; ratios are of the largest to the smallest median."""
+    """Medians with their spread, and how each target is met; ratios are of the largest to the smallest."""
     found: dict[str, Any] = {}
     for method, sizes in runs.items():
         table = {
@@ -184,17 +229,18 @@ def summary(runs: dict[str, dict[str, list[Any]]], plans: list[dict[str, float]]
                 "rss_mib": spread([statistics.mean(held["rss_mib"] for held in run["after_rounds"]) for run in these]),
             }
             for clients, these in sizes.items()
-            if these
         }
-        kinds = ("median", "min")  # the least is what others on the machine disturb least
         found[method] = {
             "by_clients": table, "start_seconds": max(row["start_seconds"]["median"] for row in table.values()),
-            **{f"ratios_of_{kind}": {name: ratio([row[name][kind] for row in table.values()]) for name in COMPARED}
-               for kind in kinds},
+            "ratios": {
+                "cpu_seconds_per_client": ratio_in_turns(list(sizes.values()), "cpu_seconds_of_rounds"),
+                "seconds_per_client": ratio_in_turns(list(sizes.values()), "seconds_of_rounds"),
+                **{name: ratio([row[name]["median"] for row in table.values()]) for name in ("peak_rss_mib", "rss_mib")},
+            },
         }  # fmt: skip
     names = plans[0] if plans else {}
     found["planning_seconds"] = {name: spread([plan[name] for plan in plans]) for name in names}
-    ratios = [found[method]["ratios_of_median"] for method in runs]
+    ratios = [found[method]["ratios"] for method in runs]
     reached = {
         "memory": max(one[name] for one in ratios for name in ("peak_rss_mib", "rss_mib")),
         "cpu_seconds_per_client": max(one["cpu_seconds_per_client"] for one in ratios),
@@ -241,15 +287,14 @@ def main() -> None:
         plans = before["planning"]
     for repeat in range(given.repeats):
         for method in METHODS:
-            for clients in given.clients:
-                these = runs[method][str(clients)]
-                if len(these) > repeat:
-                    continue
-                these.append(found := apart(method, str(clients)))
+            if len(runs[method][str(given.clients[0])]) > repeat:
+                continue
+            for clients, found in zip(given.clients, in_turns(method, given.clients, repeat), strict=True):
+                runs[method][str(clients)].append(found)
                 print(f"{method}, {clients} clients: {found['start_seconds']:.1f} s to start, "
                       f"{1000 * found['cpu_seconds_per_client']:.2f} ms a client ({1000 * found['seconds_per_client']:.2f} by the wall), "
                       f"{found['after_rounds'][-1]['peak_rss_mib']:.0f} MiB", flush=True)  # fmt: skip
-                given.results.write_text(json.dumps({**result, "runs": runs, "planning": plans}, indent=1) + "\n")
+            given.results.write_text(json.dumps({**result, "runs": runs, "planning": plans}, indent=1) + "\n")
         if len(plans) <= repeat:
             plans.append(apart("planning"))
     result |= {"summary": summary(runs, plans), "runs": runs, "planning": plans}
