@@ -255,7 +255,7 @@ def summary(runs: dict[str, dict[str, list[Any]]], plans: list[dict[str, float]]
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--clients", type=int, nargs="+", default=[1000, 10_000, 100_000, 1_000_000])
-    words.add_argument("--repeats", type=int, default=3)
+    words.add_argument("--repeats", type=int, default=2)
     words.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "scale.json")
     words.add_argument("--only", nargs="+", help="measure one thing in this process: planning, or a method and clients")
     given = words.parse_args()

@@ -133,7 +133,8 @@ class Adapter:
 
     def without(self, ids: Mapping[str, np.ndarray]) -> "Adapter":
         """All other components; a module left with none is dropped."""
-        return self.take({n: np.setdiff1d(b.ids, ids[n]) if n in ids else b.ids for n, b in self.blocks.items()})
+        some = {n: b.ids for n, b in self.blocks.items() if n not in ids or not np.array_equal(ids[n], b.ids)}
+        return self.take({n: np.setdiff1d(own, ids[n]) if n in ids else own for n, own in some.items()})
 
     def only(self, factors: str) -> "Adapter":
         """Only these factors ("BeA"), the others None; the dense tensors stay with "h"."""

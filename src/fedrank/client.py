@@ -189,5 +189,4 @@ def _staying(plan: Plan, start: Adapter) -> str:
 def _held(kept: Mapping[str, np.ndarray], start: Adapter) -> Adapter:
     """What the client's store holds of the adapter."""
     found = from_arrays(kept, start.scale)
-    known = {n: np.isin(block.ids, start.blocks[n].ids) for n, block in found.blocks.items() if n in start.blocks}
-    return replace(found, blocks={n: found.blocks[n].at(there) for n, there in known.items() if there.any()})
+    return found.without(found.without(start.ids).ids)

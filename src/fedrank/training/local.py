@@ -241,7 +241,10 @@ class Trainer:
     def _drawn(self, job: Job, *address: Address) -> Iterator[None]:
         """torch's generators at this address while the block runs."""
         with torch.random.fork_rng(devices=[] if self.device == "cpu" else [self.device]):
-            torch.manual_seed(int(job.rng(*address).integers(1 << 62)))
+            seed = int(job.rng(*address).integers(1 << 62))
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a stack trace for each kind of device
+            if self.device != "cpu":
+                torch.cuda.manual_seed_all(seed)
             yield
 
     def evaluate(
