@@ -1,6 +1,6 @@
 """From a thousand registered clients to a million: start-up, the server's memory, seconds per sampled client, planning.
 
-python benchmarks/scale.py [--clients 1000 10000 100000 1000000] [--repeats 3] [--results FILE]
+python benchmarks/scale.py [--clients 1000 10000 100000 1000000] [--repeats 2] [--results FILE]
 
 Rounds of 1,000 clients on the tiny encoder, their rows made when they are drawn, each run in a process of its own. The
 runs of all sizes take turns round by round, in another order every time, and are compared within a turn: what slows the

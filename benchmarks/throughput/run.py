@@ -219,8 +219,8 @@ def verdict(
         "share_of_the_floor": {name: floor[kind(name)]["share_of_round_seconds"][name] for name in ours.values()},
         # as many times the best peer's speed would be all that products allow
         "floor_over_best_peer": 1 / floor["bfloat16"]["share_of_round_seconds"][best["best"]],
-        "memory_over_flower": {name: memory["fedrank"] / memory[name] for name in memory if name.startswith("flower")},
-        "memory_over_matched_flower": {how: memory[ours[how]] / memory[flower[how]] for how in ours},
+        "memory_over_flower": {how: memory[ours[how]] / memory[flower[how]] for how in ours}
+        | {name: memory["fedrank"] / memory[name] for name in ("flower, as usual", "flower, matched")},
         "accuracy_points_apart": 100 * (max(accuracies.values()) - min(accuracies.values())),
     }
     met = {
@@ -228,7 +228,7 @@ def verdict(
         "5x of flower, matched in float32, by fedrank as it comes": found["updates_per_second_over_flower"]["flower, matched"] >= 5,
         "3x of the best peer, steady": found["steady_over_best_peer"]["best"] >= 3,
         "half of what products' rate allows": found["share_of_the_floor"]["fedrank"] >= 0.5,
-        **{f"half the memory of flower, matched, {how}": found["memory_over_matched_flower"][how] < 0.5 for how in ours},
+        **{f"half the memory of flower, matched, {how}": found["memory_over_flower"][how] < 0.5 for how in ours},
         "accuracy within 1 point of each other": found["accuracy_points_apart"] <= 1,
         **{f"{steps} apart less than {most:g}, root of mean square": distances[steps]["root_mean_square"] < most
            for steps, most in APART.items()},
