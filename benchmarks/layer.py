@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from fedrank.training.frozen import DTYPES, Compute, Product, choose
+from fedrank.training.compute import DTYPES, Compute, Product, choose
 from fedrank.training.linears import Linears, Piece, Place, Share
 
 RESULTS = Path(__file__).parent / "results" / "layer.json"

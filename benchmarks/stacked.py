@@ -28,8 +28,8 @@ from fedrank.adapter import Adapter
 from fedrank.engines.workers import keep_memory
 from fedrank.parts import prepare
 from fedrank.protocol import Device, Job, Plan, rng
+from fedrank.training.compute import DTYPES, Compute
 from fedrank.training.course import Ask, drawn_batches
-from fedrank.training.frozen import DTYPES, Compute
 from fedrank.training.local import Trainer
 
 RESULTS = Path(__file__).parent / "results"

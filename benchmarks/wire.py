@@ -113,7 +113,7 @@ def overhead(spec: ModelSpec, start: Adapter) -> dict[str, float]:
         engine = Local(devices, site, 0.0, 0)
         settings = Rounds(count=ROUNDS + 2, cohort=CLIENTS, evaluate_every=1000)
         server = Server(
-            method, engine, timed, store, settings, 0, "train", lambda adapter: {"accuracy": 0.0, "loss": 0.0}
+            method, engine, timed, store, settings, 0, "train", lambda adapter, base: {"accuracy": 0.0, "loss": 0.0}
         )
         rounds = (e for e in server.play(State(0, ROUNDS + 2, start)) if e["event"] == "round")
         next(rounds)  # warm-up: caches, allocator, disk

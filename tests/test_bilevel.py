@@ -21,6 +21,7 @@ from fedrank.training.bilevel import DerivativeError, Loss, begin, hypergradient
 from fedrank.training.course import drawn_batches
 from fedrank.training.hooks import live, mounted
 from fedrank.training.local import Trainer
+from fedrank.training.scoring import Scorer
 
 OUT, IN, R, P = 5, 4, 3, 2
 RATE = 0.3
@@ -497,7 +498,7 @@ def test_the_passes_that_plans_name_are_those_that_are_made(derivative, copied, 
         return counter.get_total_flops()
 
     plain = count(lambda: teacher.fit(job, rows))
-    forward = count(lambda: teacher.evaluate(job.adapter, teacher.train, rows))
+    forward = count(lambda: Scorer(teacher).evaluate(job.adapter, teacher.train, rows))
     below = None if copied else levels.private(job, 1)
     found = count(lambda: teacher.fit(job, rows, lower=Lower(0.1, below, derivative)))
     ahead, back, _ = levels.PASSES[derivative]

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import fedrank
 import toy
-from fedrank import cli, views
+from fedrank import cli, units, views
 from fedrank.store import Store
 
 COMMANDS = ("run", "resume", "cost", "profile", "import", "export", "show", "methods")
@@ -431,7 +431,7 @@ def test_import(fed: Fed, run: Path, config: Path, tmp_path: Path) -> None:
     ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (1.5e6, "1.5 MB"), (2.5e12, "2500.0 GB")]
 )
 def test_sizes_for_people(count: float, text: str) -> None:
-    assert views.size(count) == text
+    assert units.size(count) == text
 
 
 # ---- profile

@@ -22,6 +22,7 @@ from fedrank.methods.fedavg import FedAvg
 from fedrank.protocol import Device, Job, ModelSpec, Plan, State, Update, rng
 from fedrank.training import tasks
 from fedrank.training.hooks import incremented, live, mounted
+from fedrank.training.scoring import Scorer
 
 R = 4
 SPEC = toy.small({"0.m": (5, 6), "1.m": (7, 3)}, rank=R)
@@ -665,7 +666,7 @@ def test_whatever_a_client_trains_all_modules_are_evaluated(rest, tmp_path):
     assert len(seen) == 2 * len(toy.CLIENTS)  # after the round and at the end
     assert all(toy.same(adapter, f.last.adapter) for adapter in seen)
     trainer, test = toy.trainer(FedPLoRA.default_lr), toy.encoded("test")
-    assert row["loss"] == trainer.evaluate(f.last.adapter, test, np.arange(len(test)))["loss"]
+    assert row["loss"] == Scorer(trainer).evaluate(f.last.adapter, test, np.arange(len(test)))["loss"]
 
 
 def test_the_figures_in_the_ledger_are_those_of_the_clients_models(tmp_path):

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import fedrank
 import toy
-from fedrank import cli, cost, forecast, methods, views
+from fedrank import cli, cost, forecast, methods, units
 from fedrank.config import Local, load
 from fedrank.methods.fedavg import FedAvg
 from fedrank.methods.legend import LEGEND
@@ -287,12 +287,12 @@ def test_mistakes_are_one_line(config: Path) -> None:
      (216000, "2.5 days"), (None, "–")],
 )  # fmt: skip
 def test_durations_for_people(seconds: float | None, text: str) -> None:
-    assert views.duration(None if seconds is None else float(seconds)) == text
+    assert units.duration(None if seconds is None else float(seconds)) == text
 
 
 @pytest.mark.parametrize(("joules", "text"), [(0.0, "0 mJ"), (0.0123, "12 mJ"), (1.0, "1.0 J"), (44.2, "44 J"), (2470.0, "2.5 kJ"), (9e12, "9000 GJ")])  # fmt: skip
 def test_energy_for_people(joules: float, text: str) -> None:
-    assert views.energy(joules) == text
+    assert units.energy(joules) == text
 
 
 def test_workers_change_no_forecast() -> None:

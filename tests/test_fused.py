@@ -9,8 +9,9 @@ import torch
 import toy
 from fedrank.adapter import Adapter, Block
 from fedrank.protocol import rng
-from fedrank.training import frozen, fused, hooks, tasks
-from fedrank.training.frozen import Compute, Frozen, choose, freeze, onednn
+from fedrank.training import compute, fused, hooks, tasks
+from fedrank.training.compute import Compute, choose, onednn
+from fedrank.training.frozen import Frozen, freeze
 from fedrank.training.hooks import Live, live
 from fedrank.training.models import Model
 
@@ -125,13 +126,13 @@ SLOW, PACKED, SHORT = Compute("float32", "torch"), Compute("float32", "onednn"),
 )
 def test_what_is_clearly_faster_computes(monkeypatch, seconds, asked, chosen):
     measured = dict(zip((SLOW, PACKED, SHORT), seconds, strict=True))
-    monkeypatch.setattr(frozen, "onednn", lambda: True)
-    monkeypatch.setattr(frozen, "_seconds", lambda options, *_: {option: measured[option] for option in options})
+    monkeypatch.setattr(compute, "onednn", lambda: True)
+    monkeypatch.setattr(compute, "_seconds", lambda options, *_: {option: measured[option] for option in options})
     assert choose([torch.nn.Linear(512, 256)], "cpu", 1, **asked) == chosen
 
 
 def test_nothing_is_gained_on_a_small_model_and_a_library_that_is_not_here_is_refused(monkeypatch):
-    monkeypatch.setattr(frozen, "_seconds", None)  # not measured
+    monkeypatch.setattr(compute, "_seconds", None)  # not measured
     assert choose([torch.nn.Linear(32, 32)], "cpu", 1) == SLOW
     with pytest.raises(ValueError, match="onednn is not to be had on cuda"):
         choose([torch.nn.Linear(32, 32)], "cuda", 1, library="onednn")

@@ -21,6 +21,7 @@ from fedrank.store import StoreError
 from fedrank.training import tasks
 from fedrank.training.hooks import incremented, live, mounted, swapped
 from fedrank.training.local import Trainer
+from fedrank.training.scoring import Scorer
 
 SPEC = toy.small({"0.m": (2, 3), "1.m": (3, 2), "2.m": (4, 4)})
 
@@ -149,10 +150,10 @@ def test_training_and_scores_see_the_updated_base(kind, targets, tmp_path):
         return Trainer(model, train, test, 1e-2, 1, "cpu")
 
     found = trainer().fit(replace(job, base_updates=(part,)), rows).adapter
-    scored = trainer().evaluate(job.adapter, test, rows, (part,))
+    scored = Scorer(trainer()).evaluate(job.adapter, test, rows, (part,))
     with swapped(model.modules, incremented(model.modules, [part])):
         other = trainer()
-        expected, score = other.fit(job, rows).adapter, other.evaluate(job.adapter, test, rows)
+        expected, score = other.fit(job, rows).adapter, Scorer(other).evaluate(job.adapter, test, rows)
     for name, array in toy.arrays(expected).items():
         np.testing.assert_allclose(toy.arrays(found)[name], array, rtol=1e-3, atol=1e-4)
     assert scored["loss"] == pytest.approx(score["loss"], rel=1e-4)

@@ -15,9 +15,11 @@ import toy
 from fedrank.adapter import Adapter, gaussian, kaiming
 from fedrank.config import Local
 from fedrank.protocol import Job, Plan, Update, rng
-from fedrank.training import course, local, models, tasks
+from fedrank.training import course, local, models, scoring, tasks
+from fedrank.training.course import TrainingError
 from fedrank.training.data import Rows
-from fedrank.training.local import Trainer, TrainingError
+from fedrank.training.local import Trainer
+from fedrank.training.scoring import Scorer, majority
 
 ROWS = np.arange(20)
 
@@ -194,7 +196,7 @@ def test_training_lowers_the_loss_and_is_the_same_twice():
     one, two = fit(job), fit(job)
     assert toy.same(one.adapter, two.adapter)
     before, after = (
-        toy.trainer(1e-2).evaluate(a, toy.encoded("train"), ROWS)["loss"] for a in (job.adapter, one.adapter)
+        Scorer(toy.trainer(1e-2)).evaluate(a, toy.encoded("train"), ROWS)["loss"] for a in (job.adapter, one.adapter)
     )
     assert after < 0.8 * before
 
@@ -251,7 +253,7 @@ def test_a_loss_that_is_not_finite_is_an_error():
 
 def test_no_rows_to_evaluate_on_is_an_error():
     with pytest.raises(TrainingError, match="no rows"):
-        toy.trainer(1e-2).evaluate(start(), toy.encoded("test"), np.arange(0))
+        Scorer(toy.trainer(1e-2)).evaluate(start(), toy.encoded("test"), np.arange(0))
 
 
 # ---- numerics
@@ -289,13 +291,13 @@ def test_a_session_sets_the_threads_and_puts_them_back():
 def test_accuracy_and_loss_do_not_depend_on_padding_or_batches(monkeypatch):
     trainer, adapter = toy.trainer(1e-2), start(gaussian)
     test, rows = toy.encoded("test"), np.arange(40)
-    together = trainer.evaluate(adapter, test, rows)
+    together = Scorer(trainer).evaluate(adapter, test, rows)
     assert together["rows"] == 40
-    alone = [trainer.evaluate(adapter, test, rows[i : i + 1]) for i in rows]
+    alone = [Scorer(trainer).evaluate(adapter, test, rows[i : i + 1]) for i in rows]
     assert together["accuracy"] == pytest.approx(np.mean([found["accuracy"] for found in alone]))
     assert together["loss"] == pytest.approx(np.mean([found["loss"] for found in alone]), rel=1e-5)
-    monkeypatch.setattr(local, "EVALUATION_BATCH", 7)
-    smaller = trainer.evaluate(adapter, test, rng(0, "order").permutation(rows))
+    monkeypatch.setattr(scoring, "EVALUATION_BATCH", 7)
+    smaller = Scorer(trainer).evaluate(adapter, test, rng(0, "order").permutation(rows))
     assert smaller["accuracy"] == together["accuracy"]
     assert smaller["loss"] == pytest.approx(together["loss"], rel=1e-5)
 
@@ -311,8 +313,8 @@ def test_evaluation_of_a_decoder_does_not_depend_on_padding_either():
     trainer = Trainer(model, encoded, encoded, 1e-2, 1, "cpu")
     adapter = toy.drawn(replace(model.spec, rank=1, scale=0.1))
     adapter = replace(adapter, dense=model.spec.dense)
-    together = trainer.evaluate(adapter, encoded, np.arange(12))
-    alone = [trainer.evaluate(adapter, encoded, np.array([i])) for i in range(12)]
+    together = Scorer(trainer).evaluate(adapter, encoded, np.arange(12))
+    alone = [Scorer(trainer).evaluate(adapter, encoded, np.array([i])) for i in range(12)]
     assert together["loss"] == pytest.approx(np.mean([found["loss"] for found in alone]), rel=1e-5)
     assert together["accuracy"] == pytest.approx(np.mean([found["accuracy"] for found in alone]))
 
@@ -327,7 +329,7 @@ def test_batches_by_length_hold_every_row_once():
 
 
 def test_majority():
-    assert local.majority(np.array([0, 2, 2, 2])) == 0.75
+    assert majority(np.array([0, 2, 2, 2])) == 0.75
 
 
 # ---- the task generate
@@ -388,8 +390,8 @@ def test_the_tiny_decoder_learns_to_complete(decoder):
     adapter = kaiming(decoder.spec.shapes, 4, decoder.spec.scale, rng(0, "start"))
     job = toy.job(decoder.spec, adapter, Plan(train=adapter.ids), print, round=1)
     job = replace(job, local=Local(steps=25))
-    before = trainer.evaluate(adapter, encoded, np.arange(2))
-    after = trainer.evaluate(trainer.fit(job, np.arange(2)).adapter, encoded, np.arange(2))
+    before = Scorer(trainer).evaluate(adapter, encoded, np.arange(2))
+    after = Scorer(trainer).evaluate(trainer.fit(job, np.arange(2)).adapter, encoded, np.arange(2))
     assert after["loss"] < before["loss"] - 0.2  # its output layer is frozen and small
     assert after["rows"] == 2
 

@@ -8,8 +8,9 @@ import toy
 from fedrank.adapter import kaiming
 from fedrank.protocol import rng
 from fedrank.training import fused, models, packing, tasks
+from fedrank.training.compute import Compute
 from fedrank.training.data import Rows
-from fedrank.training.frozen import Compute, Frozen, freeze
+from fedrank.training.frozen import Frozen, freeze
 from fedrank.training.hooks import live
 from fedrank.training.models import Model
 

@@ -17,6 +17,7 @@ from fedrank.methods.per_fedavg_lora import PerFedAvgLoRA
 from fedrank.protocol import Job, Lower, Plan, State, Update, rng
 from fedrank.training.course import drawn_batches
 from fedrank.training.hooks import live
+from fedrank.training.scoring import Scorer
 
 ROWS = np.arange(16)
 
@@ -100,7 +101,8 @@ def test_clients_that_disagree_are_told_apart_by_their_step(tmp_path):
         plan = Plan({}, f.last.adapter.ids, up="")
         job = toy.job(toy.encoder().spec, f.last.adapter, plan, f.sites[name].fit, name, round=7)
         rows = np.arange(16 * at, 16 * at + 16)
-        before, after = (teacher.evaluate(a, teacher.train, rows)["loss"] for a in (job.adapter, method.adapt(job)))
+        score = partial(Scorer(teacher).evaluate, encoded=teacher.train, rows=rows)
+        before, after = (score(a)["loss"] for a in (job.adapter, method.adapt(job)))
         better.append(before - after)
     assert min(better) > 0.1
 

@@ -16,6 +16,7 @@ from fedrank.protocol import Device, Job, ModelSpec, Plan, rng
 from fedrank.training import models, prefix
 from fedrank.training.course import Ask
 from fedrank.training.local import Trainer
+from fedrank.training.scoring import Scorer
 
 ROWS = np.arange(40)
 ROOM = 1 << 20
@@ -156,28 +157,28 @@ def test_dropout_below_is_off(trainer):
 @pytest.mark.parametrize("packs", [True, False])
 def test_evaluation_shares_it(trainer, packs):
     once, plain = trainer(packs=packs), trainer(room=0, packs=packs)
-    spec = once.model.spec
+    spec, scorer, other = once.model.spec, Scorer(once), Scorer(plain)
     adapter = start(spec).take(ask(spec).job.plan.train)
     whole, half = np.arange(len(once.test)), np.arange(0, len(once.test), 2)
     for rows in (whole, half, whole):
-        assert once.evaluate(adapter, once.test, rows) == pytest.approx(plain.evaluate(adapter, plain.test, rows))
+        assert scorer.evaluate(adapter, once.test, rows) == pytest.approx(other.evaluate(adapter, plain.test, rows))
     batches = [whole[:16], whole[16:]]
-    found = once.counts(adapter, once.test, batches)
-    assert found == once.counts(adapter, once.test, batches)
-    np.testing.assert_allclose(found, plain.counts(adapter, plain.test, batches), rtol=1e-5)
+    found = scorer.counts(adapter, once.test, batches)
+    assert found == scorer.counts(adapter, once.test, batches)
+    np.testing.assert_allclose(found, other.counts(adapter, plain.test, batches), rtol=1e-5)
     assert once.kept[once.test].stamps.all()
 
 
 def test_scores_of_some_rows_and_of_all_keep_the_same_states(trainer, monkeypatch):
     """Whoever asks for which rows, and with how many others: nothing is computed twice."""
     once = trainer()
-    adapter = start(once.model.spec).take(ask(once.model.spec).job.plan.train)
+    scorer, adapter = Scorer(once), start(once.model.spec).take(ask(once.model.spec).job.plan.train)
     made = list[int]()
     compute = prefix.Prefix._computed
     monkeypatch.setattr(prefix.Prefix, "_computed", lambda one, rows: made.extend(rows) or compute(one, rows))
     whole, half = np.arange(len(once.test)), np.arange(0, len(once.test), 2)
     for asked in ([whole], [half], [half, half[3:], whole], [whole]):
-        once.evaluate_all([(adapter, once.test, rows, ()) for rows in asked])
+        scorer.evaluate_all([(adapter, once.test, rows, ()) for rows in asked])
     assert sorted(made) == whole.tolist()
 
 

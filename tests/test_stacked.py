@@ -19,6 +19,7 @@ from fedrank.protocol import Device, Job, Plan, rng
 from fedrank.training import linears, models, packing, workload
 from fedrank.training.course import Ask, TrainingError
 from fedrank.training.local import Trainer
+from fedrank.training.scoring import Scorer
 
 EQUAL = {"c0": 3, "c1": 3, "c2": 3}
 ROWS = {"c0": np.arange(20), "c1": np.arange(20, 31), "c2": np.arange(31, 64)}
@@ -106,7 +107,7 @@ def test_one_that_fails_fails_alone(trainer, monkeypatch, who, how, most):
 def test_one_that_cannot_be_scored_fails_alone(trainer):
     adapter = trainer.model.spec.with_head(asks(trainer)[0].job.adapter)
     asked = [(adapter, trainer.test, np.arange(count), ()) for count in (5, 0, 9)]
-    found = trainer.evaluate_all(asked)
+    found = Scorer(trainer).evaluate_all(asked)
     assert str(found[1]) == "no rows to evaluate on"
     assert [found[at]["rows"] for at in (0, 2)] == [5, 9]
 
@@ -119,8 +120,8 @@ def test_scored_together_as_one_by_one(trainer):
         (adapter, trainer.test, rows, ())
         for adapter, rows in zip(adapters, (np.arange(9), np.arange(9, 40), np.arange(5)), strict=True)
     ]
-    for found, one in zip(trainer.evaluate_all(asked), asked, strict=True):
-        alone = trainer.evaluate_all([one])[0]
+    for found, one in zip(Scorer(trainer).evaluate_all(asked), asked, strict=True):
+        alone = Scorer(trainer).evaluate_all([one])[0]
         assert found["loss"] == pytest.approx(alone["loss"], rel=1e-4)
         assert (found["accuracy"], found["rows"]) == (alone["accuracy"], alone["rows"])
 

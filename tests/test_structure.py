@@ -30,7 +30,7 @@ FLOORS = [
     {"server", "export"},
     {"engines"},
     {"experiment", "forecast", "parts", "profile"},
-    {"cli", "views"},
+    {"cli", "tables", "units", "views"},
 ]
 HEAVY = {"torch", "transformers", "tokenizers", "peft", "sklearn", "flwr", "datasets"}
 

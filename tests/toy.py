@@ -31,6 +31,7 @@ from fedrank.server import Event, Server
 from fedrank.store import Store
 from fedrank.training import local, models, tasks, workload
 from fedrank.training.data import Rows
+from fedrank.training.scoring import Scorer
 from fedrank.wire import Wire
 
 LABELS = ("ab", "cd", "ef", "gh")
@@ -196,6 +197,7 @@ def federation(
     equally many.
     """
     spec, teacher = encoder().spec, trainer(method.default_lr)
+    scorer = Scorer(teacher)
     shares = SHARES if shares is None else shares
     begin = method.begin(spec, rounds, seed)
     wire = Wire(spec, begin.adapter, dtype, "toy", seed, local.numerics(1, "cpu"))
@@ -213,7 +215,7 @@ def federation(
         return predict(spec, begin.adapter, plan, load(name, round), machines.at(name, round), bytes_down, bytes_up)
 
     def personal(rows: np.ndarray, adapter: Adapter, base: tuple[Adapter, ...]) -> dict[str, float]:
-        found = teacher.evaluate(adapter, test, rows, base)
+        found = scorer.evaluate(adapter, test, rows, base)
         return {"accuracy": found["accuracy"], "loss": found["loss"], "rows": len(rows), "majority": 0.25}
 
     sites = {
@@ -228,7 +230,7 @@ def federation(
     carrier = carry(engine.Local(devices, sites.__getitem__, 0.0, seed))
 
     def evaluate(adapter: Adapter, base: tuple[Adapter, ...]) -> dict[str, float]:
-        return teacher.evaluate(adapter, test, np.arange(len(test)), base)
+        return scorer.evaluate(adapter, test, np.arange(len(test)), base)
 
     played = Rounds(count=rounds, cohort=cohort, evaluate_every=evaluate_every, exactness=exactness)
     server = Server(method, carrier, wire, store, played, seed, head, None if head == "own" else evaluate)

@@ -2,10 +2,12 @@
 
 import json
 import logging
+import os
 import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
@@ -15,12 +17,11 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
-from rich.table import Table
 
 import fedrank
 from fedrank import config as settings
 from fedrank import methods as registry
-from fedrank import views
+from fedrank import tables, views
 from fedrank.protocol import About
 from fedrank.store import Store, StoreError
 
@@ -85,24 +86,19 @@ def cost(
 ) -> None:
     """Say what a run will cost before anything runs: bytes, time, energy and memory, by kind of device."""
     from fedrank.forecast import forecast
-    from fedrank.training.models import hush
 
-    hush()
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        with _mistakes(), views.rounds(errors) as watch:
-            found = forecast(settings.load(config, overrides or []), watch=watch)
-    except KeyboardInterrupt:
-        errors.print("\nstopped.")
-        raise typer.Exit(130) from None
+    with _stoppable(), _mistakes():
+        resolved = settings.load(config, overrides or [])
+        with views.rounds(errors) as watch:
+            found = forecast(resolved, watch=watch)
     if as_json:
         print(json.dumps(found, indent=1))
         return
     console = Console()
-    console.print("Per client and round:", views.costs(found), "", sep="\n")
+    console.print("Per client and round:", tables.costs(found), "", sep="\n")
     if len(found["kinds"]) > 1:
-        console.print("In all rounds, clients added up:", views.kinds(found), "", sep="\n")
-    console.print(views.totals(found), "", sep="\n")
+        console.print("In all rounds, clients added up:", tables.kinds(found), "", sep="\n")
+    console.print(tables.totals(found), "", sep="\n")
     console.print(
         f"Every round was played on the model of the devices, in cohorts of {found['cohort']} of {found['clients']} "
         "clients, with nothing trained: exact, unless what is sent or trained hangs on what was learnt. Evaluation and "
@@ -121,20 +117,13 @@ def profile(
 ) -> None:  # fmt: skip
     """Play a few rounds in one process and say where the time goes."""
     from fedrank.profile import profile as measure
-    from fedrank.training.models import hush
 
-    hush()
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        with _mistakes():
-            found = measure(settings.load(config, overrides or []), rounds, trace)
-    except KeyboardInterrupt:
-        errors.print("\nstopped.")
-        raise typer.Exit(130) from None
+    with _stoppable(), _mistakes():
+        found = measure(settings.load(config, overrides or []), rounds, trace)
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    Console().print(views.profile(found), "", *views.advice(found, trace), sep="\n", highlight=False, soft_wrap=True)
+    Console().print(tables.profile(found), "", *tables.advice(found, trace), sep="\n", highlight=False, soft_wrap=True)
 
 
 @app.command("import")
@@ -204,19 +193,7 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="For scripts.")
     if as_json:
         print(json.dumps(listed, indent=1))
         return
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True)
-    for m in listed:
-        exact = [what for what in ("start", "aggregation") if m[f"exact_{what}"]]
-        facts = [
-            f"clients differ in {', '.join(m['differs'])}" if m["differs"] else "",
-            f"exact {' and '.join(exact)}" if exact else "",
-            {None: "", False: "one global model", True: "personal models"}[m["personal"]],
-            ", ".join(f"{key}={value}" for key, value in m["hyper_parameters"].items()),
-        ]
-        text = f"{escape(m['summary'].rpartition(' (')[0] or m['summary'])}\n[dim]{escape('; '.join(filter(None, facts)))}[/]"
-        table.add_row(f"[bold]{m['name']}[/]", text)
-    Console().print(table)
+    Console().print(tables.methods(listed))
 
 
 @app.callback(invoke_without_command=True)
@@ -224,6 +201,9 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
     if version:
         print(fedrank.__version__)
         raise typer.Exit
+    # Loading bars and advice of the libraries below are not a run's output; they read this when they are imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 # ---- following a run
@@ -241,38 +221,40 @@ class _mistakes:
             raise typer.Exit(2) from None
 
 
-def _interrupt(*_: Any) -> None:
-    """SIGTERM as Ctrl-C, even where SIGINT is ignored (as in the background of a script)."""
-    raise KeyboardInterrupt
+@contextmanager
+def _stoppable(word: Callable[[], str] = lambda: "stopped.") -> Iterator[None]:
+    """Ctrl-C is this word and exit code 130; so is SIGTERM, as SIGINT may be ignored (in the background of a script)."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        errors.print(f"\n{word()}", highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
 
 
 def _follow(start: Callable[[], Iterator[dict[str, Any]]], path: Path, output: views.Output, baselines: bool) -> None:
     level = logging.ERROR if output is views.Output.quiet else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False, show_time=False)])  # fmt: skip
-    signal.signal(signal.SIGTERM, _interrupt)
     last: dict[str, Any] = {}
     go_on = f"every finished round is saved. Go on with: [bold]fedrank resume {escape(str(path))}[/]"
 
     def begun() -> bool:
         return (path / "config.yaml").exists()
 
-    try:
-        from fedrank.training.models import hush
-
-        hush()
-        with _mistakes():
-            try:
-                last = deque(views.VIEWS[output](start()), maxlen=1).pop()
-            except OSError as error:  # a full disk, a closed pipe
-                if not begun():
-                    raise
-                errors.print(f"[bold red]error:[/] {escape(str(error))}; {go_on}", highlight=False, soft_wrap=True)
-                raise typer.Exit(1) from None
-            if baselines:
-                _baselines(path, output)
-    except KeyboardInterrupt:
-        errors.print(f"\nstopped; {go_on if begun() else 'nothing had begun.'}", highlight=False, soft_wrap=True)
-        raise typer.Exit(130) from None
+    with _stoppable(lambda: f"stopped; {go_on if begun() else 'nothing had begun.'}"), _mistakes():
+        try:
+            last = deque(views.VIEWS[output](start()), maxlen=1).pop()
+        except OSError as error:  # a full disk, a closed pipe
+            if not begun():
+                raise
+            errors.print(f"[bold red]error:[/] {escape(str(error))}; {go_on}", highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from None
+        if baselines:
+            _baselines(path, output)
     if last.get("clients_ok") == 0 and last.get("rounds"):
         what = f"no client answered in any round; see {escape(str(path))}/clients.jsonl"
         errors.print(f"[bold red]error:[/] {what}", highlight=False, soft_wrap=True)
@@ -290,11 +272,7 @@ def _baselines(path: Path, output: views.Output) -> None:
     if output is views.Output.json:
         print(json.dumps({"event": "baselines", **found}))
     elif output is not views.Output.quiet:
-        table = Table("on the same rows, all of them in one place", "accuracy")
-        table.add_row(f"fedrank, {summary['method']}", views.share(summary["accuracy"]))
-        for name, value in found.items():
-            table.add_row(name, views.share(value))
-        Console().print(table)
+        Console().print(tables.baselines(summary, found))
         ours = summary["accuracy"]  # null where every client has a model of its own
         above = [name for name, value in found.items() if ours is not None and ours < value]
         if above:

@@ -1,4 +1,4 @@
-"""A run from its config: model, data, method and engine put together, played, and closed with a summary."""
+"""A run from its config: its parts put together, played, and closed with a summary."""
 
 import gc
 import json

@@ -102,7 +102,8 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
     config, chosen = _chosen(config, method)
     keep_few_kernels()
     _import()
-    from fedrank.training import clients, frozen, local, models, packing, tasks, workload
+    from fedrank.training import clients, local, models, packing, scoring, tasks, workload
+    from fedrank.training.compute import choose
 
     if data is None:
         dataset, shares = _dealt(config)
@@ -113,7 +114,7 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
     model = models.load(config, labels)
     engine = config.engine
     try:
-        compute = frozen.choose(model.modules.values(), config.device, engine.threads, engine.compute, engine.products)
+        compute = choose(model.modules.values(), config.device, engine.threads, engine.compute, engine.products)
     except ValueError as error:
         raise ConfigError(f"engine.products: {error}") from None
     engine = engine.model_copy(update={"compute": compute.dtype, "products": compute.products})
@@ -133,6 +134,7 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
         model, population.typical, test, config.local.lr or chosen.default_lr, engine.threads, config.device, compute, measured,
         engine.prefix_bytes if data is None else 0,  # rows that come and go are not kept
     )  # fmt: skip
+    scorer = scoring.Scorer(trainer)
     packed, begins = trainer.frozen.packs, bool(trainer.kept)
 
     def held(client: ClientId) -> clients.Held:
@@ -158,8 +160,8 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
     devices = Roster(names, device, kept=2 * config.rounds.cohort)
 
     def personal(mine: clients.Held, adapter: Adapter, base: tuple[Adapter, ...]) -> dict[str, float]:
-        found = trainer.evaluate(adapter, mine.tested, mine.test, base)
-        return found if mine.label is None else found | {"majority": local.majority(mine.label[mine.test])}
+        found = scorer.evaluate(adapter, mine.tested, mine.test, base)
+        return found if mine.label is None else found | {"majority": scoring.majority(mine.label[mine.test])}
 
     def site(client: ClientId, wire: Wire, store: Store) -> Site:
         mine = held(client)
@@ -184,18 +186,18 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
     def counts(asked: tuple[Adapter, tuple[Adapter, ...], list[np.ndarray]]) -> list[tuple[float, int, int]]:
         adapter, base, batches = asked
         with trainer.session():
-            return trainer.counts(adapter, test, batches, base)
+            return scorer.counts(adapter, test, batches, base)
 
     counted = workers.share(counts)
 
     def evaluate(adapter: Adapter, base: tuple[Adapter, ...]) -> Mapping[str, float]:
         """On all test rows, in parts; the counts are added in one order, whoever made them."""
-        batches = list(tasks.by_length(test, np.arange(len(test)), local.EVALUATION_BATCH))
+        batches = list(tasks.by_length(test, np.arange(len(test)), scoring.EVALUATION_BATCH))
         shares = 4 * workers.count
         found: list[Any] = [None] * len(batches)
         for at, part in enumerate(counted((adapter, base, batches[at::shares]) for at in range(shares))):
             found[at::shares] = part
-        return local.scores(found, len(test))
+        return scoring.scores(found, len(test))
 
     spec = model.spec
     begin, kept = _first(config, chosen, spec, devices)
@@ -214,7 +216,7 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
         "classes": len(labels), "hash": population.digest[:16], "model": config.model.name,
         "modules": len(spec.modules), "parameters": spec.parameters, "clients": len(devices), "method": config.method["name"],
         "redraws": population.partition["redraws"], "dropped": population.partition["dropped"],
-        "majority": None if population.test.label is None else local.majority(population.test.label),
+        "majority": None if population.test.label is None else scoring.majority(population.test.label),
     }  # fmt: skip
     run_id = f"{rng(config.seed, 'run', settings.dump(_identity(config))).integers(1 << 62):016x}"
     drawn = {f"{n}.{p}": t.numpy(force=True) for n, m in model.drawn.items() for p, t in m.named_parameters()}

@@ -3,9 +3,10 @@
 import threading
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 Many = Callable[[list[Any]], list[Any]]
+Result = TypeVar("Result")
 
 _present: ContextVar["_Work | None"] = ContextVar("present", default=None)
 
@@ -68,6 +69,14 @@ def ask(many: Many, one: Any) -> Any:
     if isinstance(answer, BaseException):
         raise answer
     return answer
+
+
+def outcome(work: Callable[[], Result]) -> Result | Exception:
+    """What it returns, or the exception that it raises: the answer to one of several asks."""
+    try:
+        return work()
+    except Exception as error:
+        return error
 
 
 def meeting() -> bool:

@@ -1,146 +1,27 @@
-"""The frozen base as it computes: the type and the library of its matrix products, chosen by measuring them here."""
+"""The frozen base as it runs: its layers in groups; by trial, whether rows can be packed and a pass begin at a block."""
 
 import copy
 import logging
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
 
 from fedrank.trace import span
 from fedrank.training import flow, packing, prefix
-from fedrank.training.models import Model
+from fedrank.training.compute import DTYPES, Compute, Product, matrix
+from fedrank.training.models import Model, first_position
 from fedrank.training.tasks import Encoded
 
 log = logging.getLogger(__name__)
 
-DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-ROWS = 256  # of the products that are measured: a batch of short texts
-SMALL = 2**16  # weights of fewer numbers gain nothing
 # What a model raises that is built otherwise.
 UNABLE = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
-GAIN = {"bfloat16": 1.4, "onednn": 1.2}  # how much faster it has to be to be chosen: well above a measurement's noise
-
-
-class Compute(NamedTuple):
-    """dtype: of activations and of products with frozen weights. products: whose library computes these."""
-
-    dtype: str
-    products: str
-
-
-def onednn() -> bool:
-    """Whether torch's own entry to oneDNN's linear layer is here; Inductor uses the same one."""
-    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return available and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def choose(
-    layers: Iterable[nn.Module], device: str, threads: int, dtype: str = "auto", library: str = "auto"
-) -> Compute:
-    """The fastest way on this machine to compute these layers; what is not "auto" is kept.
-
-    On a CPU they are measured, on the layers' largest weight; torch gives bfloat16 to oneDNN in any case, but has it pack
-    the weight for every product. A GPU computes in bfloat16 where it has units for it.
-    ValueError where a library is asked for that is not here.
-    """
-    if library == "onednn" and (device != "cpu" or not onednn()):
-        raise ValueError(f"onednn is not to be had on {device} with torch {torch.__version__}; auto or torch is")
-    dtypes = [kind for kind in DTYPES if dtype in ("auto", kind)]
-    libraries = [whose for whose in ("torch", "onednn") if library in ("auto", whose)]
-    weight = max((_matrix(layer) for layer in layers), key=Tensor.numel)
-    if device != "cpu":
-        units = torch.cuda.is_bf16_supported(including_emulation=False)
-        return Compute("bfloat16" if units and "bfloat16" in dtypes else dtypes[0], "torch")
-    if weight.numel() < SMALL or not onednn():
-        libraries = libraries[:1]
-    if weight.numel() < SMALL:
-        dtypes = dtypes[:1]
-    options = [
-        Compute(kind, whose) for kind in dtypes for whose in (libraries[-1:] if kind == "bfloat16" else libraries)
-    ]
-    if len(options) == 1:
-        return options[0]
-    seconds = _seconds(options, weight, threads)
-    best = options[0]
-    for option in options[1:]:
-        gain = GAIN[option.dtype if option.dtype != best.dtype else option.products]
-        if seconds[option] * gain < seconds[best]:
-            best = option
-    return best
-
-
-def _seconds(options: Sequence[Compute], weight: Tensor, threads: int) -> dict[Compute, float]:
-    """The shortest of several products for each option, in turns."""
-    x, before = torch.ones(ROWS, weight.shape[1]), torch.get_num_threads()
-    works = {option: (Product([weight], [None], option), x.to(DTYPES[option.dtype])) for option in options}
-    found = dict.fromkeys(options, float("inf"))
-    torch.set_num_threads(threads)
-    try:
-        for _ in range(8):
-            for option, (product, rows) in works.items():
-                started = time.perf_counter()
-                product.forward(rows)
-                found[option] = min(found[option], time.perf_counter() - started)
-    finally:
-        torch.set_num_threads(before)
-    return found
-
-
-class Product:
-    """The product with one frozen weight, or with several that read the same input: (rows, in) -> (rows, out)."""
-
-    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], compute: Compute) -> None:
-        self.compute, self.dtype = compute, DTYPES[compute.dtype]
-        self.outs = [len(weight) for weight in weights]
-        self.weights = weights
-        with torch.inference_mode(False), torch.no_grad():
-            whole = weights[0] if len(weights) == 1 else torch.cat(list(weights))
-            zeros = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
-            self.bias = None if all(b is None for b in biases) else torch.cat(zeros).to(self.dtype)
-            self.weight = self._packed(whole)
-        self._across: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.product(x, self.weight, self.bias)
-
-    def backward(self, grad: Tensor) -> Tensor:
-        """(rows, out) -> (rows, in)"""
-        if self.compute.products == "torch":
-            return grad @ self.weight
-        self.turn()
-        assert self._across is not None
-        return self.product(grad, self._across)
-
-    def turn(self) -> None:
-        """Have the weight the other way round too, as a backward pass that gets here needs it."""
-        if self._across is None and self.compute.products != "torch":
-            with torch.inference_mode(False), torch.no_grad():
-                whole = self.weights[0] if len(self.weights) == 1 else torch.cat(list(self.weights))
-                self._across = self._packed(whole.t())
-
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x W^T + b by the chosen library."""
-        if self.compute.products == "torch":
-            return functional.linear(x, weight, bias)
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return found
-
-    def _packed(self, weight: Tensor) -> Tensor:
-        weight = weight.to(self.dtype).contiguous()
-        if self.compute.products == "torch":
-            return weight
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        return packed
 
 
 @dataclass(eq=False)
@@ -203,7 +84,7 @@ class Frozen:
         if names not in kept:
             layers = [self.layers[name] for name in names]
             biases = [layer.bias if isinstance(layer.bias, Tensor) else None for layer in layers]
-            own = [_matrix(layer, weights.get(name)) for name, layer in zip(names, layers, strict=True)]
+            own = [matrix(layer, weights.get(name)) for name, layer in zip(names, layers, strict=True)]
             kept[names] = Product(own, biases, self.compute)
         return kept[names]
 
@@ -278,8 +159,6 @@ def _first(model: Model, device: str) -> int | None:
     if device != "cpu" or not able or (model.task != "generate" and model.pooling != "mean"):
         return None
     rows = _trial(model)
-    tables = (layer for name, layer in model.base.named_modules() if name.endswith("position_embeddings"))
-    offset = next((table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None), 0)
     packed = packing.pack(rows.lengths, [3], device)
     with torch.inference_mode():
         inputs = rows.batch(np.arange(3), device)[0]
@@ -287,7 +166,7 @@ def _first(model: Model, device: str) -> int | None:
         if model.task == "generate":
             expected = expected[inputs["attention_mask"].bool()]
         why = "they give something else"
-        for first in sorted({0, offset}):
+        for first in sorted({0, first_position(model.base)}):
             try:
                 with packing.attention(model.base, packed):
                     found = model.network(**rows.packed(np.arange(3), [3], first, device)[0], packed=packed)
@@ -313,10 +192,3 @@ def _converted(network: nn.Module, kept: Iterable[nn.Module], dtype: torch.dtype
         lambda tensor: tensor.to(dtype) if tensor.is_floating_point() and id(tensor) in held else tensor
     )
     return twin
-
-
-def _matrix(layer: nn.Module, weight: Tensor | None = None) -> Tensor:
-    """(out, in) of the layer's weight, or of another one as it would hold it."""
-    held = layer.weight if weight is None else weight
-    assert isinstance(held, Tensor)
-    return held.detach().t() if isinstance(layer, Conv1D) else held.detach()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fedrank.training.frozen import Product
+from fedrank.training.compute import Product
 
 
 class Piece(NamedTuple):

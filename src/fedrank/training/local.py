@@ -1,12 +1,12 @@
-"""The local step: train an adapter on a client's rows, or count what it predicts right."""
+"""The local step: train an adapter on a client's rows."""
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -20,24 +20,23 @@ from fedrank.increments import digest
 from fedrank.protocol import Address, Job, Lower, Observe, Update
 from fedrank.trace import span
 from fedrank.training import course, fused, prefix, tasks
-from fedrank.training.course import Ask, Course, TrainingError
-from fedrank.training.frozen import Compute, Frozen, freeze
-from fedrank.training.hooks import Live, incremented, live, mounted, swapped
+from fedrank.training.compute import Compute
+from fedrank.training.course import Ask, Course
+from fedrank.training.frozen import Frozen, freeze
+from fedrank.training.hooks import incremented, mounted, swapped
 from fedrank.training.models import Model
 from fedrank.training.prefix import Kept, Prefix
 from fedrank.training.tasks import Encoded
 
 log = logging.getLogger(__name__)
-Result = TypeVar("Result")
 
-EVALUATION_BATCH = 64
-EXACT = Compute("float32", "torch")
+PLAIN = Compute("float32", "torch")
 
 
 def numerics(
     threads: int,
     device: str,
-    compute: Compute = EXACT,
+    compute: Compute = PLAIN,
     packed: bool = False,
     stack: int = 1,
     prefix: bool = False,
@@ -74,7 +73,7 @@ class Trainer:
     lr: float
     threads: int
     device: str
-    compute: Compute = EXACT
+    compute: Compute = PLAIN
     timed: bool = False
     prefix_bytes: int = 0
     working: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -94,20 +93,6 @@ class Trainer:
             log.info("no pass begins above frozen blocks: %d bytes, more than engine.prefix_bytes", needed)
             return {}
         return {one: Kept(one, width, dtype) for one in (self.train, self.test)}
-
-    @cached_property
-    def _test_chunks(self) -> tuple[list[np.ndarray], np.ndarray]:
-        """The test rows in groups, and the group of each."""
-        chunks = list(tasks.by_length(self.test, np.arange(len(self.test)), EVALUATION_BATCH))
-        owner = np.empty(len(self.test), np.int64)
-        for at, rows in enumerate(chunks):
-            owner[rows] = at
-        return chunks, owner
-
-    def _chunks_of(self, batches: list[np.ndarray]) -> list[np.ndarray]:
-        """The groups of test rows in which these are."""
-        chunks, owner = self._test_chunks
-        return [chunks[at] for at in np.unique(owner[np.concatenate(batches)])] if batches else []
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -144,7 +129,7 @@ class Trainer:
         if any(other is not encoded for other in sets):
             encoded, firsts = tasks.joined(sets), np.cumsum([0, *map(len, sets)])
             asks = [replace(ask, rows=ask.rows + first) for ask, first in zip(asks, firsts[:-1], strict=True)]
-        courses = [_outcome(partial(course.begin, ask, self.lr, self.device)) for ask in asks]
+        courses = [together.outcome(partial(course.begin, ask, self.lr, self.device)) for ask in asks]
         stacks: dict[Any, list[Course]] = {}
         for at, one in enumerate(courses):
             if isinstance(one, Exception):
@@ -163,7 +148,7 @@ class Trainer:
             except Exception as error:  # of a pass that all of these share
                 for one in stack:
                     one.fail(error)
-        return [one if isinstance(one, Exception) else _outcome(one.update) for one in courses]
+        return [one if isinstance(one, Exception) else together.outcome(one.update) for one in courses]
 
     def _train(self, stack: list[Course], encoded: Encoded) -> None:
         """All steps of these clients; the k-th steps of all that have so many are one pass.
@@ -174,7 +159,7 @@ class Trainer:
         still = [] if frozen.blocks is None else frozen.blocks.below(prefix.lowest(learning, frozen.blocks.modules))
         with (
             self._training(frozen.network, job.local.dropout, job, still),
-            fused.mounted(frozen, [one.live for one in stack], self._updated(job.base_updates)) as mounts,
+            fused.mounted(frozen, [one.live for one in stack], self.updated(job.base_updates)) as mounts,
             self._watched(frozen.network) as forward,
         ):
             prefixes: list[Prefix] = []
@@ -214,7 +199,7 @@ class Trainer:
             self._training(network, job.local.dropout, job),
             mounted(modules, heads, two.upper),
             mounted(modules, heads, two.lower) if two.lower else nullcontext(),
-            swapped(modules, self._updated(job.base_updates)),
+            swapped(modules, self.updated(job.base_updates)),
             self._watched(network) as forward,
         ):
             for at, batch in enumerate(one.batches):
@@ -247,63 +232,6 @@ class Trainer:
                 torch.cuda.manual_seed_all(seed)
             yield
 
-    def evaluate(
-        self, adapter: Adapter, encoded: Encoded, rows: np.ndarray, base_updates: tuple[Adapter, ...] = ()
-    ) -> dict[str, float]:
-        """Loss and accuracy of the adapter on these rows (of completion tokens where the task generates)."""
-        found: dict[str, float] = together.ask(self.evaluate_all, (adapter, encoded, rows, base_updates))
-        return found
-
-    def evaluate_all(
-        self, asked: list[tuple[Adapter, Encoded, np.ndarray, tuple[Adapter, ...]]]
-    ) -> list[dict[str, float] | Exception]:
-        """Of several adapters, each on its rows, in one pass over the frozen base where all rows are of one set."""
-        (_, encoded, _, updates), *rest = asked
-        if any(other[1] is not encoded or digest(other[3]) != digest(updates) for other in rest):
-            return [_outcome(partial(self.evaluate, *one)) for one in asked]
-        found: list[Any] = [_outcome(partial(self._live, one[0])) for one in asked]
-        there = [at for at, on in enumerate(found) if isinstance(on, Live)]
-        size = max(1, EVALUATION_BATCH // len(asked))
-        batches = [list(tasks.by_length(encoded, asked[at][2], size)) for at in there]
-        counts = self._counts([found[at] for at in there], encoded, batches, updates)
-        for at, own in zip(there, counts, strict=True):
-            found[at] = _outcome(partial(scores, own, len(asked[at][2])))
-        return found
-
-    def counts(
-        self, adapter: Adapter, encoded: Encoded, batches: list[np.ndarray], base_updates: tuple[Adapter, ...] = ()
-    ) -> list[tuple[float, int, int]]:
-        """Summed loss, right predictions, and predictions of each batch."""
-        return self._counts([self._live(adapter)], encoded, [batches], base_updates)[0]
-
-    def _live(self, adapter: Adapter) -> Live:
-        return live(adapter, Adapter({}, adapter.scale, {}), "", self.device)
-
-    def _counts(
-        self, lives: list[Live], encoded: Encoded, batches: list[list[np.ndarray]], updates: tuple[Adapter, ...]
-    ) -> list[list[tuple[float, int, int]]]:
-        """Of each adapter on its batches; the k-th of all that have so many are one pass.
-
-        What is kept of the test rows is kept in groups of its own, the same for whoever scores which of them; what is
-        kept of others is for training.
-        """
-        counts: list[list[tuple[float, int, int]]] = [[] for _ in lives]
-        if not lives:
-            return counts
-        with torch.inference_mode(), fused.mounted(self.frozen, lives, self._updated(updates)) as mounts:
-            prefixes: list[Prefix] = []
-            if encoded is self.test and (kept := self.kept.get(encoded)) is not None:
-                chunks = [self._chunks_of(own) for own in batches]
-                prefixes = fused.prefixes(self.frozen, kept, mounts, chunks, updates, self.device)
-            for at in range(max(map(len, batches))):
-                here = [n for n, own in enumerate(batches) if at < len(own)]
-                passed = [(mounts[n], batches[n][at]) for n in here]
-                begun = [prefixes[n] for n in here] if prefixes else []
-                outputs = fused.outputs(self.frozen, encoded, passed, mounts, self.device, begun)
-                for n, (logits, labels) in zip(here, outputs, strict=True):
-                    counts[n].append(tasks.counts(logits, labels))
-        return counts
-
     @contextmanager
     def _watched(self, network: torch.nn.Module) -> Iterator[list[float]]:
         """The seconds of each forward pass of the network while a block runs; none where this is not wanted."""
@@ -325,7 +253,7 @@ class Trainer:
             before.remove()
             after.remove()
 
-    def _updated(self, updates: tuple[Adapter, ...]) -> dict[str, Tensor]:
+    def updated(self, updates: tuple[Adapter, ...]) -> dict[str, Tensor]:
         """The weights of the base with these increments, added up from its own; the last sum is kept."""
         if not updates:
             return {}
@@ -354,23 +282,3 @@ class Trainer:
                 network.eval()
                 for layer, rate in zip(layers, rates, strict=True):
                     layer.p = rate
-
-
-def _outcome(work: Callable[[], Result]) -> Result | Exception:
-    try:
-        return work()
-    except Exception as error:
-        return error
-
-
-def scores(counts: Iterable[tuple[float, int, int]], rows: int) -> dict[str, float]:
-    """Loss and accuracy from the counts of all batches, in their order."""
-    losses, rights, knowns = zip((0.0, 0, 0), *counts, strict=True)
-    if not sum(knowns):
-        raise TrainingError("no rows to evaluate on")
-    return {"loss": sum(losses) / sum(knowns), "accuracy": sum(rights) / sum(knowns), "rows": float(rows)}
-
-
-def majority(labels: np.ndarray) -> float:
-    """The share of the most frequent class."""
-    return float(np.bincount(labels).max() / len(labels))

@@ -47,12 +47,6 @@ class Model:
     task: str
 
 
-def hush() -> None:
-    """Loading bars and advice of the libraries below are not a run's output."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-
 class MeanPooled(nn.Module):
     """A linear head on the mean of the last hidden states over real tokens."""
 
@@ -95,7 +89,7 @@ def load(settings: config.Config, labels: tuple[str, ...]) -> Model:
     name, task = settings.model.name, settings.task
     _device(settings.device)
     location = _location(name)
-    with _seeded(settings.seed, "model", "tiny" if name.startswith("tiny-") else "head"):
+    with _seeded(settings.seed, "model", "tiny" if location is None else "head"):
         network, base, pooling, missing = _build(settings, location, len(labels))
     tokenizer = _tokenizer(settings, location)
     if tokenizer.pad_token_id is None:  # decoders often have none; padded places are masked anyway
@@ -119,10 +113,13 @@ def _longest(base: Any, tokenizer: Any) -> int:
     positions = getattr(base.config.get_text_config(), "max_position_embeddings", None) or 0
     if positions <= 0:  # XLNet says -1: it has none
         return int(tokenizer.model_max_length)
+    return int(min(positions - first_position(base), tokenizer.model_max_length))
+
+
+def first_position(base: Any) -> int:
+    """The position of a row's first token: RoBERTa's begin after the padding's."""
     tables = (layer for name, layer in base.named_modules() if name.endswith("position_embeddings"))
-    # RoBERTa's positions begin after the padding's.
-    padding = next((table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None), -1)
-    return int(min(positions - padding - 1, tokenizer.model_max_length))
+    return next((table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None), 0)
 
 
 def _device(name: str) -> None:

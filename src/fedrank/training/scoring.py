@@ -1,0 +1,114 @@
+"""Scoring: what an adapter predicts right on given rows."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedrank import together
+from fedrank.adapter import Adapter
+from fedrank.increments import digest
+from fedrank.training import fused, tasks
+from fedrank.training.course import TrainingError
+from fedrank.training.hooks import Live, live
+from fedrank.training.local import Trainer
+from fedrank.training.prefix import Prefix
+from fedrank.training.tasks import Encoded
+
+EVALUATION_BATCH = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Scorer:
+    """Scores adapters on a trainer's frozen model, with what the trainer keeps of its test rows."""
+
+    trainer: Trainer
+
+    def evaluate(
+        self, adapter: Adapter, encoded: Encoded, rows: np.ndarray, base_updates: tuple[Adapter, ...] = ()
+    ) -> dict[str, float]:
+        """Loss and accuracy of the adapter on these rows (of completion tokens where the task generates)."""
+        found: dict[str, float] = together.ask(self.evaluate_all, (adapter, encoded, rows, base_updates))
+        return found
+
+    def evaluate_all(
+        self, asked: list[tuple[Adapter, Encoded, np.ndarray, tuple[Adapter, ...]]]
+    ) -> list[dict[str, float] | Exception]:
+        """Of several adapters, each on its rows, in one pass over the frozen base where all rows are of one set."""
+        (_, encoded, _, updates), *rest = asked
+        if any(other[1] is not encoded or digest(other[3]) != digest(updates) for other in rest):
+            return [together.outcome(partial(self.evaluate, *one)) for one in asked]
+        found: list[Any] = [together.outcome(partial(self._live, one[0])) for one in asked]
+        there = [at for at, on in enumerate(found) if isinstance(on, Live)]
+        size = max(1, EVALUATION_BATCH // len(asked))
+        batches = [list(tasks.by_length(encoded, asked[at][2], size)) for at in there]
+        counts = self._counts([found[at] for at in there], encoded, batches, updates)
+        for at, own in zip(there, counts, strict=True):
+            found[at] = together.outcome(partial(scores, own, len(asked[at][2])))
+        return found
+
+    def counts(
+        self, adapter: Adapter, encoded: Encoded, batches: list[np.ndarray], base_updates: tuple[Adapter, ...] = ()
+    ) -> list[tuple[float, int, int]]:
+        """Summed loss, right predictions, and predictions of each batch."""
+        return self._counts([self._live(adapter)], encoded, [batches], base_updates)[0]
+
+    def _live(self, adapter: Adapter) -> Live:
+        return live(adapter, Adapter({}, adapter.scale, {}), "", self.trainer.device)
+
+    def _counts(
+        self, lives: list[Live], encoded: Encoded, batches: list[list[np.ndarray]], updates: tuple[Adapter, ...]
+    ) -> list[list[tuple[float, int, int]]]:
+        """Of each adapter on its batches; the k-th of all that have so many are one pass.
+
+        What is kept of the test rows is kept in groups of its own, the same for whoever scores which of them; what is
+        kept of others is for training.
+        """
+        counts: list[list[tuple[float, int, int]]] = [[] for _ in lives]
+        if not lives:
+            return counts
+        trainer = self.trainer
+        with torch.inference_mode(), fused.mounted(trainer.frozen, lives, trainer.updated(updates)) as mounts:
+            prefixes: list[Prefix] = []
+            if encoded is trainer.test and (kept := trainer.kept.get(encoded)) is not None:
+                chunks = [self._chunks_of(own) for own in batches]
+                prefixes = fused.prefixes(trainer.frozen, kept, mounts, chunks, updates, trainer.device)
+            for at in range(max(map(len, batches))):
+                here = [n for n, own in enumerate(batches) if at < len(own)]
+                passed = [(mounts[n], batches[n][at]) for n in here]
+                begun = [prefixes[n] for n in here] if prefixes else []
+                outputs = fused.outputs(trainer.frozen, encoded, passed, mounts, trainer.device, begun)
+                for n, (logits, labels) in zip(here, outputs, strict=True):
+                    counts[n].append(tasks.counts(logits, labels))
+        return counts
+
+    @cached_property
+    def _test_chunks(self) -> tuple[list[np.ndarray], np.ndarray]:
+        """The test rows in groups, and the group of each."""
+        test = self.trainer.test
+        chunks = list(tasks.by_length(test, np.arange(len(test)), EVALUATION_BATCH))
+        owner = np.empty(len(test), np.int64)
+        for at, rows in enumerate(chunks):
+            owner[rows] = at
+        return chunks, owner
+
+    def _chunks_of(self, batches: list[np.ndarray]) -> list[np.ndarray]:
+        """The groups of test rows in which these are."""
+        chunks, owner = self._test_chunks
+        return [chunks[at] for at in np.unique(owner[np.concatenate(batches)])] if batches else []
+
+
+def scores(counts: Iterable[tuple[float, int, int]], rows: int) -> dict[str, float]:
+    """Loss and accuracy from the counts of all batches, in their order."""
+    losses, rights, knowns = zip((0.0, 0, 0), *counts, strict=True)
+    if not sum(knowns):
+        raise TrainingError("no rows to evaluate on")
+    return {"loss": sum(losses) / sum(knowns), "accuracy": sum(rights) / sum(knowns), "rows": float(rows)}
+
+
+def majority(labels: np.ndarray) -> float:
+    """The share of the most frequent class."""
+    return float(np.bincount(labels).max() / len(labels))

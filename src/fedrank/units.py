@@ -1,0 +1,47 @@
+"""Numbers for people: shares, bytes, seconds, joules."""
+
+
+def share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def size(count: int | float) -> str:
+    """Bytes for people: 1.5 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds for people: 2.5 min."""
+    if seconds is None:
+        return "–"
+    for unit, length in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return scaled(1e6 * seconds, "µs", "ms", "s")
+
+
+def scaled(value: float | int, *units: str) -> str:
+    """Two or three digits in the largest unit that is not above the value, each a thousand times the one before."""
+    for unit in units:
+        if value < 999.5 or unit == units[-1]:
+            return f"{value:.1f} {unit}" if 0 < value < 9.95 else f"{value:.0f} {unit}"
+        value /= 1000
+    raise AssertionError
+
+
+def energy(joules: float) -> str:
+    """Joules for people: 1.5 kJ."""
+    return scaled(1000 * joules, "mJ", "J", "kJ", "MJ", "GJ")
+
+
+def memory(count: float | int) -> str:
+    """Bytes for people, shorter: 226 MB."""
+    return scaled(count, "B", "kB", "MB", "GB", "TB")
