@@ -6,10 +6,11 @@ Rounds of 1,000 clients on the tiny encoder, their rows made when they are drawn
 runs of all sizes take turns round by round, in another order every time, and are compared within a turn: what slows the
 machine for minutes slows all of them. What is measured is kept: killed, it goes on where it was. The methods: fedsa_lora,
 whose clients keep their B on disk; legend, which gives each client a depth by what its rounds took; and legend with all
-the depth that a device has the memory for, so that those who come back do the same work as those who are new. Then the time in which every method draws and plans a round of 1,000 of a million devices for a model of
-MiniLM's size. Server and clients are one process here, so its memory is an upper bound of the server's. Linux only:
-memory is read from /proc; of it, `pss_mib` hangs on what else runs, since libraries are shared. Seconds per client are
-given by the wall and of the processor.
+the depth that a device has the memory for, so that clients that come back do the same work as new ones. Then the time in
+which every method draws and plans a round of 1,000 of a million devices for a model of MiniLM's size. Server and clients
+are one process here, so its memory is an upper bound of the server's. Linux only: memory is read from /proc; of it,
+`pss_mib` hangs on what else runs, since libraries are shared. Seconds per client are given by the wall and of the
+processor.
 """
 
 import argparse
