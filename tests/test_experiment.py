@@ -160,10 +160,10 @@ def test_the_ledger_counts_frames(texts: Path, tmp_path: Path, monkeypatch: pyte
 def test_personal_accuracy_is_the_plain_mean_over_clients_with_enough_rows(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedrank.training import local
+    from fedrank.training.scoring import Scorer
 
     scored: list[tuple[int, float]] = []
-    whole = local.Trainer.evaluate
+    whole = Scorer.evaluate
 
     def spy(self: Any, adapter: Any, encoded: Any, rows: Any, base: Any) -> dict[str, float]:
         found = whole(self, adapter, encoded, rows, base)
@@ -171,7 +171,7 @@ def test_personal_accuracy_is_the_plain_mean_over_clients_with_enough_rows(
             scored.append((len(rows), found["accuracy"]))
         return found
 
-    monkeypatch.setattr(local.Trainer, "evaluate", spy)
+    monkeypatch.setattr(Scorer, "evaluate", spy)
     options = ("data.partition={kind: dirichlet, alpha: 0.2}", "rounds.count=1", "clients.count=6", "rounds.cohort=6")
     run = fedrank.run(settings(texts, *options), out=tmp_path / "run")
     facts = json.loads((run.path / "data.json").read_text())["partition"]["clients"]

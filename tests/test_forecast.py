@@ -25,6 +25,7 @@ from fedrank.parts import prepare
 from fedrank.protocol import Device, Job, Passes, Plan, State, Update
 from fedrank.server import BYTES
 from fedrank.training import local, models, workload
+from fedrank.training.scoring import Scorer
 
 FLEET = "engine.fleet={devices: {jetson-tx2: 1, phone: 1, gpu-server: 2}, jitter: 0.3, redraw: 2}"
 COUNTS = ("clients_ok", "clients_failed", "clients_out", "components", "modules_alive", *BYTES)
@@ -256,8 +257,8 @@ def test_a_person_reads_it_in_80_columns(config: Path, monkeypatch: pytest.Monke
 def test_nothing_is_trained_evaluated_or_left_behind(
     config: Path, hard: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("fit", "evaluate"):
-        monkeypatch.setattr(local.Trainer, name, lambda *args, **more: pytest.fail("a forecast trains nothing"))
+    for what, name in ((local.Trainer, "fit"), (Scorer, "evaluate"), (Scorer, "counts")):
+        monkeypatch.setattr(what, name, lambda *args, **more: pytest.fail("a forecast trains nothing"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     told(config, *hard, "method.name=flora")
