@@ -111,6 +111,18 @@ def test_listing_the_methods_needs_no_torch() -> None:
     assert "fedara" in found.stdout
 
 
+@pytest.mark.parametrize("command", ["run", "cost", "profile"])
+def test_a_mistyped_key_waits_for_no_torch(command: str) -> None:
+    code = (
+        "import atexit, sys; from fedrank.cli import app\n"
+        "atexit.register(lambda: print('torch' in sys.modules))\n"
+        f"sys.argv[1:] = ['{command}', 'quickstart', 'rounds.cuont=3']; app()"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert (found.returncode, found.stdout) == (2, "False\n")
+    assert "did you mean 'rounds.count'?" in found.stderr
+
+
 # ---- help
 
 

@@ -192,7 +192,7 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
 
     def evaluate(adapter: Adapter, base: tuple[Adapter, ...]) -> Mapping[str, float]:
         """On all test rows, in parts; the counts are added in one order, whoever made them."""
-        batches = list(tasks.by_length(test, np.arange(len(test)), scoring.EVALUATION_BATCH))
+        batches = scorer.test_batches
         shares = 4 * workers.count
         found: list[Any] = [None] * len(batches)
         for at, part in enumerate(counted((adapter, base, batches[at::shares]) for at in range(shares))):

@@ -74,7 +74,7 @@ class Scorer:
         with torch.inference_mode(), fused.mounted(trainer.frozen, lives, trainer.updated(updates)) as mounts:
             prefixes: list[Prefix] = []
             if encoded is trainer.test and (kept := trainer.kept.get(encoded)) is not None:
-                chunks = [self._chunks_of(own) for own in batches]
+                chunks = [self._groups_of(own) for own in batches]
                 prefixes = fused.prefixes(trainer.frozen, kept, mounts, chunks, updates, trainer.device)
             for at in range(max(map(len, batches))):
                 here = [n for n, own in enumerate(batches) if at < len(own)]
@@ -86,19 +86,22 @@ class Scorer:
         return counts
 
     @cached_property
-    def _test_chunks(self) -> tuple[list[np.ndarray], np.ndarray]:
-        """The test rows in groups, and the group of each."""
+    def test_batches(self) -> list[np.ndarray]:
+        """All test rows, in groups of like length."""
         test = self.trainer.test
-        chunks = list(tasks.by_length(test, np.arange(len(test)), EVALUATION_BATCH))
-        owner = np.empty(len(test), np.int64)
-        for at, rows in enumerate(chunks):
-            owner[rows] = at
-        return chunks, owner
+        return list(tasks.by_length(test, np.arange(len(test)), EVALUATION_BATCH))
 
-    def _chunks_of(self, batches: list[np.ndarray]) -> list[np.ndarray]:
+    @cached_property
+    def _owner(self) -> np.ndarray:
+        """(rows,): the group of each test row."""
+        owner = np.empty(len(self.trainer.test), np.int64)
+        for at, rows in enumerate(self.test_batches):
+            owner[rows] = at
+        return owner
+
+    def _groups_of(self, batches: list[np.ndarray]) -> list[np.ndarray]:
         """The groups of test rows in which these are."""
-        chunks, owner = self._test_chunks
-        return [chunks[at] for at in np.unique(owner[np.concatenate(batches)])] if batches else []
+        return [self.test_batches[at] for at in np.unique(self._owner[np.concatenate(batches)])] if batches else []
 
 
 def scores(counts: Iterable[tuple[float, int, int]], rows: int) -> dict[str, float]:
