@@ -17,7 +17,7 @@ from fedrank.methods import build, names
 from fedrank.products import Increment
 from fedrank.protocol import State
 from fedrank.store import Store, StoreError
-from fedrank.training import models
+from fedrank.training import models, tiny
 from fedrank.training.hooks import live, mounted
 
 SIZES = {"vocab_size": 260, "pad_token_id": 0}
@@ -38,8 +38,7 @@ def saved_model(kind: str, folder: Path, task: str) -> Path:
     settings = cls(**SIZES, **sizes, num_labels=4)
     auto = transformers.AutoModelForCausalLM if task == "generate" else transformers.AutoModelForSequenceClassification
     auto.from_config(settings).save_pretrained(folder)
-    tiny = config.load({"data": {"name": "docstrings"}, "task": task, "model": {"name": "tiny-decoder"}})
-    models._tokenizer(tiny, None).save_pretrained(folder)
+    tiny.tokenizer(task).save_pretrained(folder)
     return folder
 
 
@@ -126,8 +125,7 @@ def test_layers_that_the_checkpoint_lacks_are_exported(tmp_path: Path) -> None:
     folder = tmp_path / "bare"
     sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "vocab_size": 260}
     transformers.DistilBertModel(transformers.DistilBertConfig(**sizes, pad_token_id=0)).save_pretrained(folder)
-    tiny = config.load({"data": {"name": "docstrings"}})
-    models._tokenizer(tiny, None).save_pretrained(folder)
+    tiny.tokenizer("classify").save_pretrained(folder)
     data = tmp_path / "rows.jsonl"
     rows = [{"text": f"{word} {i}", "label": word} for i in range(12) for word in ("red", "green")]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))

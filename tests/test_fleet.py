@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedrank import fleet
+from fedrank import devices, fleet
 from fedrank.config import ConfigError, FleetSettings
-from fedrank.fleet import MODES, PRESETS, Fleet, build, shares
+from fedrank.devices import MODES, PRESETS
+from fedrank.fleet import Fleet, build, shares
 from fedrank.protocol import Device
 
 CLIENTS = {f"c{at}": 10 + at for at in range(100)}
@@ -34,7 +35,7 @@ def test_every_kind_that_was_asked_for_is_there():
         assert 0 < device.idle_watts < device.busy_watts
         assert min(device.memory_bytes, device.up_bytes_per_second) > 0
         assert device.up_bytes_per_second <= device.down_bytes_per_second
-        assert f"- {kind}: " in str(fleet.__doc__)
+        assert f"- {kind}: " in str(devices.__doc__)
 
 
 def test_published_figures():

@@ -23,7 +23,7 @@ FLOORS = [
     {"adapter", "roster", "together", "trace"},
     {"protocol"},
     {"aggregation", "exactness", "levels", "optimizer", "products", "selection"}
-    | {"cost", "fleet", "frame", "increments", "layout", "wire", "config", "store", "ledger"},
+    | {"cost", "devices", "fleet", "frame", "increments", "layout", "wire", "config", "store", "ledger"},
     {"training"},
     {"methods"},
     {"client"},

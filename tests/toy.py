@@ -23,8 +23,9 @@ from fedrank.adapter import Adapter, Block
 from fedrank.client import Site
 from fedrank.config import Config, Local, Rounds
 from fedrank.cost import Cost, most_up, predict
+from fedrank.devices import Mode
 from fedrank.engines import local as engine
-from fedrank.fleet import Fleet, Mode
+from fedrank.fleet import Fleet
 from fedrank.frame import CHECKSUM, pack
 from fedrank.protocol import Device, Job, Load, ModelSpec, Module, Plan, State, Total, Update, rng
 from fedrank.server import Event, Server

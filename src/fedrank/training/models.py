@@ -13,14 +13,13 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 from fedrank import config
 from fedrank.protocol import ModelSpec, Module, rng
-from fedrank.training import flow
+from fedrank.training import flow, tiny
 from fedrank.training.packing import Packed
 
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"  # the same files, where there is a hub
@@ -139,7 +138,7 @@ def _seeded(seed: int, *address: str) -> Iterator[None]:
 
 def _location(name: str) -> Path | str | None:
     """Where the files are: None for the tiny models, a folder, or a hub name."""
-    if name in ("tiny-encoder", "tiny-decoder"):
+    if name in tiny.NAMES:
         return None
     if name == "minilm":
         return minilm()
@@ -171,7 +170,9 @@ def _build(settings: config.Config, location: Path | str | None, classes: int) -
     # safetensors only: the other format of weights on the hub is pickle
     trust = {"trust_remote_code": settings.model.trust_remote_code, "use_safetensors": True}
     if location is None:
-        base = _tiny(name, task, classes)
+        if name == "tiny-encoder" and task == "generate":
+            raise ModelError("model.name=tiny-encoder cannot generate; use tiny-decoder")
+        base = tiny.network(name, task, classes)
         if settings.model.pooling == "mean" and task == "classify":
             backbone = transformers.AutoModel.from_config(base.config)
             return MeanPooled(backbone, classes), backbone, "mean", set()
@@ -196,45 +197,17 @@ def _build(settings: config.Config, location: Path | str | None, classes: int) -
         raise ModelError(f"model.name={name}: {' '.join(str(error).split())[:400]}") from None
 
 
-def _tiny(name: str, task: str, classes: int) -> Any:
-    if name == "tiny-encoder":
-        if task == "generate":
-            raise ModelError("model.name=tiny-encoder cannot generate; use tiny-decoder")
-        bert = transformers.BertConfig(
-            vocab_size=260, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64,
-            max_position_embeddings=256, num_labels=classes, pad_token_id=0,
-        )  # fmt: skip
-        return transformers.BertForSequenceClassification(bert)
-    llama = transformers.LlamaConfig(
-        vocab_size=260, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
-        intermediate_size=64, max_position_embeddings=256, num_labels=classes, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return (transformers.LlamaForCausalLM if task == "generate" else transformers.LlamaForSequenceClassification)(llama)
-
-
 def _tokenizer(settings: config.Config, location: Path | str | None) -> Any:
-    if location is not None:
-        try:
-            found = transformers.AutoTokenizer.from_pretrained(
-                location, trust_remote_code=settings.model.trust_remote_code
-            )
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"model.name={settings.model.name}: tokenizer: {' '.join(str(error).split())[:400]}"
-            ) from None
-        if len(found) <= len(found.all_special_ids):  # what transformers makes up where the files are missing
-            raise ModelError(f"model.name={settings.model.name}: tokenizer: no vocabulary in its files")
-        return found
-    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
-    vocabulary = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    raw = Tokenizer(models.BPE(vocabulary, [], unk_token="[UNK]"))  # bytes: no file, any text
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    if settings.task == "classify":
-        raw.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="[PAD]", bos_token="[CLS]", eos_token="[SEP]", unk_token="[UNK]",
-        cls_token="[CLS]", sep_token="[SEP]",
-    )  # fmt: skip
+    if location is None:
+        return tiny.tokenizer(settings.task)
+    trust, where = settings.model.trust_remote_code, f"model.name={settings.model.name}: tokenizer"
+    try:
+        found = transformers.AutoTokenizer.from_pretrained(location, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{where}: {' '.join(str(error).split())[:400]}") from None
+    if len(found) <= len(found.all_special_ids):  # what transformers makes up where the files are missing
+        raise ModelError(f"{where}: no vocabulary in its files")
+    return found
 
 
 def _pooling(asked: str, location: Path | str) -> str:
