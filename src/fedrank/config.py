@@ -20,7 +20,8 @@ class ConfigError(ValueError):
     """A config that cannot be used: which key, what is wrong with it, what would be right."""
 
 
-OWN_MODELS = ("tiny-encoder", "tiny-decoder", "minilm")
+TINY_MODELS = ("tiny-encoder", "tiny-decoder")
+OWN_MODELS = (*TINY_MODELS, "minilm")
 
 
 class Model(BaseModel, extra="forbid", frozen=True):

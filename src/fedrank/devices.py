@@ -1,4 +1,4 @@
-"""Device presets with published figures, and their power modes.
+"""Device presets and their power modes: by published figures where there are any.
 
 Rates. A preset's compute rate is its peak in float32 times one utilisation, 0.3: no device trains at its peak. Of
 published figures, large-model training used 21 % (GPT-3), 30 % (MT-NLG), 33 % (Gopher) and 46 % (PaLM) of its

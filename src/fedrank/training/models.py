@@ -138,7 +138,7 @@ def _seeded(seed: int, *address: str) -> Iterator[None]:
 
 def _location(name: str) -> Path | str | None:
     """Where the files are: None for the tiny models, a folder, or a hub name."""
-    if name in tiny.NAMES:
+    if name in config.TINY_MODELS:
         return None
     if name == "minilm":
         return minilm()

@@ -74,8 +74,8 @@ class Scorer:
         with torch.inference_mode(), fused.mounted(trainer.frozen, lives, trainer.updated(updates)) as mounts:
             prefixes: list[Prefix] = []
             if encoded is trainer.test and (kept := trainer.kept.get(encoded)) is not None:
-                chunks = [self._groups_of(own) for own in batches]
-                prefixes = fused.prefixes(trainer.frozen, kept, mounts, chunks, updates, trainer.device)
+                groups = [self._groups_of(own) for own in batches]
+                prefixes = fused.prefixes(trainer.frozen, kept, mounts, groups, updates, trainer.device)
             for at in range(max(map(len, batches))):
                 here = [n for n, own in enumerate(batches) if at < len(own)]
                 passed = [(mounts[n], batches[n][at]) for n in here]

@@ -1,15 +1,13 @@
-"""Models small enough for tests and first steps, made from the config's seed, and their tokenizer of single bytes: no files."""
+"""Models small enough for tests and first steps, drawn at random, and their tokenizer of single bytes: no files."""
 
 from typing import Any
 
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-NAMES = ("tiny-encoder", "tiny-decoder")
-
 
 def network(name: str, task: str, classes: int) -> Any:
-    """Three blocks of width 32 with torch's present generator: an encoder (to classify), or a decoder (either task)."""
+    """tiny-encoder, which only classifies, or tiny-decoder: three blocks of width 32, drawn by torch's present generator."""
     if name == "tiny-encoder":
         bert = transformers.BertConfig(
             vocab_size=260, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64,
