@@ -257,6 +257,7 @@ def test_baselines(config: Path, fed: Fed, tmp_path: Path, monkeypatch: pytest.M
         ("method={name: fedara, score: best}", ("method.score: ", "got 'best'")),
         ("data.path=nowhere", ("nowhere: no such file or folder",)),
         ("model.name=./nowhere", ("model.name: no folder './nowhere'",)),
+        ("model.name=tiny-encodr", ("model.name=tiny-encodr: ", "did you mean 'tiny-encoder'?")),
         ("adapter.targets=[quary]", ("adapter.targets: ", "did you mean 'query'?")),
         ("data.partition={kind: pathological, classes_per_client: 9}", ("pathological: ", "classes_per_client")),
         ("data.columns.text=sentence", ("train.jsonl:1", "no column 'sentence'", "set data.columns.text")),

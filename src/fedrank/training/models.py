@@ -194,7 +194,8 @@ def _build(settings: config.Config, location: Path | str | None, classes: int) -
         )  # a head of other classes is drawn anew
         return Logits(base), base, "cls", set(found["missing_keys"])
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"model.name={name}: {' '.join(str(error).split())[:400]}") from None
+        near = config.hint(name, config.OWN_MODELS)
+        raise ModelError(f"model.name={name}: {' '.join(str(error).split())[:400].rstrip('.')}{near}") from None
 
 
 def _tokenizer(settings: config.Config, location: Path | str | None) -> Any:
