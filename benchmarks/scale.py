@@ -99,6 +99,8 @@ def play(method: str, clients: int) -> dict[str, Any]:
                     found |= {"start_seconds": time.perf_counter() - clock, "at_start": memory()}
                 if event["event"] == "round":
                     assert event["clients_ok"] == COHORT, event
+                    if "mean_depth" in event:
+                        found.setdefault("mean_depth_of_rounds", []).append(event["mean_depth"])
                     held.append(memory())
                     took.append(time.perf_counter() - clock)
                     work.append(time.process_time() - cpu)

@@ -333,6 +333,15 @@ def test_an_empty_folder_is_named(tmp_path):
         tiny(str(tmp_path))
 
 
+def test_only_a_hub_name_may_be_a_slip_of_the_pen(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=r"; did you mean 'minilm'\?"):
+        tiny("minilm2")
+    Path("minilm2").mkdir()
+    with pytest.raises(ModelError, match=r"model\.name=minilm2: (?!.*did you mean)"):
+        tiny("minilm2")
+
+
 @pytest.mark.parametrize("task", ["classify", "generate"])
 def test_an_unknown_hub_name_is_named(task):
     with pytest.raises(ModelError, match=r"model\.name=nobody/has-this-one: "):

@@ -194,8 +194,14 @@ def _build(settings: config.Config, location: Path | str | None, classes: int) -
         )  # a head of other classes is drawn anew
         return Logits(base), base, "cls", set(found["missing_keys"])
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        near = config.hint(name, config.OWN_MODELS)
-        raise ModelError(f"model.name={name}: {' '.join(str(error).split())[:400].rstrip('.')}{near}") from None
+        # a folder's name is no slip of the pen
+        near = config.hint(name, config.OWN_MODELS) if isinstance(location, str) else ""
+        raise ModelError(f"model.name={name}: {_said(error)}{near}") from None
+
+
+def _said(error: Exception) -> str:
+    """A library's words on one line, at most 400 characters, open for more."""
+    return " ".join(str(error).split())[:400].rstrip(".")
 
 
 def _tokenizer(settings: config.Config, location: Path | str | None) -> Any:
@@ -205,7 +211,7 @@ def _tokenizer(settings: config.Config, location: Path | str | None) -> Any:
     try:
         found = transformers.AutoTokenizer.from_pretrained(location, trust_remote_code=trust)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{where}: {' '.join(str(error).split())[:400]}") from None
+        raise ModelError(f"{where}: {_said(error)}") from None
     if len(found) <= len(found.all_special_ids):  # what transformers makes up where the files are missing
         raise ModelError(f"{where}: no vocabulary in its files")
     return found
