@@ -340,35 +340,44 @@ def prompts(model: models.Model, max_length: int = 32) -> tasks.Encoded:
     return tasks.encode(rows, model.tokenizer, "generate", max_length)
 
 
-def test_only_the_completion_and_its_end_have_labels(decoder):
+def test_only_the_completion_and_its_end_are_predicted(decoder):
     encoded, end = prompts(decoder), decoder.tokenizer.eos_token_id
     inputs, labels = encoded.batch(np.arange(2), "cpu")
     assert encoded.lengths.tolist() == [6 + 3, 8 + 5]
-    assert labels[0].tolist() == [tasks.IGNORED] * 6 + inputs["input_ids"][0, 6:9].tolist() + [tasks.IGNORED] * 4
-    assert labels[1, 8:].tolist() == inputs["input_ids"][1, 8:].tolist()
-    assert labels[1, -1] == end
+    assert encoded.predictions.tolist() == [3, 5]
+    ids = inputs["input_ids"]
+    assert labels.tolist() == ids[0, 6:9].tolist() + ids[1, 8:].tolist()
+    assert inputs["at"].tolist() == [5, 6, 7, *(13 + at for at in range(7, 12))]  # each after the token before it
+    assert labels[[2, -1]].tolist() == [end, end]
     assert inputs["attention_mask"][0].tolist() == [1] * 9 + [0] * 4
+
+
+def test_a_row_s_first_token_is_never_predicted():
+    """Packed, the one before it would be another row's."""
+    ids = np.arange(6, dtype=np.int32)
+    encoded = tasks.Encoded({"input_ids": ids}, np.array([0, 2, 6]), ids, {"input_ids": 0})
+    assert encoded.predictions.tolist() == [1, 3]
+    for inputs, labels in (encoded.batch(np.arange(2), "cpu"), encoded.packed(np.arange(2), [2], 0, "cpu")):
+        assert labels.tolist() == [1, 3, 4, 5]
+        assert inputs["input_ids"].flatten()[inputs["at"] + 1].tolist() == labels.tolist()
 
 
 def test_the_loss_is_of_the_completions_tokens_only(decoder):
     inputs, labels = prompts(decoder).batch(np.arange(2), "cpu")
-    logits = decoder.network(**inputs)
-    found = tasks.loss(logits, labels)
-    terms = [
-        -torch.log_softmax(logits[row, at - 1].double(), 0)[labels[row, at]]
-        for row in range(2) for at in range(labels.shape[1]) if labels[row, at] != tasks.IGNORED
-    ]  # fmt: skip
-    assert len(terms) == 3 + 5
-    assert float(found) == pytest.approx(float(torch.stack(terms).mean()), rel=1e-5)
+    at = inputs.pop("at").tolist()
+    everywhere = torch.log_softmax(decoder.network(**inputs).flatten(0, 1).double(), -1)
+    terms = [-everywhere[place, label] for place, label in zip(at, labels.tolist(), strict=True)]
+    logits = decoder.network(**inputs, at=torch.tensor(at))
+    assert logits.shape == (3 + 5, 260)
+    assert float(tasks.loss(logits, labels)) == pytest.approx(float(torch.stack(terms).mean()), rel=1e-5)
     total, right, known = tasks.counts(logits, labels)
     assert (known, total) == (8, pytest.approx(float(torch.stack(terms).sum()), rel=1e-5))
-    assert 0 <= right <= known
+    assert right == sum(int(everywhere[place].argmax()) == label for place, label in zip(at, labels.tolist(), strict=True))
 
 
-def test_right_predictions_are_counted_one_place_on():
-    labels = torch.tensor([[tasks.IGNORED, 1, 2, tasks.IGNORED]])
-    logits = torch.nn.functional.one_hot(torch.tensor([[1, 0, 3, 3]]), 4).float()
-    assert tasks.counts(logits, labels)[1:] == (1, 2)  # after place 0 comes 1; after place 1 comes 2, said was 0
+def test_right_predictions_are_counted():
+    logits = torch.nn.functional.one_hot(torch.tensor([1, 0, 3]), 4).float()
+    assert tasks.counts(logits, torch.tensor([1, 2, 3]))[1:] == (2, 3)
 
 
 @pytest.mark.parametrize("max_length", [4, 6, 9])

@@ -64,7 +64,8 @@ def test_the_tiny_decoder_generates_and_has_no_head():
     model = tiny("tiny-decoder", task="generate")
     rows = Rows(["say a"], completion=["aa"])
     inputs, _ = tasks.encode(rows, model.tokenizer, "generate", 16).batch(np.arange(1), "cpu")
-    assert model.network(**inputs).shape == (1, 5 + 3, 260)
+    assert model.network(**inputs).shape == (3, 260)  # of the completion's tokens and its end
+    assert model.network(input_ids=inputs["input_ids"]).shape == (1, 5 + 3, 260)
     assert model.heads == {}
     assert model.spec.dense == {}
 

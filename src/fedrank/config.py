@@ -39,6 +39,30 @@ class Columns(BaseModel, extra="forbid", frozen=True):
     client: str = "client"
     prompt: str = "prompt"
     completion: str = "completion"
+    instruction: str = "instruction"
+    input: str = "input"
+    output: str = "output"
+    messages: str = "messages"
+    choices: str = "choices"
+    answer: str = "answer"
+
+
+class Instructions(BaseModel, extra="forbid", frozen=True):
+    """How rows of task generate become prompts. format: by their columns where auto.
+
+    template: chat, the tokenizer's own; plain, the text as it is (alpaca: under its headings); auto: chat for messages.
+    separator: between a plain prompt and its completion.
+    """
+
+    format: Literal["auto", "completion", "alpaca", "messages", "choices"] = "auto"
+    template: Literal["auto", "plain", "chat"] = "auto"
+    separator: str = ""
+
+    @model_validator(mode="after")
+    def _chats(self) -> "Instructions":
+        if (self.format, self.template) == ("messages", "plain"):
+            raise ValueError("template: messages are written by the tokenizer's chat template; use chat or auto")
+        return self
 
 
 class Partition(BaseModel, extra="forbid", frozen=True):
@@ -63,6 +87,7 @@ class Data(BaseModel, extra="forbid", frozen=True):
     test_limit: Positive | None = None
     split: Literal["test", "validation"] = "test"
     columns: Columns = Columns()
+    instructions: Instructions = Instructions()
     partition: Partition = Partition()
 
 

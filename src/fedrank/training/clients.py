@@ -71,7 +71,7 @@ def own(config: Config, data: ClientData, encode: Encode) -> Population:
     columns, ids = config.data.columns.model_dump(), {label: at for at, label in enumerate(data.labels)}
 
     def read(place: str, records: Iterable[Mapping[str, Any]]) -> Rows:
-        rows, written = collect(place, numbered(place, records), config.task, columns)
+        rows, written = collect(place, numbered(place, records), config.task, columns, config.data.instructions)
         label = None if config.task == "generate" else np.array([label_id(one, ids) for one in written], np.int64)
         return replace(rows, label=label, client=None)
 

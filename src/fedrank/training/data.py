@@ -4,17 +4,20 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fedrank.config import Clients, Config
+from fedrank.config import Clients, Config, Instructions
 from fedrank.protocol import rng
 from fedrank.training import docstrings
+from fedrank.training.instructions import Example, Reader, Turn, opening, shape
 from fedrank.training.sources import DataError, Record, Source, from_hub, from_path, nearest
 
 BUILT_IN = "docstrings"
+AS_THEY_ARE = Instructions()
 HELD_OUT = 0.2  # the share of rows that becomes the test, where a set has none
 
 Written = tuple[str, int | str]  # where a label stands, the label as written
@@ -22,19 +25,26 @@ Written = tuple[str, int | str]  # where a label stands, the label as written
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Parallel columns, one entry a row; in task generate ``text`` is the prompt. label: (rows,) int64."""
+    """Parallel columns, one entry a row. label: (rows,) int64.
+
+    In task generate ``text`` is the prompt; turns: what was said before the completion, where a chat template writes it.
+    choices: of which the completion is one, answer: (rows,) int64, its place among them.
+    """
 
     text: list[str]
     text_b: list[str] | None = None
     label: np.ndarray | None = None
     client: list[str] | None = None
     completion: list[str] | None = None
+    turns: list[tuple[Turn, ...]] | None = None
+    choices: list[tuple[str, ...]] | None = None
+    answer: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.text)
 
     def take(self, index: np.ndarray) -> "Rows":
-        def column(values: list[str] | None) -> list[str] | None:
+        def column(values: list[Any] | None) -> list[Any] | None:
             return None if values is None else [values[i] for i in index]
 
         return Rows(
@@ -43,12 +53,22 @@ class Rows:
             label=None if self.label is None else self.label[index],
             client=column(self.client),
             completion=column(self.completion),
+            turns=column(self.turns),
+            choices=column(self.choices),
+            answer=None if self.answer is None else self.answer[index],
         )
 
     def digest(self) -> str:
         label = None if self.label is None else self.label.tolist()
-        contents = json.dumps([self.text, self.text_b, label, self.client, self.completion])
-        return hashlib.sha256(contents.encode()).hexdigest()
+        contents = [self.text, self.text_b, label, self.client, self.completion]
+        contents += [part for part in (self.turns, self.choices) if part is not None]
+        return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+
+    @cached_property
+    def group(self) -> np.ndarray:
+        """(rows,): a number for each prompt, or whole conversation: rows that must not be split between train and test."""
+        keys = self.text if self.turns is None else [json.dumps(opening(turns)) for turns in self.turns]
+        return np.unique(keys, return_inverse=True)[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +126,7 @@ def load(
     columns: Mapping[str, str],
     train_limit: int | None,
     seed: int,
+    form: Instructions = AS_THEY_ARE,
 ) -> Dataset:
     """The dataset at ``path``, or the one called ``name``: docstrings, or a Hugging Face "name[:config]"."""
     if (name is None) == (path is None):
@@ -114,7 +135,7 @@ def load(
         dataset = built_in(task)
     else:
         source = from_hub(name, columns) if name is not None else from_path(Path(str(path)))
-        dataset = assemble(source, task, columns, seed)
+        dataset = assemble(source, task, columns, seed, form)
     return replace(dataset, train=limit(dataset.train, train_limit, seed, "train"))
 
 
@@ -122,7 +143,7 @@ def configured(settings: Config) -> Dataset:
     """The dataset that a config names, with the split it is scored on in the place of test."""
     d = settings.data
     columns = d.columns.model_dump()
-    dataset = load(d.name, d.path, settings.task, columns, d.train_limit, settings.seed)
+    dataset = load(d.name, d.path, settings.task, columns, d.train_limit, settings.seed, d.instructions)
     if d.split == "validation":
         dataset = validation(dataset, settings.seed)
     return replace(dataset, test=limit(dataset.test, d.test_limit, settings.seed, "test"))
@@ -166,8 +187,10 @@ def built_in(task: str) -> Dataset:
     return Dataset(BUILT_IN, rows.take(train), rows.take(test), None, docstrings.LABELS)
 
 
-def assemble(source: Source, task: str, columns: Mapping[str, str], seed: int) -> Dataset:
-    read = {split: collect(*place, task, columns) for split, place in source.splits.items()}
+def assemble(
+    source: Source, task: str, columns: Mapping[str, str], seed: int, form: Instructions = AS_THEY_ARE
+) -> Dataset:
+    read = {split: collect(*place, task, columns, form) for split, place in source.splits.items()}
     splits = {split: rows for split, (rows, _) in read.items()}
     labels: tuple[str, ...] = ()
     if task != "generate":
@@ -191,33 +214,66 @@ def cut(rows: Rows, name: str, seed: int) -> dict[str, Rows]:
     if rows.label is not None:
         train, test = stratified(rows.label, HELD_OUT, random)
     else:
-        prompts, prompt = np.unique(rows.text, return_inverse=True)
-        held_out = np.isin(prompt, stratified(np.zeros(len(prompts)), HELD_OUT, random)[1])
+        held_out = np.isin(rows.group, stratified(np.zeros(1 + rows.group.max()), HELD_OUT, random)[1])
         train, test = np.flatnonzero(~held_out), np.flatnonzero(held_out)
     if not len(train) or not len(test):
         raise DataError(f"{name}: {len(rows)} rows are too few to hold {HELD_OUT:g} out; give a folder")
     return {"train": rows.take(train), "test": rows.take(test)}
 
 
-def collect(place: str, records: Iterable[Record], task: str, columns: Mapping[str, str]) -> tuple[Rows, list[Written]]:
+def collect(
+    place: str, records: Iterable[Record], task: str, columns: Mapping[str, str], form: Instructions = AS_THEY_ARE
+) -> tuple[Rows, list[Written]]:
     """One split's rows, and their labels still as written. The first row decides on optional columns."""
-    generate = task == "generate"
-    keys = ["prompt", "completion"] if generate else ["text", "label"]
-    optional = ["client"] if generate else ["text_b", "client"]
+    if task == "generate":
+        return prompts(place, records, columns, form), []
+    keys = ["text", "label"]
     cells: dict[str, list[Any]] = {}
     places: list[str] = []
     for where, row in records:
         if not places:
-            keys += [key for key in optional if columns.get(key, key) in row or columns.get(key, key) != key]
+            keys += [key for key in ("text_b", "client") if there(row, key, columns)]
             cells = {key: [] for key in keys}
         places.append(where)
         for key, values in cells.items():
             values.append(cell(where, row, key, columns.get(key, key)))
     if not places:
         raise DataError(f"{place}:1: no rows; a split needs at least one")
-    text = cells["prompt" if generate else "text"]
-    rows = Rows(text, cells.get("text_b"), None, cells.get("client"), cells.get("completion"))
-    return rows, list(zip(places, cells.get("label", []), strict=False))
+    rows = Rows(cells["text"], cells.get("text_b"), None, cells.get("client"))
+    return rows, list(zip(places, cells["label"], strict=True))
+
+
+def there(row: Mapping[str, Any], key: str, columns: Mapping[str, str]) -> bool:
+    """Whether a first row has an optional column, or the config says that it should."""
+    return columns.get(key, key) in row or columns.get(key, key) != key
+
+
+def prompts(place: str, records: Iterable[Record], columns: Mapping[str, str], form: Instructions) -> Rows:
+    """One split's rows of task generate, all of the first one's shape."""
+    examples, clients, read = list[Example](), list[str](), None
+    for where, row in records:
+        if read is None:
+            kind, named = shape(where, row, columns, form.format), there(row, "client", columns)
+            if kind == "messages" and form.template == "plain":
+                raise DataError(
+                    f"{where}: messages are written by a chat template; data.instructions.template=chat or auto"
+                )
+            chat = form.template == "chat" or kind == "messages"
+            read = Reader(kind, columns, chat, form.separator)
+        before = len(examples)
+        examples += read(where, row)
+        if named:
+            clients += [cell(where, row, "client", columns.get("client", "client"))] * (len(examples) - before)
+    if read is None:
+        raise DataError(f"{place}:1: no rows; a split needs at least one")
+    texts, completions, turns, choices, answers = zip(
+        *((one.text, one.completion, one.turns, one.choices, one.answer) for one in examples), strict=True
+    )
+    chosen = read.kind == "choices"
+    return Rows(
+        list(texts), client=clients if named else None, completion=list(completions), turns=list(turns) if read.chat else None,
+        choices=list(choices) if chosen else None, answer=np.array(answers, np.int64) if chosen else None,
+    )  # fmt: skip
 
 
 def cell(where: str, row: Mapping[str, Any], key: str, column: str) -> Any:

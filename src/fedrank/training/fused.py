@@ -187,10 +187,8 @@ def outputs(
         rows, tokens = rows + count, tokens + taken
     with begun:
         logits, labels = frozen.logits(encoded, every, device, counts)
-    if encoded.generates and frozen.packs:
-        cuts = [(slice(None), mount.place.tokens) for mount, _ in steps]
-        return [(logits[cut], labels[cut]) for cut in cuts]
-    return [(logits[mount.place.rows], labels[mount.place.rows]) for mount, _ in steps]
+    own = [int(encoded.predictions[batch].sum()) for batch in batches] if encoded.generates else counts
+    return list(zip(torch.split(logits, own), torch.split(labels, own), strict=True))
 
 
 def _begun(

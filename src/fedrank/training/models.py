@@ -5,7 +5,7 @@ import importlib.metadata
 import importlib.util
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,16 +71,27 @@ class MeanPooled(nn.Module):
 
 
 class Logits(nn.Module):
-    """The model's own head, as a plain function to logits."""
+    """The model's own head, as a plain function to logits. at: after which of all tokens they are wanted; None: all."""
 
     def __init__(self, base: Any) -> None:
         super().__init__()
         self.base = base
 
-    def forward(self, packed: Packed | None = None, **batch: Tensor) -> Tensor:
-        """packed: where the rows are, which here only attention has to know."""
-        logits: Tensor = self.base(**batch).logits
+    def forward(self, packed: Packed | None = None, at: Tensor | None = None, **batch: Tensor) -> Tensor:
+        """(..., vocabulary or classes). packed: where the rows are, which here only attention has to know."""
+        with nullcontext() if at is None else _only(self.base.get_output_embeddings(), at):
+            logits: Tensor = self.base(**batch).logits
         return logits
+
+
+@contextmanager
+def _only(head: nn.Module, at: Tensor) -> Iterator[None]:
+    """The head reads these of all tokens: over a vocabulary its product is too large to be made for those without a label."""
+    hook = head.register_forward_pre_hook(lambda _, inputs: inputs[0].flatten(0, -2)[at])
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def load(settings: config.Config, labels: tuple[str, ...]) -> Model:

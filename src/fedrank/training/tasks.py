@@ -1,7 +1,7 @@
 """Tasks: rows become token ids once, batches are padded to their longest row, logits become loss and counts."""
 
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn import functional
 
 from fedrank.training.data import Rows
+from fedrank.training.instructions import Turn
 from fedrank.training.packing import layout
+from fedrank.training.sources import DataError
 
 IGNORED = -100  # a position that has no label
 AT_ONCE = 1024  # rows that are tokenised
@@ -25,13 +28,15 @@ LABELS = "labels"  # of tokens
 class Encoded:
     """Tokenised rows, one after the other. fields: name -> (tokens,) ids; starts: (rows + 1,), where each row's begin.
 
-    labels: (rows,), a class each, or (tokens,), the next token's id or IGNORED. pad: name -> the id of padding.
+    labels: (rows,), a class each, or (tokens,), a completion's token as it is, IGNORED elsewhere. pad: name -> the id of
+    padding. cut: of how many rows `max_length` took a part of the prompt, and of how many one of the completion.
     """
 
     fields: Mapping[str, np.ndarray]
     starts: np.ndarray
     labels: np.ndarray
     pad: Mapping[str, int]
+    cut: tuple[int, int] = (0, 0)
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -44,8 +49,18 @@ class Encoded:
     def generates(self) -> bool:
         return len(self.labels) != len(self)
 
+    @cached_property
+    def predictions(self) -> np.ndarray:
+        """(rows,): how many tokens of each row are predicted."""
+        known = self.labels != IGNORED
+        known[self.starts[:-1]] = False  # nothing before them is of their row
+        return np.diff(np.concatenate([[0], np.cumsum(known)])[self.starts])
+
     def batch(self, rows: np.ndarray, device: str) -> tuple[dict[str, Tensor], Tensor]:
-        """These rows padded on the right to the longest of them, and their labels."""
+        """These rows padded on the right to the longest of them, and their labels.
+
+        Where they generate, `at` says after which of all tokens a label is predicted, row by row.
+        """
         lengths = self.lengths[rows, None]
         place = np.arange(int(lengths.max()))
         there, at = place < lengths, np.minimum(self.starts[rows, None] + place, self.starts[-1] - 1)
@@ -55,9 +70,9 @@ class Encoded:
 
         inputs = {name: padded(tokens, self.pad[name]) for name, tokens in self.fields.items()}
         inputs["attention_mask"] = torch.from_numpy(there.astype(np.int64)).to(device)
-        if self.generates:
-            return inputs, padded(self.labels, IGNORED)
-        return inputs, torch.from_numpy(self.labels[rows]).to(device)
+        if not self.generates:
+            return inputs, torch.from_numpy(self.labels[rows]).to(device)
+        return _predicting(inputs, np.where(there, self.labels[at], IGNORED), device)
 
     def packed(
         self, rows: np.ndarray, counts: Sequence[int], first: int, device: str
@@ -83,15 +98,27 @@ class Encoded:
             return inputs, torch.from_numpy(self.labels[rows]).to(device)
         labels = self.labels[token]
         labels[begins] = IGNORED  # nothing before them is of their row
-        return inputs, whole(labels, IGNORED)
+        spread = np.full((1, sum(sizes)), IGNORED, np.int64)
+        spread[0, at] = labels
+        return _predicting(inputs, spread, device)
+
+
+def _predicting(inputs: dict[str, Tensor], labels: np.ndarray, device: str) -> tuple[dict[str, Tensor], Tensor]:
+    """The inputs with the places whose logits are wanted, and the labels there. labels: (rows, tokens)."""
+    known = labels[:, 1:] != IGNORED
+    rows, places = np.nonzero(known)
+    at = torch.from_numpy(rows * labels.shape[1] + places).to(device)
+    return inputs | {"at": at}, torch.from_numpy(labels[:, 1:][known].astype(np.int64)).to(device)
 
 
 def encode(rows: Rows, tokenizer: Any, task: str, max_length: int) -> Encoded:
     """Tokenise rows for a task; texts are cut to `max_length` tokens, of a prompt the start goes first."""
     parts = (rows.take(np.arange(at, min(at + AT_ONCE, len(rows)))) for at in range(0, len(rows), AT_ONCE))
-    if task == "generate":
-        return _encoded((_prompts(part, tokenizer, max_length) for part in parts), tokenizer, None)
-    return _encoded((_texts(part, tokenizer, max_length) for part in parts), tokenizer, rows.label)
+    if task != "generate":
+        return _encoded((_texts(part, tokenizer, max_length) for part in parts), tokenizer, rows.label)
+    cut = Counter[str]()
+    found = _encoded((_prompts(part, tokenizer, max_length, cut) for part in parts), tokenizer, None)
+    return replace(found, cut=(cut["prompts"], cut["completions"]))
 
 
 def _texts(rows: Rows, tokenizer: Any, max_length: int) -> dict[str, list[list[int]]]:
@@ -99,18 +126,50 @@ def _texts(rows: Rows, tokenizer: Any, max_length: int) -> dict[str, list[list[i
     return {name: kept[name] for name in tokenizer.model_input_names if name in kept and name != "attention_mask"}
 
 
-def _prompts(rows: Rows, tokenizer: Any, max_length: int) -> dict[str, list[list[int]]]:
-    assert rows.completion is not None
+def _prompts(rows: Rows, tokenizer: Any, max_length: int, cut: Counter[str]) -> dict[str, list[list[int]]]:
     ids, labels = [], []
-    heads = tokenizer(rows.text, add_special_tokens=True)["input_ids"]
+    for head, tail in zip(*_tokens(rows, tokenizer), strict=True):
+        kept = tail[: max_length - 1]  # at least one token to predict it from
+        before = head[-(max_length - len(kept)) :]
+        cut.update(prompts=len(before) < len(head), completions=len(kept) < len(tail))
+        ids.append(before + kept)
+        labels.append([IGNORED] * len(before) + kept)
+    return {"input_ids": ids, LABELS: labels}
+
+
+def _tokens(rows: Rows, tokenizer: Any) -> tuple[list[list[int]], list[list[int]]]:
+    """Of each row, its prompt's tokens and its completion's with what ends it."""
+    assert rows.completion is not None
+    if rows.turns is not None:
+        if tokenizer.chat_template is None:
+            raise DataError(
+                "the model's tokenizer has no chat template, and data.instructions.template asks for one (auto does so for "
+                "messages): take a model that was made for chats, or rows of another shape as plain text"
+            )
+        pairs = [_chatted(*row, tokenizer) for row in zip(rows.turns, rows.completion, strict=True)]
+        heads, tails = (
+            tokenizer(list(texts), add_special_tokens=False)["input_ids"] for texts in zip(*pairs, strict=True)
+        )
+        return heads, tails
     tails = tokenizer(rows.completion, add_special_tokens=False)["input_ids"]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for head, tail in zip(heads, tails, strict=True):
-        tail = (tail + end)[: max_length - 1]  # at least one token to predict it from
-        head = head[-(max_length - len(tail)) :]
-        ids.append(head + tail)
-        labels.append([IGNORED] * len(head) + tail)
-    return {"input_ids": ids, LABELS: labels}
+    return tokenizer(rows.text, add_special_tokens=True)["input_ids"], [tail + end for tail in tails]
+
+
+def _chatted(turns: Sequence[Turn], completion: str, tokenizer: Any) -> tuple[str, str]:
+    """The prompt as the tokenizer's chat template writes it, and the completion with what ends the turn."""
+    messages = [{"role": role, "content": text} for role, text in turns]
+    try:
+        before = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": completion}], tokenize=False)
+    except (ValueError, TemplateError) as error:
+        raise DataError(f"the tokenizer's chat template: {' '.join(str(error).split())[:300]}") from None
+    if not whole.startswith(before):
+        raise DataError(
+            f"the tokenizer's chat template ends a prompt with {before[-60:]!r}, but does not begin the assistant's turn so; "
+            "it cannot be trained on"
+        )
+    return before, whole[len(before) :]
 
 
 def _encoded(parts: Iterable[dict[str, list[list[int]]]], tokenizer: Any, labels: np.ndarray | None) -> Encoded:
@@ -147,19 +206,13 @@ def joined(parts: Sequence[Encoded]) -> Encoded:
 
 def loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy over rows, or over the tokens of the completions."""
-    if labels.ndim == 2:
-        logits, labels = logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1)
-    return functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED)
+    return functional.cross_entropy(logits.float(), labels)
 
 
 def counts(logits: Tensor, labels: Tensor) -> tuple[float, int, int]:
     """Summed loss, right predictions, and predictions: of rows, or of completion tokens."""
-    if labels.ndim == 2:
-        logits, labels = logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1)
-    total = functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
-    known = labels != IGNORED
-    right = (logits.argmax(-1) == labels) & known
-    return float(total), int(right.sum()), int(known.sum())
+    total = functional.cross_entropy(logits.float(), labels, reduction="sum")
+    return float(total), int((logits.argmax(-1) == labels).sum()), len(labels)
 
 
 def shuffled(rows: np.ndarray, size: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
