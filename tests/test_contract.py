@@ -133,9 +133,9 @@ def played(method: Any, tmp_path_factory: pytest.TempPathFactory) -> SimpleNames
     predicts: dict[str, Adapter] = {}
 
     def note(site: client.Site) -> client.Site:
-        def evaluate(adapter: Adapter, base: tuple[Adapter, ...]) -> dict[str, float]:
+        def evaluate(adapter: Adapter, base: tuple[Adapter, ...], last: bool) -> dict[str, float]:
             predicts[site.device.id] = adapter
-            return site.evaluate(adapter, base)
+            return site.evaluate(adapter, base, last)
 
         return replace(site, evaluate=evaluate)
 

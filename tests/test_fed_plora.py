@@ -654,10 +654,10 @@ def test_whatever_a_client_trains_all_modules_are_evaluated(rest, tmp_path):
     seen: list[Adapter] = []
 
     def watch(site: Site) -> Site:
-        def evaluate(adapter: Adapter, base: tuple[Adapter, ...]) -> dict[str, float]:
+        def evaluate(adapter: Adapter, base: tuple[Adapter, ...], last: bool) -> dict[str, float]:
             assert not base
             seen.append(adapter)
-            return site.evaluate(adapter, base)
+            return site.evaluate(adapter, base, last)
 
         return replace(site, evaluate=evaluate)
 

@@ -372,7 +372,9 @@ def test_the_loss_is_of_the_completions_tokens_only(decoder):
     assert float(tasks.loss(logits, labels)) == pytest.approx(float(torch.stack(terms).mean()), rel=1e-5)
     total, right, known = tasks.counts(logits, labels)
     assert (known, total) == (8, pytest.approx(float(torch.stack(terms).sum()), rel=1e-5))
-    assert right == sum(int(everywhere[place].argmax()) == label for place, label in zip(at, labels.tolist(), strict=True))
+    assert right == sum(
+        int(everywhere[place].argmax()) == label for place, label in zip(at, labels.tolist(), strict=True)
+    )
 
 
 def test_right_predictions_are_counted():

@@ -282,12 +282,12 @@ def test_clients_predict_with_both_levels_and_the_server_scores_the_common_one(r
         found = FAST.adapt(job)
         assert toy.same(found, state.adapter.union(from_arrays(stored, state.adapter.scale)))
     row = run["events"]["round"][-1]
-    assert row["accuracy"] == f.server.evaluate(state.adapter, ())["accuracy"]
+    assert row["accuracy"] == f.server.evaluate(state.adapter, (), True)["accuracy"]
     assert row["personal_clients"] == 4
     own = []
     for name in toy.CLIENTS:
         private = from_arrays(private_of(run["stores"][3][name]), state.adapter.scale)
-        own.append(f.sites[name].evaluate(state.adapter.union(private), ())["accuracy"])
+        own.append(f.sites[name].evaluate(state.adapter.union(private), (), True)["accuracy"])
     assert row["personal_accuracy"] == pytest.approx(np.mean(own))
 
 

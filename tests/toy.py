@@ -215,7 +215,7 @@ def federation(
         bytes_up = most_up(spec, begin.adapter, plan, dtype).frame
         return predict(spec, begin.adapter, plan, load(name, round), machines.at(name, round), bytes_down, bytes_up)
 
-    def personal(rows: np.ndarray, adapter: Adapter, base: tuple[Adapter, ...]) -> dict[str, float]:
+    def personal(rows: np.ndarray, adapter: Adapter, base: tuple[Adapter, ...], last: bool) -> dict[str, float]:
         found = scorer.evaluate(adapter, test, rows, base)
         return {"accuracy": found["accuracy"], "loss": found["loss"], "rows": len(rows), "majority": 0.25}
 
@@ -230,7 +230,7 @@ def federation(
     devices = {name: site.device for name, site in sites.items()}
     carrier = carry(engine.Local(devices, sites.__getitem__, 0.0, seed))
 
-    def evaluate(adapter: Adapter, base: tuple[Adapter, ...]) -> dict[str, float]:
+    def evaluate(adapter: Adapter, base: tuple[Adapter, ...], last: bool) -> dict[str, float]:
         return scorer.evaluate(adapter, test, np.arange(len(test)), base)
 
     played = Rounds(count=rounds, cohort=cohort, evaluate_every=evaluate_every, exactness=exactness)

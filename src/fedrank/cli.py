@@ -204,6 +204,11 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
     # Loading bars and advice of the libraries below are not a run's output; they read this when they are imported.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for library in (
+        "torchao",
+        "torch.utils._pytree",
+    ):  # transformers imports it where it is installed; it warns of kernels
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 # ---- following a run

@@ -35,7 +35,8 @@ class DeviceError(RuntimeError):
 class Site:
     """All that a client brings: what it is, its method, its wire, its private store, and how it computes.
 
-    evaluate: adapter, base updates -> metrics on the client's own test rows; None where it has too few of them.
+    evaluate: adapter, base updates, and whether the run ends here -> metrics on the client's own test rows; None where it
+    has too few of them.
     session: entered for every frame, sets the worker's threads. cost: round, plan and bytes down -> what that round
     costs this client's device; None where no device is modelled. measured: its training is timed here instead.
     """
@@ -47,7 +48,7 @@ class Site:
     local: Any
     seed: int
     fit: Fit
-    evaluate: Callable[[Adapter, tuple[Adapter, ...]], dict[str, float]] | None
+    evaluate: Callable[[Adapter, tuple[Adapter, ...], bool], dict[str, float]] | None
     session: Callable[[], AbstractContextManager[None]]
     cost: Callable[[int, Plan, int], Cost] | None = None
     measured: bool = False
@@ -123,7 +124,8 @@ def _evaluate(request: Request, site: Site) -> dict[str, float]:
         return {"rows": 0.0}
     job = _job(request, site, _load(request, site))
     adapt = getattr(site.method, "adapt", None)
-    return site.evaluate(job.adapter if adapt is None else adapt(job), job.base_updates)
+    last = request.round > request.rounds
+    return site.evaluate(job.adapter if adapt is None else adapt(job), job.base_updates, last)
 
 
 def _load(request: Request, site: Site) -> dict[str, np.ndarray]:

@@ -226,6 +226,23 @@ class ServerSettings(BaseModel, extra="forbid", frozen=True):
         return {"lr": 0.01, **raw} if adaptive else raw
 
 
+class Generation(BaseModel, extra="forbid", frozen=True):
+    """Texts that task generate writes and scores (exact match, BLEU, ROUGE-L): never, at the end, or at every evaluation.
+
+    prompts: at most so many different ones, drawn, of the global test and of each client; null for all. max_tokens: of
+    what is written. temperature: 0 takes the likeliest token; above, it is drawn: of the top_k likeliest (0: of all) that
+    make up top_p.
+    """
+
+    when: Literal["never", "end", "always"] = "never"
+    prompts: Positive | None = None
+    max_tokens: Positive = 64
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    batch_size: Positive = 32
+
+
 class Config(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants"):
     """Everything a run is made of; the same config and seed give the same run, once what is measured or counted on the
     machine (engine.compute, products, stack) is named, as it is in a run's own config."""
@@ -241,6 +258,7 @@ class Config(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants
     engine: EngineSettings = EngineSettings()
     wire: WireSettings = WireSettings()
     server: ServerSettings = ServerSettings()
+    generation: Generation = Generation()
     seed: Annotated[int, Field(ge=0)] = 0
     device: str = "cpu"
 
@@ -255,6 +273,10 @@ class Config(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants
             raise ValueError(
                 f"engine.workers: processes that share the work are for CPUs under Linux; with device {self.device} "
                 f"on {sys.platform}, 1 or null"
+            )
+        if self.task != "generate" and self.generation.when != "never":
+            raise ValueError(
+                f"generation.when={self.generation.when}: task {self.task} writes no texts; with it, never"
             )
         if not isinstance(self.method.get("name"), str):
             raise ValueError("method.name must name a method; `fedrank methods` lists them")

@@ -19,7 +19,7 @@ from fedrank.config import Config, ConfigError
 from fedrank.export import export, obstacle
 from fedrank.parts import Parts, prepare
 from fedrank.protocol import Method, State
-from fedrank.server import Event, Server
+from fedrank.server import OF_TEXTS, Event, Server
 from fedrank.store import Store, StoreError
 from fedrank.trace import span
 from fedrank.training.data import ClientData
@@ -211,6 +211,8 @@ def summarise(path: Path, parts: Parts, end: Event) -> dict[str, Any]:
         "accuracy": last.get("accuracy"), "loss": last.get("loss"),
         "personal_accuracy": end.get("personal_accuracy"), "personal_majority": end.get("personal_majority"),
         "majority": parts.about["majority"],
+        **{name: last[name] for name in OF_TEXTS if name in last},
+        **{name: end[name] for name in (f"personal_{score}" for score in OF_TEXTS) if name in end},
         **{name: round(sum(row[name] for row in rows), 4) for name in sums},
         "clock_seconds": rows[-1]["clock_seconds"] if rows else 0.0,
         "waiting_seconds": sum(waits) / len(waits) if waits else None,

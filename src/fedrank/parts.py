@@ -24,11 +24,11 @@ from fedrank.engines.local import Local as LocalEngine
 from fedrank.engines.workers import Workers, fitting, keep_few_kernels, page_out
 from fedrank.protocol import ClientId, Device, Load, Method, ModelSpec, Plan, State, rng
 from fedrank.roster import Roster
-from fedrank.server import Server
+from fedrank.server import Evaluate, Server
 from fedrank.store import Store
 from fedrank.trace import span
 from fedrank.training import data as rows
-from fedrank.training import partition
+from fedrank.training import partition, texts
 from fedrank.training.data import ClientData, Dataset
 from fedrank.wire import Wire
 
@@ -54,7 +54,7 @@ class Parts:
     trainer: Any
     site: Callable[[ClientId, Wire, Store], Site]
     cost: Callable[[ClientId, Adapter, int, Plan, int], costs.Cost]
-    evaluate: Callable[[Adapter, tuple[Adapter, ...]], Mapping[str, float]]
+    evaluate: Evaluate
     workers: Workers
     numerics: dict[str, Any]
     drawn: dict[str, np.ndarray]  # frozen layers made from the seed, which an export must carry
@@ -100,9 +100,11 @@ def _import() -> None:
 def prepare(config: Config, method: Method | None = None, data: ClientData | None = None) -> Parts:
     """Load the data and the model, share the rows out, and build what the config names."""
     config, chosen = _chosen(config, method)
+    if config.generation.when != "never":
+        texts.check()
     keep_few_kernels()
     _import()
-    from fedrank.training import clients, local, models, packing, scoring, tasks, workload
+    from fedrank.training import clients, decoding, evaluation, local, models, packing, scoring, tasks, workload
     from fedrank.training.compute import choose
 
     if data is None:
@@ -123,6 +125,7 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
     with span("reading"):
         population = people(encode)
     test, names = population.tested, population.names
+    _cut(config, train=population.typical, test=test)
     measured = engine.timing == "measured"
     workers = Workers(engine.workers or fitting(engine.threads, config.device, model.spec.parameters), engine.threads)
     if engine.stack is None:
@@ -134,7 +137,8 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
         model, population.typical, test, config.local.lr or chosen.default_lr, engine.threads, config.device, compute, measured,
         engine.prefix_bytes if data is None else 0,  # rows that come and go are not kept
     )  # fmt: skip
-    scorer = scoring.Scorer(trainer)
+    decoder = decoding.Decoder(trainer, config.generation, config.seed)
+    judge = evaluation.Evaluation(scoring.Scorer(trainer), decoder, population, workers.count, workers.share)
     packed, begins = trainer.frozen.packs, bool(trainer.kept)
 
     def held(client: ClientId) -> clients.Held:
@@ -159,16 +163,12 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
     machines = fleet.build(config.engine.fleet, sizes, config.seed)
     devices = Roster(names, device, kept=2 * config.rounds.cohort)
 
-    def personal(mine: clients.Held, adapter: Adapter, base: tuple[Adapter, ...]) -> dict[str, float]:
-        found = scorer.evaluate(adapter, mine.tested, mine.test, base)
-        return found if mine.label is None else found | {"majority": scoring.majority(mine.label[mine.test])}
-
     def site(client: ClientId, wire: Wire, store: Store) -> Site:
         mine = held(client)
         return Site(
             devices[client], chosen, wire, store.private, config.local, config.seed,
             fit=partial(trainer.fit, rows=mine.train, encoded=mine.encoded),
-            evaluate=partial(personal, mine) if len(mine.test) >= MIN_TEST_ROWS else None, session=trainer.session,
+            evaluate=partial(judge.own, mine) if len(mine.test) >= MIN_TEST_ROWS else None, session=trainer.session,
             cost=partial(cost, client, wire.start), measured=measured,
         )  # fmt: skip
 
@@ -182,22 +182,6 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
     if compute.dtype != "float32" and config.device == "cpu":  # else it is the model that computes
         for parameter in model.network.parameters():
             page_out(parameter.data_ptr(), parameter.nbytes)
-
-    def counts(asked: tuple[Adapter, tuple[Adapter, ...], list[np.ndarray]]) -> list[tuple[float, int, int]]:
-        adapter, base, batches = asked
-        with trainer.session():
-            return scorer.counts(adapter, test, batches, base)
-
-    counted = workers.share(counts)
-
-    def evaluate(adapter: Adapter, base: tuple[Adapter, ...]) -> Mapping[str, float]:
-        """On all test rows, in parts; the counts are added in one order, whoever made them."""
-        batches = scorer.test_batches
-        shares = 4 * workers.count
-        found: list[Any] = [None] * len(batches)
-        for at, part in enumerate(counted((adapter, base, batches[at::shares]) for at in range(shares))):
-            found[at::shares] = part
-        return scoring.scores(found, len(test))
 
     spec = model.spec
     begin, kept = _first(config, chosen, spec, devices)
@@ -224,8 +208,22 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
         engine.threads, config.device, compute, packed, engine.stack or 1, begins
     )
     return Parts(
-        config, chosen, spec, begin, run_id, machines, devices, held, trainer, site, cost, evaluate, workers, numerics, drawn, facts, about,
+        config, chosen, spec, begin, run_id, machines, devices, held, trainer, site, cost, judge.everywhere, workers, numerics, drawn, facts, about,
     )  # fmt: skip
+
+
+def _cut(config: Config, **sets: Any) -> None:
+    """Say how much of the tokenised rows was left out."""
+    for name, encoded in sets.items():
+        parts = (
+            f"{count} {what}"
+            for count, what in zip(encoded.cut, ("prompts their start", "completions their end"), strict=True)
+            if count
+        )
+        if lost := " and ".join(parts):
+            log.warning(
+                "%s: of %d rows, %s lost to local.max_length=%d", name, len(encoded), lost, config.local.max_length
+            )
 
 
 def _dealt(config: Config) -> tuple[Dataset, partition.Partition]:

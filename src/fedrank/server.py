@@ -1,5 +1,6 @@
 """The server: one loop over rounds — choose a cohort, plan, exchange, check, merge, evaluate, save."""
 
+import json
 import logging
 import math
 import time
@@ -23,7 +24,7 @@ from fedrank.wire import Kind, Reply, Wire
 
 log = logging.getLogger(__name__)
 Event = dict[str, Any]
-Evaluate = Callable[[Adapter, tuple[Adapter, ...]], Mapping[str, float]]
+Evaluate = Callable[[Adapter, tuple[Adapter, ...], bool], Mapping[str, Any]]
 
 
 def sample(clients: Sequence[ClientId], size: int, seed: int, round: int) -> list[ClientId]:
@@ -36,8 +37,8 @@ def sample(clients: Sequence[ClientId], size: int, seed: int, round: int) -> lis
 class Server:
     """The parts of one run.
 
-    evaluate: adapter and base updates -> the global model's scores on the server's test set; None where there is
-    neither. cost: client, first adapter, round, plan and bytes down -> what that round takes on its device, where
+    evaluate: adapter, base updates, and whether the run ends here -> the global model's scores on the server's test set,
+    and the texts that it wrote, if any; None where there is neither. cost: client, first adapter, round, plan and bytes down -> what that round takes on its device, where
     devices are modelled.
     """
 
@@ -256,8 +257,10 @@ class Server:
         scores: dict[str, Any] = {}
         mine = any(self.head == "own" or set(plan.own) & set("BeA") for plan in self._plans(after, cohort).values())
         if self.evaluate is not None and not mine:  # with private parts there is no one global model
-            found = self.evaluate(after.adapter, tuple(after.base_updates.values()))
-            scores = {"accuracy": found["accuracy"], "loss": found["loss"]}
+            scores = dict(self.evaluate(after.adapter, tuple(after.base_updates.values()), after.round == after.rounds))
+            scores.pop("rows", None)
+            if (texts := scores.pop("texts", None)) is not None:
+                self.store.write("texts.jsonl", "".join(f"{json.dumps(one)}\n" for one in texts))
         personal = self._personal(after, cohort, tuple(cohort)[: self.rounds.personal])
         if self.evaluate is None and not mine:
             scores = {"accuracy": personal.pop("mean_accuracy"), "loss": personal.pop("mean_loss")}
@@ -285,7 +288,12 @@ class Server:
                 "mean_accuracy": sum(row["accuracy"] * row["rows"] for row in scored) / total,
                 "mean_loss": sum(row["loss"] * row["rows"] for row in scored) / total,
             }
+        for name in OF_TEXTS:
+            if values := [row[name] for row in scored if name in row]:
+                result[f"personal_{name}"] = float(np.mean(values))
         return result
 
 
+# What clients may score beside accuracy and loss, in task generate.
+OF_TEXTS = ("perplexity", "choice_accuracy", "choice_accuracy_per_byte", "exact_match", "bleu", "rouge_l")
 BYTES = tuple(f"{part}bytes_{way}" for way in ("up", "down") for part in ("", "adapter_", "head_"))

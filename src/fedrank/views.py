@@ -86,6 +86,12 @@ VIEWS: dict[Output, Callable[[Iterator[dict[str, Any]]], Iterator[dict[str, Any]
     Output.live: _live, Output.plain: _plain, Output.json: _json, Output.quiet: _quiet,
 }  # fmt: skip
 
+TEXTS = (
+    ("perplexity", "perplexity", number), ("choice_accuracy", "likeliest choice", share),
+    ("choice_accuracy_per_byte", "likeliest choice by the byte", share), ("exact_match", "exact match", share),
+    ("bleu", "BLEU", number), ("rouge_l", "ROUGE-L", number),
+)  # fmt: skip
+
 COLUMNS = (
     "round",
     "accuracy",
@@ -130,12 +136,20 @@ def _about(event: dict[str, Any]) -> str:
 
 def summary(summary: dict[str, Any]) -> Table:
     table = Table("", "", show_header=False, title=f"{summary['method']}, {summary['rounds']} rounds")
+    generates = summary.get("perplexity", summary.get("personal_perplexity")) is not None
+    what = "token accuracy" if generates else "accuracy"
     rows = [
-        ("accuracy, global test set", share(summary["accuracy"])),
-        ("  majority class", share(summary["majority"])),
+        (f"{what}, global test set", share(summary["accuracy"])),
+        *([] if generates else [("  majority class", share(summary["majority"]))]),
         *((f"  {name}", share(value)) for name, value in summary.get("baselines", {}).items()),
-        ("personal accuracy, mean over clients", share(summary["personal_accuracy"])),
-        ("  majority class of each client", share(summary["personal_majority"])),
+        *((f"{words}, global test set", form(summary[name])) for name, words, form in TEXTS if name in summary),
+        (f"personal {what}, mean over clients", share(summary["personal_accuracy"])),
+        *([] if generates else [("  majority class of each client", share(summary["personal_majority"]))]),
+        *(
+            (f"personal {words}, mean over clients", form(summary[f"personal_{name}"]))
+            for name, words, form in TEXTS
+            if f"personal_{name}" in summary
+        ),
         ("adapter bytes up / down", f"{size(summary['adapter_bytes_up'])} / {size(summary['adapter_bytes_down'])}"),
         ("head bytes up / down", f"{size(summary['head_bytes_up'])} / {size(summary['head_bytes_down'])}"),
         ("all bytes up / down", f"{size(summary['bytes_up'])} / {size(summary['bytes_down'])}"),

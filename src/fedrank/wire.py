@@ -21,6 +21,12 @@ MAX_METRIC = 1e30
 RANGES = {
     "accuracy": (0.0, 1.0),
     "majority": (0.0, 1.0),
+    "perplexity": (1.0, MAX_METRIC),
+    "choice_accuracy": (0.0, 1.0),
+    "choice_accuracy_per_byte": (0.0, 1.0),
+    "exact_match": (0.0, 1.0),
+    "bleu": (0.0, 100.0),
+    "rouge_l": (0.0, 1.0),
     "rows": (0.0, 1e15),
     "steps": (0.0, 1e15),
     "seconds": (0.0, 1e9),

@@ -12,6 +12,7 @@ from fedrank.config import Config
 from fedrank.protocol import rng
 from fedrank.roster import Names
 from fedrank.training import partition, tasks
+from fedrank.training.choices import Choices, laid_out
 from fedrank.training.data import ClientData, Dataset, Rows, collect, label_id, limit
 from fedrank.training.sources import DataError, numbered
 from fedrank.training.tasks import Encoded
@@ -25,21 +26,22 @@ Encode = Callable[[Rows], Encoded]
 class Held:
     """One client's rows: those of `encoded` that it trains on, and those of `tested` that it is scored on.
 
-    label: (rows of tested,), None for task generate.
+    rows: those of `tested` as scoring needs them. choices: of these, where they have any.
     """
 
     encoded: Encoded
     train: np.ndarray
     tested: Encoded
     test: np.ndarray
-    label: np.ndarray | None
+    rows: Rows
+    choices: Choices | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Population:
     """All clients of a run, and the global test set.
 
-    held: of a client's place. typical: rows like theirs. tested: the rows of `test`. train_rows: of all clients, None
+    held: of a client's place. typical: rows like theirs. tested, choices: of the rows of `test`. train_rows: of all clients, None
     where that is not known. digest: names the training rows. partition: who holds what, as far as known, JSON-able.
     """
 
@@ -48,6 +50,7 @@ class Population:
     typical: Encoded
     test: Rows
     tested: Encoded
+    choices: Choices | None
     train_rows: int | None
     digest: str
     partition: dict[str, Any]
@@ -56,14 +59,26 @@ class Population:
 def shared(dataset: Dataset, shares: partition.Partition, encode: Encode) -> Population:
     """Clients that share out one data set."""
     train, test = tasks.mapped(encode(dataset.train)), tasks.mapped(encode(dataset.test))
-    label, tested = (dataset.test.label, test) if shares.test_from == "test" else (dataset.train.label, train)
+    choices = _choices(dataset.test, encode)
+    tested, rows, chosen = test, _scored(dataset.test), choices
+    if shares.test_from == "train":
+        tested, rows, chosen = train, _scored(dataset.train), _choices(dataset.train, encode)
 
     def held(at: int) -> Held:
-        return Held(train, shares.train[at], tested, shares.test[at], label)
+        return Held(train, shares.train[at], tested, shares.test[at], rows, chosen)
 
     return Population(
-        shares.names, held, train, dataset.test, test, len(dataset.train), dataset.train.digest(), shares.summary()
-    )
+        shares.names, held, train, dataset.test, test, choices, len(dataset.train), dataset.train.digest(), shares.summary()
+    )  # fmt: skip
+
+
+def _scored(rows: Rows) -> Rows:
+    """What scoring needs of them: of rows to classify not the texts, which are let go once they are tokens."""
+    return rows if rows.completion is not None else Rows([], label=rows.label)
+
+
+def _choices(rows: Rows, encode: Encode) -> Choices | None:
+    return None if rows.choices is None else laid_out(rows, encode)
 
 
 def own(config: Config, data: ClientData, encode: Encode) -> Population:
@@ -88,11 +103,12 @@ def own(config: Config, data: ClientData, encode: Encode) -> Population:
         mine = rows(at)
         encoded, order = encode(mine), rng(config.seed, "partition", "test", at).permutation(len(mine))
         tested, trained = np.split(order, [len(mine) // partition.HELD_OUT])
-        return Held(encoded, np.sort(trained), encoded, np.sort(tested), mine.label)
+        return Held(encoded, np.sort(trained), encoded, np.sort(tested), _scored(mine), _choices(mine, encode))
 
     places = np.unique(np.linspace(0, data.clients - 1, TYPICAL, dtype=int)).tolist()
     some = [rows(at) for at in places]
     digest = hashlib.sha256("".join(one.digest() for one in some).encode()).hexdigest()
     summary = {"clients": {"count": data.clients}, "test_from": "train", "redraws": 0, "dropped": 0}
     typical = tasks.joined([encode(one) for one in some])
-    return Population(Names(data.clients), held, typical, test, encode(test), None, digest, summary)
+    choices = _choices(test, encode)
+    return Population(Names(data.clients), held, typical, test, encode(test), choices, None, digest, summary)

@@ -17,7 +17,7 @@ from torch import Tensor
 from fedrank import together
 from fedrank.adapter import Adapter
 from fedrank.increments import digest
-from fedrank.protocol import Address, Job, Lower, Observe, Update
+from fedrank.protocol import Job, Lower, Observe, Update
 from fedrank.trace import span
 from fedrank.training import course, fused, prefix, tasks
 from fedrank.training.compute import Compute
@@ -56,6 +56,17 @@ def numerics(
         "tokenizers": tokenizers.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+@contextmanager
+def drawn(device: str, random: np.random.Generator) -> Iterator[None]:
+    """torch draws from this while the block runs."""
+    with torch.random.fork_rng(devices=[] if device == "cpu" else [device]):
+        seed = int(random.integers(1 << 62))
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a stack trace for each kind of device
+        if device != "cpu":
+            torch.cuda.manual_seed_all(seed)
+        yield
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,18 +230,8 @@ class Trainer:
 
     def _again(self, encoded: Encoded, batch: np.ndarray, job: Job, step: int) -> torch.Tensor:
         """The same, with dropout that is the same every time and takes nothing from the draws of plain training."""
-        with self._drawn(job, "lower dropout", step):
+        with drawn(self.device, job.rng("lower dropout", step)):
             return self._plainly(encoded, batch)
-
-    @contextmanager
-    def _drawn(self, job: Job, *address: Address) -> Iterator[None]:
-        """torch's generators at this address while the block runs."""
-        with torch.random.fork_rng(devices=[] if self.device == "cpu" else [self.device]):
-            seed = int(job.rng(*address).integers(1 << 62))
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a stack trace for each kind of device
-            if self.device != "cpu":
-                torch.cuda.manual_seed_all(seed)
-            yield
 
     @contextmanager
     def _watched(self, network: torch.nn.Module) -> Iterator[list[float]]:
@@ -270,7 +271,7 @@ class Trainer:
         """Training mode, but for what stays still, with the base's dropout at this rate, its draws addressed; then eval."""
         layers = [m for m in network.modules() if isinstance(m, torch.nn.Dropout)]
         rates = [layer.p for layer in layers]
-        with self._drawn(job, "dropout"):
+        with drawn(self.device, job.rng("dropout")):
             try:
                 for layer in layers:
                     layer.p = dropout

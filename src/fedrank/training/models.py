@@ -106,8 +106,8 @@ def load(settings: config.Config, labels: tuple[str, ...]) -> Model:
         tokenizer.pad_token = tokenizer.eos_token
     if base.config.pad_token_id is None:
         base.config.pad_token_id = tokenizer.pad_token_id
-    if settings.local.max_length > (longest := _longest(base, tokenizer)):
-        raise ModelError(f"local.max_length={settings.local.max_length}: {name} reads at most {longest} tokens")
+    if settings.local.max_length > (most := longest(base, tokenizer)):
+        raise ModelError(f"local.max_length={settings.local.max_length}: {name} reads at most {most} tokens")
     network.requires_grad_(False).eval().to(settings.device)
     heads = _heads(network, base, len(labels)) if task == "classify" else {}
     modules = _targets(base, settings.adapter.targets, set(heads))
@@ -118,7 +118,7 @@ def load(settings: config.Config, labels: tuple[str, ...]) -> Model:
     return Model(network, base, tokenizer, spec, modules, heads, drawn, pooling, source, task)
 
 
-def _longest(base: Any, tokenizer: Any) -> int:
+def longest(base: Any, tokenizer: Any) -> int:
     """How many tokens the model was made for, by its tokenizer and its positions."""
     positions = getattr(base.config.get_text_config(), "max_position_embeddings", None) or 0
     if positions <= 0:  # XLNet says -1: it has none

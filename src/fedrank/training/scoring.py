@@ -1,12 +1,13 @@
 """Scoring: what an adapter predicts right on given rows."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedrank import together
 from fedrank.adapter import Adapter
@@ -56,18 +57,43 @@ class Scorer:
         """Summed loss, right predictions, and predictions of each batch."""
         return self._counts([self._live(adapter)], encoded, [batches], base_updates)[0]
 
+    def likelihoods(
+        self, adapter: Adapter, encoded: Encoded, rows: np.ndarray, base_updates: tuple[Adapter, ...] = ()
+    ) -> np.ndarray:
+        """(rows,): the logarithm of each completion's likelihood, what ends it included."""
+        found: np.ndarray = together.ask(self.likelihoods_all, (adapter, encoded, rows, base_updates))
+        return found
+
+    def likelihoods_all(
+        self, asked: list[tuple[Adapter, Encoded, np.ndarray, tuple[Adapter, ...]]]
+    ) -> list[np.ndarray | Exception]:
+        """Of several adapters, one after the other."""
+        return [together.outcome(partial(self._likelihoods, *one)) for one in asked]
+
+    def _likelihoods(
+        self, adapter: Adapter, encoded: Encoded, rows: np.ndarray, updates: tuple[Adapter, ...]
+    ) -> np.ndarray:
+        batches = list(tasks.by_length(encoded, np.arange(len(encoded))[rows], EVALUATION_BATCH))
+        found = np.empty(len(encoded))
+        parts = self._counts([self._live(adapter)], encoded, [batches], updates, tasks.likelihoods)[0]
+        for batch, tokens in zip(batches, parts, strict=True):
+            found[batch] = [part.sum() for part in np.split(tokens, np.cumsum(encoded.predictions[batch])[:-1])]
+        own: np.ndarray = found[rows]
+        return own
+
     def _live(self, adapter: Adapter) -> Live:
         return live(adapter, Adapter({}, adapter.scale, {}), "", self.trainer.device)
 
     def _counts(
-        self, lives: list[Live], encoded: Encoded, batches: list[list[np.ndarray]], updates: tuple[Adapter, ...]
-    ) -> list[list[tuple[float, int, int]]]:
-        """Of each adapter on its batches; the k-th of all that have so many are one pass.
+        self, lives: list[Live], encoded: Encoded, batches: list[list[np.ndarray]], updates: tuple[Adapter, ...],
+        read: Callable[[Tensor, Tensor], Any] = tasks.counts,
+    ) -> list[list[Any]]:  # fmt: skip
+        """Of each adapter on its batches; the k-th of all that have so many are one pass. read: what of logits and labels.
 
         What is kept of the test rows is kept in groups of its own, the same for whoever scores which of them; what is
         kept of others is for training.
         """
-        counts: list[list[tuple[float, int, int]]] = [[] for _ in lives]
+        counts: list[list[Any]] = [[] for _ in lives]
         if not lives:
             return counts
         trainer = self.trainer
@@ -82,7 +108,7 @@ class Scorer:
                 begun = [prefixes[n] for n in here] if prefixes else []
                 outputs = fused.outputs(trainer.frozen, encoded, passed, mounts, trainer.device, begun)
                 for n, (logits, labels) in zip(here, outputs, strict=True):
-                    counts[n].append(tasks.counts(logits, labels))
+                    counts[n].append(read(logits, labels))
         return counts
 
     @cached_property

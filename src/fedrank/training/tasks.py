@@ -172,6 +172,17 @@ def _chatted(turns: Sequence[Turn], completion: str, tokenizer: Any) -> tuple[st
     return before, whole[len(before) :]
 
 
+def prompt_tokens(rows: Rows, tokenizer: Any) -> list[list[int]]:
+    """Of each row, the prompt's tokens, whole."""
+    return _tokens(rows, tokenizer)[0]
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """The special token with which the chat template ends the assistant's turn."""
+    tail = tokenizer(_chatted((("user", "a"),), "b", tokenizer)[1], add_special_tokens=False)["input_ids"]
+    return next((token for token in reversed(tail) if token in tokenizer.all_special_ids), None)
+
+
 def _encoded(parts: Iterable[dict[str, list[list[int]]]], tokenizer: Any, labels: np.ndarray | None) -> Encoded:
     """labels: of the rows; None where each token has its own."""
     lengths, ids = list[int](), defaultdict[str, list[np.ndarray]](list)
@@ -201,7 +212,9 @@ def joined(parts: Sequence[Encoded]) -> Encoded:
     """The rows of all of these, one part's after the other's."""
     fields = {name: np.concatenate([part.fields[name] for part in parts]) for name in parts[0].fields}
     starts = np.append(0, np.cumsum(np.concatenate([part.lengths for part in parts])))
-    return Encoded(fields, starts, np.concatenate([part.labels for part in parts]), parts[0].pad)
+    prompts, completions = (sum(counts) for counts in zip(*(part.cut for part in parts), strict=True))
+    labels = np.concatenate([part.labels for part in parts])
+    return Encoded(fields, starts, labels, parts[0].pad, (prompts, completions))
 
 
 def loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -213,6 +226,12 @@ def counts(logits: Tensor, labels: Tensor) -> tuple[float, int, int]:
     """Summed loss, right predictions, and predictions: of rows, or of completion tokens."""
     total = functional.cross_entropy(logits.float(), labels, reduction="sum")
     return float(total), int((logits.argmax(-1) == labels).sum()), len(labels)
+
+
+def likelihoods(logits: Tensor, labels: Tensor) -> np.ndarray:
+    """(predictions,): the logarithm of each label's likelihood."""
+    found: np.ndarray = -functional.cross_entropy(logits.float(), labels, reduction="none").double().cpu().numpy()
+    return found
 
 
 def shuffled(rows: np.ndarray, size: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
