@@ -16,10 +16,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import machine
 import numpy as np
 import torch
 import transformers
-import machine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 SETS = ("20news", "huffpost", "qnli", "sst2", "clinc150", "semeval2010_task8")
@@ -79,7 +79,9 @@ def main() -> None:
     warm = max(1, round(WARM * asked.steps))
     rate = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min((step + 1) / warm, 0.55 + 0.45 * math.cos(math.pi * max(0, step - warm) / (asked.steps - warm))),
+        lambda step: min(
+            (step + 1) / warm, 0.55 + 0.45 * math.cos(math.pi * max(0, step - warm) / (asked.steps - warm))
+        ),
     )
 
     def loss(batch: np.ndarray) -> torch.Tensor:

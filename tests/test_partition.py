@@ -77,6 +77,29 @@ def test_natural_clients_hold_out_a_fifth_of_their_own_rows(column: list[str], m
         assert sorted([*train, *test]) == [i for i, v in enumerate(column) if v == value]
 
 
+def test_a_natural_test_is_the_same_for_every_seed_and_apart_from_validation() -> None:
+    """Rates that are tuned with one seed must not have seen what another seed's run is tested on."""
+    column = list("aabbbbbbbbbbbbbcccccccccccccccccccccc") * 3
+    one, other = (deal("natural", None, 0, seed, column=column) for seed in (1, 2))
+    held = deal("natural", None, 0, 3, column=column, validation=True)
+    for at, size in enumerate(one.train.sizes + one.test.sizes):
+        assert one.test[at].tolist() == other.test[at].tolist()
+        assert len(held.test[at]) == size // 5
+        assert not {*held.test[at], *held.train[at]} & {*one.test[at]}
+        assert sorted([*held.test[at], *held.train[at]]) == sorted(one.train[at])
+
+
+@pytest.mark.parametrize("validation", [False, True])
+def test_natural_clients_keep_groups_whole(validation: bool) -> None:
+    """References of one prompt are not split between training and test."""
+    draw = np.random.default_rng(0)
+    groups, column = draw.integers(0, 60, 400), [f"c{at % 3}" for at in range(400)]
+    shares = deal("natural", None, 0, 0, column=column, groups=groups, validation=validation)
+    for train, test in zip(shares.train, shares.test, strict=True):
+        assert not set(groups[train]) & set(groups[test])
+        assert 15 <= len(test) <= (len(train) + len(test)) // 4
+
+
 def test_another_seed_is_another_partition() -> None:
     labels = even_labels(4, 25)
     for kind in ("iid", "dirichlet", "pathological", "label_sorted", "quantity"):

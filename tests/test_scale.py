@@ -50,7 +50,7 @@ def deal(kind: Kind) -> Any:
         ("pathological", "c6ca5f6b921a2fe1"),
         ("label_sorted", "f6c3e7dfd7edaee7"),
         ("quantity", "af4d94725bc48f04"),
-        ("natural", "1e763b47cbd81519"),
+        ("natural", "b1bff6d736bf0fd5"),
     ],
 )
 def test_the_same_shares(kind: Kind, name: str) -> None:

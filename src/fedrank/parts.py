@@ -233,11 +233,15 @@ def _dealt(config: Config) -> tuple[Dataset, partition.Partition]:
     for notice in dataset.notices:
         log.warning("%s", notice)
     p = config.data.partition
-    return dataset, partition.partition(
+    shares = partition.partition(
         p.kind, dataset.train.label, config.clients.count, config.seed, alpha=p.alpha,
         classes_per_client=p.classes_per_client, s=p.s, min_rows=p.min_rows, column=dataset.train.client,
         test_labels=dataset.test.label, test_rows=len(dataset.test), train_rows=len(dataset.train),
+        groups=None if dataset.train.completion is None else dataset.train.group, validation=config.data.split == "validation",
     )  # fmt: skip
+    if config.data.split == "validation" and p.kind == "natural" and dataset.dev is None:
+        dataset = replace(dataset, test=dataset.train.take(np.sort(shares.test.rows)))
+    return dataset, shares
 
 
 def _chosen(config: Config, method: Method | None) -> tuple[Config, Method]:

@@ -144,8 +144,8 @@ def configured(settings: Config) -> Dataset:
     d = settings.data
     columns = d.columns.model_dump()
     dataset = load(d.name, d.path, settings.task, columns, d.train_limit, settings.seed, d.instructions)
-    if d.split == "validation":
-        dataset = validation(dataset, settings.seed)
+    if d.split == "validation" and (dataset.dev is not None or d.partition.kind != "natural"):
+        dataset = validation(dataset, settings.seed)  # natural clients hold their own out
     return replace(dataset, test=limit(dataset.test, d.test_limit, settings.seed, "test"))
 
 

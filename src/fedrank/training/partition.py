@@ -117,16 +117,20 @@ def partition(
     test_labels: np.ndarray | None,
     test_rows: int,
     train_rows: int | None = None,
+    groups: np.ndarray | None = None,
+    validation: bool = False,
 ) -> Partition:
     """Deal the train rows out to ``count`` clients, or to the values of ``column`` where kind is natural.
 
     labels and test_labels: (rows,) of the train and the test split, None for task generate;
     train_rows and test_rows count the rows where they are None. alpha: of dirichlet and quantity.
     classes_per_client: of pathological. s: the sorted share of label_sorted. min_rows: below it
-    dirichlet and quantity draw again, and natural drops the client.
+    dirichlet and quantity draw again, and natural drops the client. groups: (rows,) of the train split; natural
+    clients train on or are tested on the whole of one, whose rows are next to the same. validation: natural clients leave
+    their tests alone, and hold out as much again.
     """
     if kind == "natural":
-        return by_column(column, labels, min_rows, seed)
+        return by_column(column, labels, min_rows, groups, validation)
     if labels is None and kind in ("dirichlet", "pathological", "label_sorted"):
         raise PartitionError(f"{kind}: the rows have no labels; use iid, quantity or natural")
     if count < 1:
@@ -243,8 +247,17 @@ def pathological(labels: np.ndarray, count: int, each: int, random: np.random.Ge
     return owner
 
 
-def by_column(column: list[str] | None, labels: np.ndarray | None, min_rows: int, seed: int) -> Partition:
-    """The data's own clients. Their personal test is cut from their own rows, which nobody else can stand for."""
+def by_column(
+    column: list[str] | None,
+    labels: np.ndarray | None,
+    min_rows: int,
+    groups: np.ndarray | None = None,
+    validation: bool = False,
+) -> Partition:
+    """The data's own clients. Their personal test is cut from their own rows, which nobody else can stand for.
+
+    It is the same whatever the seed: what is tuned with one must not be tested on what another trained on.
+    """
     if column is None:
         raise PartitionError("natural: the rows have no client column; set data.columns.client, or another kind")
     values, value = np.unique(column, return_inverse=True)
@@ -257,23 +270,40 @@ def by_column(column: list[str] | None, labels: np.ndarray | None, min_rows: int
         )
     client_of = np.full(len(values), NOBODY)
     client_of[kept] = np.arange(len(kept))
-    owner, random = client_of[value], rng(seed, "partition", "test")
-    own = grouped(owner, len(kept))
-    drawn = own.rows.copy()
+    owner, random = client_of[value], rng(0, "partition", "test")
+    own, held_out = grouped(owner, len(kept)), np.full(len(owner), NOBODY)
     for start, end in pairwise(own.starts.tolist()):
-        random.shuffle(drawn[start:end])
-    place = np.arange(len(drawn)) - np.repeat(own.starts[:-1], own.sizes)
-    held_out = np.zeros(len(owner), bool)
-    held_out[drawn[place < np.repeat(own.sizes // HELD_OUT, own.sizes)]] = True
+        rows = own.rows[start:end]
+        fifths = _fifths(np.arange(len(rows)) if groups is None else groups[rows], random)
+        if validation:
+            owner[rows[fifths == 0]] = NOBODY
+        tested = rows[fifths == validation]
+        held_out[tested] = owner[tested]
     return Partition(
         names=Names(len(kept)),
-        train=grouped(np.where(held_out, NOBODY, owner), len(kept)),
-        test=grouped(np.where(held_out, owner, NOBODY), len(kept)),
+        train=grouped(np.where(held_out == NOBODY, owner, NOBODY), len(kept)),
+        test=grouped(held_out, len(kept)),
         test_from="train",
         labels=labels,
         origin=values[kept],
         dropped=len(values) - len(kept),
     )
+
+
+def _fifths(groups: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """(rows,): 0 for the fifth of a client's rows that it is tested on, 1 for its validation, more for the rest.
+
+    Groups stay whole, so that a fifth may be less: it takes the first ones drawn that fit into it.
+    """
+    _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    order, part = random.permutation(len(sizes)), np.full(len(sizes), 2)
+    done = 0
+    for fifth in (0, 1):
+        ends = np.cumsum(sizes[order[done:]])
+        taken = int(np.searchsorted(ends, len(groups) // HELD_OUT, "right"))
+        part[order[done : done + taken]] = fifth
+        done += taken
+    return part[group]
 
 
 # -- personal test shares --------------------------------------------------------------------------
