@@ -25,6 +25,7 @@ import yaml
 from scipy import stats
 
 HERE = Path(__file__).parent
+TEXTS = ("perplexity", "exact_match", "bleu", "rouge_l")  # scores of task generate
 Config = dict[str, Any]
 
 
@@ -87,7 +88,8 @@ def measured(folder: Path, score: str, columns: list[str]) -> dict[str, Any]:
     rounds, end = rows(folder, "rounds"), summary(folder)
     curve = {row["round"]: row[score] for row in rounds if row[score] is not None}
     kept = ("accuracy", "personal_accuracy", "personal_majority", "majority", "adapter_bytes_up",
-            "adapter_bytes_down", "bytes_up", "bytes_down", "clock_seconds", "wall_seconds")  # fmt: skip
+            "adapter_bytes_down", "bytes_up", "bytes_down", "clock_seconds", "wall_seconds",
+            *TEXTS, *(f"personal_{name}" for name in TEXTS))  # fmt: skip
     return {
         "curve": curve, "last_five": statistics.mean(list(curve.values())[-5:]),
         **{name: end[name] for name in kept if name in end},
@@ -144,20 +146,21 @@ def forecast(arms: dict[str, Config], study: Config, workers: int) -> dict[str, 
     return {"hours": sum(hours.values()) / workers, "workers": workers, "hours_of_one_core": hours}
 
 
-def configs(study: Config, data: str) -> Iterator[tuple[str, str, Config]]:
-    """(setting, arm, config), the settings one after another."""
+def configs(study: Config, where: Config) -> Iterator[tuple[str, str, Config]]:
+    """(setting, arm, config), the settings one after another. where: data and model are, on this machine."""
     for (setting, more), (arm, own) in product(study["settings"].items(), study["arms"].items()):
-        yield setting, arm, merge(study["base"], {"data": {"path": data}}, more or {}, own)
+        yield setting, arm, merge(study["base"], where, more or {}, own)
 
 
-def rates(study: Config, data: str, out: Path, pool: ThreadPoolExecutor) -> dict[str, Any]:
+def rates(study: Config, where: Config, out: Path, pool: ThreadPoolExecutor) -> dict[str, Any]:
     """The pilot on the validation split: setting (or the first alone) -> arm -> what each rate scored, and the best."""
     pilot, first = study["pilot"], next(iter(study["settings"]))
     jobs = {}
-    for setting, arm, config in configs(study, data):
+    for setting, arm, config in configs(study, where):
         if setting == first or pilot["every_setting"]:
             for lr in pilot["learning_rates"]:
                 part = {"rounds": pilot["rounds"], "seed": pilot["seed"], "local": {"lr": lr}, "data": {"split": "validation"}}  # fmt: skip
+                part = merge(part, pilot.get("with", {}))
                 folder = out / f"pilot-{setting}-{arm}-{lr:g}"
                 jobs[setting, arm, lr] = pool.submit(play, folder, merge(config, part))
     found: dict[str, Any] = {}
@@ -172,6 +175,7 @@ def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("study", type=Path)
     words.add_argument("--data", required=True, help="the folder of the data set")
+    words.add_argument("--model", help="the folder of the model, where the study names none")
     words.add_argument("--out", type=Path, required=True, help="where the runs go")
     words.add_argument("--results", type=Path, help="default: results/ beside this file")
     words.add_argument("--workers", type=int, default=2)
@@ -180,7 +184,8 @@ def main() -> None:
     study = yaml.safe_load(given.study.read_text())
     results = given.results or HERE / "results" / f"{given.study.stem}.json"
     first = next(iter(study["settings"]))
-    arms = {arm: config for setting, arm, config in configs(study, given.data) if setting == first}
+    where: Config = {"data": {"path": given.data}} | ({"model": {"name": given.model}} if given.model else {})
+    arms = {arm: config for setting, arm, config in configs(study, where) if setting == first}
     given.out.mkdir(parents=True, exist_ok=True)
     kept = given.out / "forecast.json"  # of the first start: a study that goes on has less to do
     known = json.loads(kept.read_text()) if kept.exists() else {}
@@ -195,11 +200,11 @@ def main() -> None:
     result: dict[str, Any] = {
         "study": study, "command": f"python benchmarks/study.py benchmarks/{given.study.name} --data PATH --out FOLDER",
         "machine": machine.describe() | {"threads_per_run": 1, "runs_at_once": given.workers}, "forecast": expected,
-        "pilot": rates(study, given.data, given.out, pool), "runs": {}, "to_target": {},
+        "pilot": rates(study, where, given.out, pool), "runs": {}, "to_target": {},
     }  # fmt: skip
     jobs = {}
     for seed in study["seeds"]:
-        for setting, arm, config in configs(study, given.data):
+        for setting, arm, config in configs(study, where):
             tuned = result["pilot"].get(setting, result["pilot"][first])
             part = {"seed": seed, "local": {"lr": tuned[arm]["best"]}}
             jobs[setting, arm, seed] = pool.submit(play, given.out / f"{setting}-{arm}-{seed}", merge(config, part))
@@ -225,6 +230,11 @@ def main() -> None:
             late = spread([run["last_five"] for run in one])
             traffic = statistics.mean(run["adapter_bytes_up"] + run["adapter_bytes_down"] for run in one)
             deviation = f"± {100 * late['deviation']:.1f} %" if len(one) > 1 else "% (one seed)"
+            for name in (name for name in (*TEXTS, *(f"personal_{name}" for name in TEXTS)) if name in one[0]):
+                print(
+                    f"  {arm:24} {name:24} "
+                    + "{mean:.3f} ± {deviation:.3f}".format(**spread([run[name] for run in one]))
+                )
             print(f"  {arm:24} {study['score']} {100 * late['mean']:.1f} {deviation}, "
                   f"{traffic / 1e6:.0f} MB of adapter, {one[0].get('clock_seconds', 0):.0f} simulated seconds")  # fmt: skip
 
