@@ -103,22 +103,24 @@ def draws() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (True, 5), (True, 40)])
 @pytest.mark.parametrize("lengths", [[4, 9, 1], [16, 16], [7], [20, 20, 9, 33, 70, 3, 65]])
-def test_attention_is_that_of_each_row_to_itself(lengths, causal, draws):
+def test_attention_is_that_of_each_row_to_itself(lengths, causal, window, draws):
     packed = packing.pack(np.array(lengths), [len(lengths)], "cpu")
     heads, width = 3, 8
     q, k, v = (
         torch.randn(heads, packed.filled, width, generator=draws, dtype=torch.float64).requires_grad_()
         for _ in range(3)
     )
-    found = packing.Attention.apply(q, k, v, packed, causal, 0.5, 0.0)[packed.at]
+    found = packing.Attention.apply(q, k, v, packed, causal, window, 0.5, 0.0)[packed.at]
     weight = torch.randn(found.shape, generator=draws, dtype=torch.float64)
     ours = torch.autograd.grad((found * weight).sum(), (q, k, v))
     expected, at = list[torch.Tensor](), 0
     for length in lengths:
         part = [x[:, at : at + length] for x in (q, k, v)]
-        own = torch.nn.functional.scaled_dot_product_attention(*(x[None] for x in part), is_causal=causal, scale=0.5)
+        back = torch.arange(length)[:, None] - torch.arange(length)  # how far the token that is read lies back
+        seen = (back >= 0 if causal else back == back) & (back < (window or length))
+        own = torch.nn.functional.scaled_dot_product_attention(*(x[None] for x in part), attn_mask=seen, scale=0.5)
         expected.append(own[0].transpose(0, 1))
         at += length
     torch.testing.assert_close(found, torch.cat(expected))
@@ -135,15 +137,15 @@ def test_attention_drops_shares_and_its_gradient_knows_which(draws):
 
     def drop(*parts: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(3)
-        return packing.Attention.apply(*parts, packed, False, 0.5, 0.4)[packed.at]
+        return packing.Attention.apply(*parts, packed, False, None, 0.5, 0.4)[packed.at]
 
     with torch.random.fork_rng():
         assert torch.autograd.gradcheck(drop, (q, k, v), nondet_tol=0.0)
-        whole = packing.Attention.apply(q, k, v, packed, False, 0.5, 0.0)[packed.at]
+        whole = packing.Attention.apply(q, k, v, packed, False, None, 0.5, 0.0)[packed.at]
         assert not torch.allclose(drop(q, k, v), whole)
 
 
-@pytest.mark.parametrize("name", ["sliding_window", "softcap"])
+@pytest.mark.parametrize("name", ["softcap", "position_bias"])
 def test_attention_that_is_more_than_that_is_refused(name):
     """Short rows would not show it: the trial has to fail."""
     parts = [torch.zeros(1, 2, 32, 4) for _ in range(3)]

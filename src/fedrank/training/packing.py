@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 
 NAME = "fedrank"  # of this attention among those of transformers
 # What some models' attention has beside softmax over the row: it would not show in a trial with short rows.
-UNLIKE = {"attention_mask", "sliding_window", "softcap", "s_aux", "position_bias"}
+UNLIKE = {"attention_mask", "softcap", "s_aux", "position_bias"}
 EVEN = 8  # all clients are filled up alike, to a multiple of this, for their products to be one
 MOST = 1.1  # unless that takes more than so many times the tokens of filling up each by itself
 STEP = 32  # tokens are filled up to a multiple of this, and tiles are at least so wide: softmax is slow on less
@@ -33,16 +33,21 @@ class Tiles:
 
     owner: Tensor
     tokens: Tensor
-    biases: dict[tuple[bool, torch.dtype], Tensor] = field(default_factory=dict)
+    biases: dict[tuple[bool, int | None, torch.dtype], Tensor] = field(default_factory=dict)
 
-    def bias(self, causal: bool, dtype: torch.dtype) -> Tensor:
-        """(tiles, width, width): what is added to the scores so that no token sees another row, or a later token."""
-        if (causal, dtype) not in self.biases:  # one for all layers
+    def bias(self, causal: bool, window: int | None, dtype: torch.dtype) -> Tensor:
+        """(tiles, width, width): what is added to the scores so that no token sees another row, or, of its own, a later
+        token or one that is `window` tokens back or more.
+        """
+        key = causal, window if window is not None and window < self.owner.shape[1] else None, dtype
+        if key not in self.biases:  # one for all layers
             unseen = self.owner[:, :, None] != self.owner[:, None, :]
             if causal:
                 unseen |= torch.ones_like(unseen[0]).triu(1)
-            self.biases[causal, dtype] = unseen.new_zeros((), dtype=dtype).masked_fill(unseen, -torch.inf)
-        return self.biases[causal, dtype]
+            if key[1] is not None:
+                unseen |= torch.ones_like(unseen[0]).tril(-key[1])
+            self.biases[key] = unseen.new_zeros((), dtype=dtype).masked_fill(unseen, -torch.inf)
+        return self.biases[key]
 
     def spread(self, part: Tensor) -> Tensor:
         """(heads, filled, size) -> (heads * tiles, width, size). No token sees what is at places without one."""
@@ -156,15 +161,16 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, packed: Packed, causal: bool, scale: float, drop: float
-    ) -> Tensor:
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, packed: Packed, causal: bool, window: int | None, scale: float,
+        drop: float,
+    ) -> Tensor:  # fmt: skip
         """(filled, heads, width of a head)"""
         made, saved = list[Tensor](), list[Tensor | None]()
         for tiles in packed.tiles:
             q, k, v = (tiles.spread(part) for part in (query, key, value))
             q *= scale
             scores = torch.bmm(q, k.transpose(1, 2))
-            scores.view(len(query), -1, *scores.shape[1:]).add_(tiles.bias(causal, scores.dtype))
+            scores.view(len(query), -1, *scores.shape[1:]).add_(tiles.bias(causal, window, scores.dtype))
             shares = torch.softmax(scores, -1)
             kept = torch.empty_like(shares).bernoulli_(1 - drop).div_(1 - drop) if drop else None
             made.append(torch.bmm(shares if kept is None else shares * kept, v))
@@ -191,12 +197,13 @@ class Attention(torch.autograd.Function):
             for part, into in zip((of_query, of_key, of_value), made, strict=True):
                 into.append(part)
         found = [packed.gather(parts, grad.shape[1]).index_fill_(1, packed.filler, 0) for parts in made]
-        return (*found, None, None, None, None)
+        return (*found, None, None, None, None, None)
 
 
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
-    scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None, **rest: Any,
+    scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None, sliding_window: int | None = None,
+    **rest: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attention as transformers calls it, for the rows of the `packed` block around the call. query: (1, heads, tokens, width)."""
     if odd := [
@@ -211,7 +218,7 @@ def attend(
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     mixed: Tensor = Attention.apply(  # type: ignore[no-untyped-call]
-        query[0], key[0], value[0], packed, causal, scale, dropout
+        query[0], key[0], value[0], packed, causal, sliding_window, scale, dropout
     )
     return mixed[None], None
 
