@@ -25,11 +25,17 @@ OWN_MODELS = (*TINY_MODELS, "minilm")
 
 
 class Model(BaseModel, extra="forbid", frozen=True):
-    """name: a hub name, a local folder, or tiny-encoder, tiny-decoder, minilm."""
+    """name: a hub name, a local folder, or tiny-encoder, tiny-decoder, minilm.
+
+    dtype: of the frozen weights in memory; auto: bfloat16 where the files hold that, else float32. quantise: the linear
+    layers' weights in memory, to 8 bits (torchao on a CPU, else bitsandbytes), or to 4-bit NormalFloat (bitsandbytes).
+    """
 
     name: str = "tiny-encoder"
     pooling: Literal["auto", "cls", "mean"] = "auto"
     trust_remote_code: bool = False
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantise: Literal["none", "int8", "nf4"] = "none"
 
 
 class Columns(BaseModel, extra="forbid", frozen=True):
@@ -117,7 +123,8 @@ class Local(BaseModel, extra="forbid", frozen=True):
     """Local training with AdamW. steps, where given, is the number of optimizer steps, whatever `epochs` says.
 
     lr: the method's own default where null. clip: largest gradient norm, null for none.
-    dropout: of the base model in training.
+    dropout: of the base model in training. checkpoint: gradient checkpointing, which keeps of every block that learns only
+    what enters it, and computes the rest again on the way back.
     """
 
     epochs: Positive = 1
@@ -128,6 +135,7 @@ class Local(BaseModel, extra="forbid", frozen=True):
     batch_size: Positive = 16
     max_length: Positive = 64
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    checkpoint: bool = False
 
 
 class AdapterSettings(BaseModel, extra="forbid", frozen=True):
@@ -178,6 +186,8 @@ class EngineSettings(BaseModel, extra="forbid", frozen=True):
     these. auto: what is fastest when it is tried at the start.
     prefix_bytes: of hidden states below the blocks that learn, kept on disk; where those of all rows would take more,
     they are computed anew for every batch.
+    offload: what the optimizer reads and writes (the adapter in float32, its gradient and moments) stays in the memory of
+    the host while the model is on a GPU.
     fleet: the clients' devices, on whose simulated clock rounds are played; by default one nominal kind.
     timing: that clock runs by the model of `fedrank.cost`, or by the wall time that training takes here.
     """
@@ -189,6 +199,7 @@ class EngineSettings(BaseModel, extra="forbid", frozen=True):
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     products: Literal["auto", "torch", "onednn"] = "auto"
     prefix_bytes: Annotated[int, Field(ge=0)] = 4_000_000_000
+    offload: bool = False
     failure_rate: Share = 0.0
     fleet: FleetSettings | None = None
     timing: Literal["modelled", "measured"] = "modelled"

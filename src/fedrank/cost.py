@@ -12,7 +12,8 @@ from fedrank.frame import CHECKSUM, DTYPES, HEADER, Dtype, Sizes
 from fedrank.increments import after
 from fedrank.protocol import Device, Linear, Load, ModelSpec, Plan
 
-NUMBER = 4  # bytes: models train in float32
+NUMBER = 4  # bytes: adapters and their optimizer are float32
+LOGIT = 12  # bytes beside the logit itself: its log-softmax, and the gradients on both sides of that, in float32
 
 
 def factors(adapter: Adapter, sent: str, ranks: Mapping[str, int], dtype: Dtype) -> int:
@@ -148,7 +149,9 @@ def flops(spec: ModelSpec, start: Adapter, plan: Plan, load: Load) -> tuple[floa
     The optimizer and element-wise work are left out. start: any adapter of the method, for its factors.
     """
     forms, forward, backward = _forms(start), 0, 0
+    again = 0  # what checkpointing computes a second time: the blocks that learn, or pass gradients on
     for stage in _stages(spec, plan, forms):
+        before, inside = forward, 0 <= stage.maps[0].block < spec.blocks
         for map in stage.maps:
             count = 2 * (load.rows if map.rows else load.tokens)
             weight = count * map.out * map.in_
@@ -164,7 +167,16 @@ def flops(spec: ModelSpec, start: Adapter, plan: Plan, load: Load) -> tuple[floa
             product, (q, k, v) = 2 * load.pairs * spec.attention.width, _attends(stage, spec, plan, forms)
             forward += 2 * product
             backward += product * (v + (q or k) + q + k)
-    return forward * plan.passes.forward, backward * plan.passes.backward
+        if inside and spec.execution.checkpoint and stage.maps[0].block >= _lowest(spec, plan, forms):
+            again += forward - before
+    return (forward + again) * plan.passes.forward, backward * plan.passes.backward
+
+
+def _lowest(spec: ModelSpec, plan: Plan, forms: str) -> int:
+    """The lowest block in which something learns; their number where nothing does."""
+    return min(
+        (map.block for map in spec.flow if map.block >= 0 and _learns(map, spec, plan, forms)), default=spec.blocks
+    )
 
 
 def trainable(spec: ModelSpec, start: Adapter, plan: Plan) -> int:
@@ -185,37 +197,57 @@ def _numbers(spec: ModelSpec, ranks: Mapping[str, int], factors: str) -> int:
 
 
 def peak_memory(spec: ModelSpec, start: Adapter, plan: Plan, load: Load) -> int:
-    """Bytes that training holds at its peak, in float32: the largest batch's backward pass, about to begin.
+    """Bytes that training holds at its peak: the largest batch's backward pass, about to begin.
 
-    The base, the head and the components; a gradient and AdamW's two moments of all that learns; and the activations
-    that backward needs, which are those above the lowest map that learns, of as many passes as the plan holds at once.
-    Attention is reckoned as the plain product over all pairs of tokens; fused kernels hold less. Base updates, and
-    components folded into the base, are reckoned as merged in place. Left out: dropout's masks, the gradients on their
-    way, and what the runtime itself takes.
+    The base, the head and the components; a gradient and AdamW's two moments of all that learns, and where activations
+    are of a lower type a copy of both in it; and the activations that backward needs, which are those above the lowest map
+    that learns, of as many passes as the plan holds at once. Base updates, and components folded into the base, are
+    reckoned as merged in place. Left out: dropout's masks, the gradients on their way, and what the runtime itself takes.
     """
-    forms = _forms(start)
-    held = spec.parameters + sum(tensor.size for tensor in spec.dense.values())
+    forms, how, learn = _forms(start), spec.execution, trainable(spec, start, plan)
+    base = NUMBER * spec.parameters if how.base_bytes is None else how.base_bytes
+    held = sum(tensor.size for tensor in spec.dense.values())
     held += sum(_numbers(spec, _ranks(ids), forms) for ids in (plan.train, plan.frozen))
     held += _numbers(spec, dict.fromkeys((n for n, ids in plan.train.items() if len(ids)), plan.private), "BA")
+    copies = how.number * (held + learn) if how.number < NUMBER else 0
     activations = plan.passes.held * _activations(spec, plan, load, forms)
-    return NUMBER * (held + 3 * trainable(spec, start, plan) + math.ceil(activations))
+    return base + NUMBER * (held + 3 * learn) + copies + math.ceil(activations)
 
 
 def _activations(spec: ModelSpec, plan: Plan, load: Load, forms: str) -> float:
-    """Numbers that the backward pass of the largest batch needs, beside parameters."""
-    total = 0.0
+    """Bytes that the backward pass of the largest batch needs, beside parameters."""
+    how, kept, enters, logits = spec.execution, dict[int, float](), dict[int, float](), 0.0
     for stage in _stages(spec, plan, forms):
-        maps = [(map, _parts(map, plan, forms)) for map in stage.maps if not map.rows]
-        if any(_is_head(map, spec, plan) or any("A" in part.learn for part in parts) for map, parts in maps):
-            total += load.peak_tokens * maps[0][0].in_
-        for map, parts in maps:
-            total += load.peak_tokens * sum(part.rank * (("B" in part.learn) + ("e" in part.learn)) for part in parts)
-            if stage.needs or _learns(map, spec, plan, forms):
-                total += load.peak_tokens * map.kept
-        if any(map.role for map in stage.maps):
-            q, k, v = _attends(stage, spec, plan, forms)
-            total += load.peak_tokens * spec.attention.width * (q + k + (q or k))
-            total += load.peak_pairs * spec.attention.heads * (q or k or v)
+        first = stage.maps[0]
+        kept[first.block] = kept.get(first.block, 0.0) + _kept(stage, spec, plan, load, forms)
+        enters.setdefault(first.block, how.number * load.peak_tokens * first.in_)
+        read = [map.out for map in stage.maps if map.rows and (stage.needs or _learns(map, spec, plan, forms))]
+        logits += load.peak_rows * sum(read)
+    at_head = (how.number + LOGIT) * logits
+    if not how.checkpoint:
+        return sum(kept.values()) + at_head
+    learning = [block for block in kept if _lowest(spec, plan, forms) <= block < spec.blocks]
+    largest = max((kept[block] for block in learning), default=0.0)
+    kept |= {block: enters[block] for block in learning}
+    return sum(kept.values()) + max(at_head, largest + how.number * logits)  # one block at a time is there once more
+
+
+def _kept(stage: _Stage, spec: ModelSpec, plan: Plan, load: Load, forms: str) -> float:
+    """Bytes that backward needs of one stage."""
+    total, number = 0.0, spec.execution.number
+    maps = [(map, _parts(map, plan, forms)) for map in stage.maps if not map.rows]
+    if any(_is_head(map, spec, plan) or any("A" in part.learn for part in parts) for map, parts in maps):
+        total += number * load.peak_tokens * maps[0][0].in_
+    for map, parts in maps:
+        total += (
+            number * load.peak_tokens * sum(part.rank * (("B" in part.learn) + ("e" in part.learn)) for part in parts)
+        )
+        if stage.needs or _learns(map, spec, plan, forms):
+            total += load.peak_tokens * map.kept
+    if any(map.role for map in stage.maps):
+        q, k, v = _attends(stage, spec, plan, forms)
+        total += number * load.peak_tokens * spec.attention.width * (q + k + (q or k))
+        total += number * load.peak_pairs * spec.attention.heads * (q or k or v) * spec.execution.scores
     return total
 
 

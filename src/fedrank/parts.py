@@ -22,7 +22,7 @@ from fedrank.client import MIN_TEST_ROWS, Site
 from fedrank.config import Config, ConfigError
 from fedrank.engines.local import Local as LocalEngine
 from fedrank.engines.workers import Workers, fitting, keep_few_kernels, page_out
-from fedrank.protocol import ClientId, Device, Load, Method, ModelSpec, Plan, State, rng
+from fedrank.protocol import ClientId, Device, Execution, Load, Method, ModelSpec, Plan, State, rng
 from fedrank.roster import Roster
 from fedrank.server import Evaluate, Server
 from fedrank.store import Store
@@ -104,7 +104,7 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
         texts.check()
     keep_few_kernels()
     _import()
-    from fedrank.training import clients, decoding, evaluation, local, models, packing, scoring, tasks, workload
+    from fedrank.training import clients, decoding, evaluation, fused, local, models, packing, scoring, tasks, workload
     from fedrank.training.compute import choose
 
     if data is None:
@@ -116,7 +116,14 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
     model = models.load(config, labels)
     engine = config.engine
     try:
-        compute = choose(model.modules.values(), config.device, engine.threads, engine.compute, engine.products)
+        compute = choose(
+            model.modules.values(),
+            config.device,
+            engine.threads,
+            engine.compute,
+            engine.products,
+            model.spec.parameters,
+        )
     except ValueError as error:
         raise ConfigError(f"engine.products: {error}") from None
     engine = engine.model_copy(update={"compute": compute.dtype, "products": compute.products})
@@ -136,10 +143,13 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
     trainer = local.Trainer(
         model, population.typical, test, config.local.lr or chosen.default_lr, engine.threads, config.device, compute, measured,
         engine.prefix_bytes if data is None else 0,  # rows that come and go are not kept
+        engine.offload,
     )  # fmt: skip
     decoder = decoding.Decoder(trainer, config.generation, config.seed)
     judge = evaluation.Evaluation(scoring.Scorer(trainer), decoder, population, workers.count, workers.share)
     packed, begins = trainer.frozen.packs, bool(trainer.kept)
+    how = Execution(trainer.frozen.size, trainer.frozen.dtype.itemsize, packed, config.local.checkpoint)
+    spec = replace(model.spec, execution=how, flow=fused.trace(trainer.frozen, config.device))
 
     def held(client: ClientId) -> clients.Held:
         return population.held(names.index(client))
@@ -147,7 +157,7 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
     def load(client: ClientId, round: int) -> Load:
         draw = partial(rng, config.seed, "job", round, client, "batches")  # the address of a job's
         mine = held(client)
-        return workload.workload(mine.train, mine.encoded.lengths, config.local, draw, packed)
+        return workload.workload(mine.train, mine.encoded, config.local, draw, packed)
 
     def device(at: int) -> Device:
         """A round that is never played stands for those to come, but any rows may meet in their largest batch."""
@@ -156,7 +166,8 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
         tokens, most = size * length, size * length**2
         if packed:
             tokens, most = packing.filled(tokens), size * packing.filled(length) ** 2
-        expected = replace(load(client, 0), peak_tokens=tokens, peak_pairs=most)
+        read = size * int(mine.encoded.predictions[mine.train].max()) if mine.encoded.generates else size
+        expected = replace(load(client, 0), peak_tokens=tokens, peak_pairs=most, peak_rows=read)
         return replace(machines.devices[client], load=expected)
 
     sizes = Roster(names, lambda at: len(population.held(at).train))
@@ -179,18 +190,17 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
 
     if workers.count > 1:
         trainer.frozen.ready()
-    if compute.dtype != "float32" and config.device == "cpu":  # else it is the model that computes
-        for parameter in model.network.parameters():
+    if config.device == "cpu":
+        for parameter in trainer.frozen.unread(model.network):
             page_out(parameter.data_ptr(), parameter.nbytes)
 
-    spec = model.spec
     begin, kept = _first(config, chosen, spec, devices)
     facts = {
         "data": name, "rows": {"train": population.train_rows, "test": len(population.test)},
         "hash": {"train": population.digest, "test": population.test.digest()}, "labels": list(labels),
         "model": {"name": config.model.name, "fingerprint": spec.fingerprint, "pooling": model.pooling,
                   "source": model.source, "base_class": type(model.base).__name__, "task": config.task,
-                  "conv1d": any(type(m).__name__ == "Conv1D" for m in model.modules.values())},
+                  "conv1d": any("Conv1D" in (type(m).__name__, getattr(getattr(m, "source_cls", None), "__name__", "")) for m in model.modules.values())},
         "partition": population.partition, **kept,
         "fleet": {"kinds": {kind: sum(n for _, n in mine) for kind, mine in machines.kinds.items()},
                   "hash": machines.digest()},
@@ -203,7 +213,7 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
         "majority": None if population.test.label is None else scoring.majority(population.test.label),
     }  # fmt: skip
     run_id = f"{rng(config.seed, 'run', settings.dump(_identity(config))).integers(1 << 62):016x}"
-    drawn = {f"{n}.{p}": t.numpy(force=True) for n, m in model.drawn.items() for p, t in m.named_parameters()}
+    drawn = {f"{n}.{p}": t.float().numpy(force=True) for n, m in model.drawn.items() for p, t in m.named_parameters()}
     numerics = {"fedrank": fedrank.__version__} | local.numerics(
         engine.threads, config.device, compute, packed, engine.stack or 1, begins
     )

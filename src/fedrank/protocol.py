@@ -38,7 +38,7 @@ class Linear:
     block: its transformer block, the number of blocks for what comes after them, -1 for what comes before. stage: its
     place within the block; maps that read the same input share it. role: what it is to attention: "query", "key",
     "value", "fused" for all three in one, "" for the others. rows: it runs once per row, not once per token.
-    kept: numbers per token that backward needs of what comes between it and the next map (norms, activation functions).
+    kept: bytes per token that backward needs of what comes between it and the next map (norms, activation functions).
     """
 
     name: str
@@ -59,13 +59,28 @@ class Attention:
     heads: int
 
 
+@dataclass(frozen=True)
+class Execution:
+    """How a model is held and trained. base_bytes: of its frozen weights; None: 4 for each parameter.
+
+    number: bytes of an activation. scores: attention keeps its scores for backward, as the plain product does and fused
+    kernels do not. checkpoint: of a block that learns only what enters it is kept, and the rest computed again.
+    """
+
+    base_bytes: int | None = None
+    number: int = 4
+    scores: bool = True
+    checkpoint: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class ModelSpec:
     """What a method may know of the model: the adapted modules, input side first, and the dense tensors.
 
     ``rank`` and ``scale`` (= alpha / rank) are the adapter's at birth; ``dense`` holds the initial
     classification head, empty where the task has none; ``fingerprint`` names modules and weights.
-    ``flow``: every linear map in the order of execution; ``parameters``: the numbers in the frozen base.
+    ``flow``: every linear map in the order of execution; ``parameters``: the numbers in the frozen base;
+    ``execution``: how it is held and trained, for the memory that takes.
     """
 
     modules: tuple[Module, ...]
@@ -77,6 +92,7 @@ class ModelSpec:
     flow: tuple[Linear, ...] = ()
     attention: Attention = Attention(0, 0)
     parameters: int = 0
+    execution: Execution = Execution()
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -96,7 +112,8 @@ class Load:
     """What one round of a client's local training goes through, in padded batches.
 
     steps: optimizer steps. tokens: sum of rows * length over the batches. pairs: sum of rows * length^2
-    (attention). peak_tokens, peak_pairs: of the largest batch. rows: of all batches.
+    (attention). rows: what the head reads: rows, or the tokens before a predicted one. peak_tokens, peak_pairs, peak_rows:
+    of the largest batch.
     """
 
     steps: int
@@ -105,6 +122,7 @@ class Load:
     peak_tokens: int
     peak_pairs: int
     rows: int = 0
+    peak_rows: int = 0
 
 
 @dataclass(frozen=True)

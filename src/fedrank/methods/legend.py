@@ -97,12 +97,13 @@ class LEGEND:
             "flops": np.array(cost.block_flops(spec)) * (spec.blocks / layers),  # per block: of a token, of a pair
         }
         state = State(0, rounds, adapter, arrays=arrays)
-        memory = []  # bytes at the peak by depth: in any case, per token and per pair of the largest batch
+        memory = []  # bytes at the peak by depth: in any case, per token, pair and row of the largest batch
         frames = []  # bytes up and down by depth; both are without components below min_depth, which nobody plans
         for depth in range(1, layers + 1):
             plan = self._suffix(state, depth) or Plan({})
             loads = [
-                Load(0, 0, 0, peak_tokens=tokens, peak_pairs=pairs) for tokens, pairs in ((0, 0), (1000, 0), (0, 1000))
+                Load(0, 0, 0, peak_tokens=tokens, peak_pairs=pairs, peak_rows=rows)
+                for tokens, pairs, rows in ((0, 0, 0), (1000, 0, 0), (0, 1000, 0), (0, 0, 1000))
             ]
             fixed, *more = (cost.peak_memory(spec, adapter, plan, load) for load in loads)
             memory.append([fixed, *((held - fixed) / 1000 for held in more)])
@@ -150,7 +151,9 @@ class LEGEND:
         """The largest depth within a device's memory and the caps on seconds and bytes; what is unknown is no cap."""
         units = state.arrays["units"]
         k = np.arange(1, len(units) + 1)
-        peaks = np.array([[1, d.load.peak_tokens, d.load.peak_pairs] if d.load else [1, 0, 0] for d in devices])
+        peaks = np.array(
+            [[1, d.load.peak_tokens, d.load.peak_pairs, d.load.peak_rows] if d.load else [1, 0, 0, 0] for d in devices]
+        )
         needed = peaks @ state.arrays["memory"].T
         fits = needed <= np.array([[device.memory_bytes or np.inf] for device in devices])
         if self.max_seconds is not None:

@@ -1,18 +1,24 @@
 """The type and the library of matrix products with frozen weights, chosen by measuring them here."""
 
+import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from fedrank.training.flow import sizes
+from fedrank.training.quantised import held
+
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 ROWS = 256  # of the products that are measured: a batch of short texts
 SMALL = 2**16  # weights of fewer numbers gain nothing
+LARGE = 100_000_000  # parameters: from here on weights are used as they lie in memory, and not copied to be faster
 GAIN = {"bfloat16": 1.4, "onednn": 1.2}  # how much faster it has to be to be chosen: well above a measurement's noise
 
 
@@ -30,19 +36,26 @@ def onednn() -> bool:
 
 
 def choose(
-    layers: Iterable[nn.Module], device: str, threads: int, dtype: str = "auto", library: str = "auto"
-) -> Compute:
+    layers: Iterable[nn.Module], device: str, threads: int, dtype: str = "auto", library: str = "auto", parameters: int = 0
+) -> Compute:  # fmt: skip
     """The fastest way on this machine to compute these layers; what is not "auto" is kept.
 
     On a CPU they are measured, on the layers' largest weight; torch gives bfloat16 to oneDNN in any case, but has it pack
-    the weight for every product. A GPU computes in bfloat16 where it has units for it.
+    the weight for every product. A GPU computes in bfloat16 where it has units for it, and so do weights that are held in
+    bfloat16. parameters: of the model; a large one's weights are not packed unless onednn is asked for by name.
     ValueError where a library is asked for that is not here.
     """
+    layers = list(layers)
+    if dtype == "auto" and any(layer.weight.dtype == torch.bfloat16 for layer in layers):
+        dtype = "bfloat16"
+    if library == "auto" and parameters >= LARGE:
+        library = "torch"
     if library == "onednn" and (device != "cpu" or not onednn()):
         raise ValueError(f"onednn is not to be had on {device} with torch {torch.__version__}; auto or torch is")
     dtypes = [kind for kind in DTYPES if dtype in ("auto", kind)]
     libraries = [whose for whose in ("torch", "onednn") if library in ("auto", whose)]
-    weight = max((matrix(layer) for layer in layers), key=Tensor.numel)
+    largest = max(layers, key=lambda layer: math.prod(sizes(layer)))
+    weight = torch.empty(sizes(largest)) if held(largest) else matrix(largest)
     if device != "cpu":
         units = torch.cuda.is_bf16_supported(including_emulation=False)
         return Compute("bfloat16" if units and "bfloat16" in dtypes else dtypes[0], "torch")
@@ -126,6 +139,71 @@ class Product:
             return weight
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         return packed
+
+
+class Apart:
+    """The same, of weights that are not copied: as they lie in memory, or, quantised, written out for every product.
+
+    weights: what gives each of them, (out, in).
+    """
+
+    def __init__(
+        self, weights: Sequence[Callable[[], Tensor]], outs: Sequence[int], biases: Sequence[Tensor | None], dtype: torch.dtype
+    ) -> None:  # fmt: skip
+        self.weights, self.outs, self.dtype = weights, list(outs), dtype
+        self.biases = [None if bias is None else bias.detach().to(dtype) for bias in biases]
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = zip(self.weights, self.biases, strict=True)
+        made = [functional.linear(x, weight().to(self.dtype), bias) for weight, bias in pairs]
+        return made[0] if len(made) == 1 else torch.cat(made, 1)
+
+    def backward(self, grad: Tensor) -> Tensor:
+        """(rows, out) -> (rows, in)"""
+        first, *rest = zip(torch.split(grad, self.outs, 1), self.weights, strict=True)
+        found = first[0] @ first[1]().to(self.dtype)
+        for part, weight in rest:
+            found.addmm_(part, weight().to(self.dtype))
+        return found
+
+    def turn(self) -> None: ...
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return functional.linear(x, weight, bias)
+
+
+class Increment(NamedTuple):
+    """A base update of one layer: scale * (x A^T) Bt, or, without A, x Bt. A: (r, in). Bt: (r, out) or (in, out)."""
+
+    scale: float
+    A: Tensor | None
+    Bt: Tensor
+
+
+class Beside:
+    """A product with increments that its weights do not hold. increments: of each of its layers."""
+
+    def __init__(self, inner: "Product | Apart", increments: Sequence[Sequence[Increment]]) -> None:
+        self.inner, self.outs, self.dtype = inner, inner.outs, inner.dtype
+        self.product, self.turn = inner.product, inner.turn
+        ends = np.cumsum(self.outs).tolist()
+        self.increments = [
+            (slice(end - out, end), one) for end, out, own in zip(ends, self.outs, increments, strict=True) for one in own
+        ]  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner.forward(x)
+        for at, (scale, A, Bt) in self.increments:
+            y[:, at].addmm_(x if A is None else x @ A.to(self.dtype).T, Bt.to(self.dtype), alpha=scale)
+        return y
+
+    def backward(self, grad: Tensor) -> Tensor:
+        """(rows, out) -> (rows, in)"""
+        down = self.inner.backward(grad)
+        for at, (scale, A, Bt) in self.increments:
+            back = grad[:, at] @ Bt.to(self.dtype).T
+            down.add_(back, alpha=scale) if A is None else down.addmm_(back, A.to(self.dtype), alpha=scale)
+        return down
 
 
 def matrix(layer: nn.Module, weight: Tensor | None = None) -> Tensor:

@@ -103,12 +103,14 @@ class Course:
         return Update(self.live.export(self.train), examples=len(self.ask.rows), metrics=metrics, private=private)
 
 
-def begin(ask: Ask, lr: float, device: str) -> Course:
-    """A fresh AdamW sees exactly the tensors that learn. lr: where the config names none."""
+def begin(ask: Ask, lr: float, device: str, offload: bool = False) -> Course:
+    """A fresh AdamW sees exactly the tensors that learn. lr: where the config names none. offload: `hooks.Live.apart`."""
+    if offload and ask.lower is not None:
+        raise TrainingError("engine.offload: what learns on two levels learns where the model is; set it to false")
     started, job = time.perf_counter(), ask.job
     local: Local = job.local
     train = job.adapter.take(job.plan.train)
-    on = live(train, job.adapter.take(job.plan.frozen), job.plan.learn, device)
+    on = live(train, job.adapter.take(job.plan.frozen), job.plan.learn, device, offload)
     rate = (local.lr or lr) * schedule(local.schedule, job.round, job.rounds)
     values = list(on.values.values())
     optimizer = torch.optim.AdamW(values, lr=rate, weight_decay=0.0, fused=True) if values else None

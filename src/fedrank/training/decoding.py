@@ -92,7 +92,7 @@ class Decoder:
         trainer, size = self.trainer, self.settings.batch_size
         on = live(asked.adapter, Adapter({}, asked.adapter.scale, {}), "", trainer.device)
         found = list[str]()
-        with torch.inference_mode(), fused.mounted(trainer.frozen, [on], trainer.updated(asked.base_updates)):
+        with torch.inference_mode(), fused.mounted(trainer.frozen, [on], *trainer.updated(asked.base_updates)):
             for at in range(0, len(asked.ids), size):
                 found += self._batch(asked.ids[at : at + size], asked.first + at)
         return found

@@ -28,6 +28,8 @@ def block(name: str) -> int | None:
 
 def sizes(module: nn.Module) -> tuple[int, int]:
     """(out, in)"""
+    if isinstance(module, nn.Linear):  # a quantised weight has another shape
+        return module.out_features, module.in_features
     weight = module.weight
     assert isinstance(weight, Tensor)
     return (weight.shape[1], weight.shape[0]) if isinstance(module, Conv1D) else (weight.shape[0], weight.shape[1])
@@ -70,8 +72,7 @@ def trace(network: nn.Module, base: Any, heads: Mapping[str, nn.Module]) -> tupl
         storage = tensor.untyped_storage()
         if found and storage._cdata not in storages:
             storages.add(storage._cdata)
-            numbers = storage.nbytes() / 4 / (ROWS * LENGTH)
-            found[-1] = replace(found[-1], kept=found[-1].kept + numbers)
+            found[-1] = replace(found[-1], kept=found[-1].kept + storage.nbytes() / (ROWS * LENGTH))
         return tensor  # held by the graph, so that no later storage takes its place
 
     layers = [module for module in network.modules() if isinstance(module, nn.Linear | Conv1D)]
@@ -80,7 +81,9 @@ def trace(network: nn.Module, base: Any, heads: Mapping[str, nn.Module]) -> tupl
     ids = torch.full((ROWS, LENGTH), 0 if padding else 1, device=next(network.parameters()).device)
     try:
         with _differentiable(base), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            network(input_ids=ids, attention_mask=torch.ones_like(ids)).log_softmax(-1)
+            # A decoder's head reads the tokens before a label only: here one in each row.
+            last = {} if heads else {"at": torch.arange(LENGTH - 1, ROWS * LENGTH, LENGTH, device=ids.device)}
+            network(input_ids=ids, attention_mask=torch.ones_like(ids), **last).log_softmax(-1)
     finally:
         for handle in handles:
             handle.remove()

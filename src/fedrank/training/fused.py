@@ -13,10 +13,13 @@ from torch.nn import functional
 
 from fedrank.adapter import Adapter
 from fedrank.increments import digest
+from fedrank.protocol import Linear
 from fedrank.trace import span
+from fedrank.training import flow
+from fedrank.training.compute import Beside, Increment
 from fedrank.training.frozen import Frozen
 from fedrank.training.hooks import Live
-from fedrank.training.linears import Group, Piece, Place, Share
+from fedrank.training.linears import Base, Group, Piece, Place, Share
 from fedrank.training.packing import layout
 from fedrank.training.prefix import Kept, Prefix, chunked, laid, lowest
 from fedrank.training.tasks import Encoded
@@ -99,15 +102,23 @@ class Mount:
 
 
 @contextmanager
-def mounted(frozen: Frozen, lives: Sequence[Live], weights: Mapping[str, Tensor] = {}) -> Iterator[list[Mount]]:
+def mounted(
+    frozen: Frozen,
+    lives: Sequence[Live],
+    weights: Mapping[str, Tensor] = {},
+    beside: Mapping[str, Sequence[Increment]] = {},
+) -> Iterator[list[Mount]]:
     """The adapters of one or more clients on the base while the block runs; the layers compute as `frozen` does.
 
-    weights: other frozen weights, as the layers hold theirs, in the place of these.
+    weights: other frozen weights, as the layers hold theirs, in the place of these. beside: what is added to a layer's
+    product.
     """
     mounts, called = _mounts(lives, frozen.dtype), list[tuple[nn.Module, Callable[..., Tensor]]]()
     ones = [*mounts, *([mounts[0].whole] if mounts[0].whole else [])]
     for names in frozen.groups:
-        product = frozen.product(names, weights)
+        inner = frozen.product(names, weights)
+        added = [beside.get(name, ()) for name in names]
+        product: Base = Beside(inner, added) if any(added) else inner
         learning = [share for mount in ones for share in mount.learning(names, product.outs)]
         resting = [share for mount in mounts for share in mount.resting(names, product.outs, frozen.dtype)]
         learns = any(share.learns_B or share.grad_A is not None or share.grad_e is not None for share in learning)
@@ -145,9 +156,12 @@ def _mounts(lives: Sequence[Live], dtype: torch.dtype) -> list[Mount]:
 
 
 def _mount(live: Live, dtype: torch.dtype) -> Mount:
-    values = {f: flat.to(dtype) for f, flat in live.flats.items()}
-    grads = {f: g if f == "e" or dtype == g.dtype else torch.zeros_like(g, dtype=dtype) for f, g in live.grads.items()
-             if f in values}  # fmt: skip
+    values = {f: flat.to(live.device, dtype, copy=live.apart and f in live.grads) for f, flat in live.flats.items()}
+    grads = {}
+    for f in values.keys() & live.grads.keys():
+        own, kind = live.grads[f], torch.float32 if f == "e" else dtype
+        there = kind == own.dtype and not live.apart
+        grads[f] = own if there else torch.zeros_like(own, dtype=kind, device=live.device)
     return Mount(live, values, grads)
 
 
@@ -159,6 +173,12 @@ def _head(mounts: Sequence[Mount], name: str, x: Tensor) -> Tensor:
             weight, bias = mount.live.dense[f"{name}.weight"], mount.live.dense.get(f"{name}.bias")
             parts.append(functional.linear(x[mount.place.rows].to(weight.dtype), weight, bias))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def trace(frozen: Frozen, device: str) -> tuple[Linear, ...]:
+    """Every linear map of a pass as it is computed here, without an adapter, for the costs."""
+    with mounted(frozen, [Live(1.0, device)]):
+        return flow.trace(frozen.network, frozen.base, frozen.heads)
 
 
 def outputs(

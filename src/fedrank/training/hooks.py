@@ -13,6 +13,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from fedrank.adapter import FACTORS, Adapter, Block, split
+from fedrank.training.compute import Increment
 
 
 @dataclass(eq=False)
@@ -26,9 +27,10 @@ class Part:
     def add(self, x: Tensor, output: Tensor, scale: float) -> Tensor:
         """output + scale * B diag(e) A x, over the last axis."""
         weight = scale if self.e is None else self.e * scale
-        hidden = functional.linear(x, self.A) * weight
-        flat = torch.addmm(output.reshape(-1, output.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), self.Bt)
-        return flat.view(output.shape)
+        hidden = functional.linear(x.to(self.A.dtype), self.A) * weight
+        rows = output.reshape(-1, output.shape[-1]).to(self.Bt.dtype)
+        flat = torch.addmm(rows, hidden.reshape(-1, hidden.shape[-1]), self.Bt)
+        return flat.view(output.shape).to(output.dtype)
 
 
 @dataclass(eq=False)
@@ -38,11 +40,13 @@ class Live:
     values, grads: factor (and "h.<name>") -> one flat tensor of what learns, in module and id order;
     the parts' tensors are views of them, so an optimizer sees a handful of tensors. learning: the parts
     in which something may learn, by module, in module order; flats: factor -> all their numbers in one tensor,
-    starts: where in it each part's begin. frozen: the other parts.
+    starts: where in it each part's begin. frozen: the other parts. apart: the factors that learn are in the memory of the
+    host, and layers see a copy.
     """
 
     scale: float
     device: str
+    apart: bool = False
     learning: dict[str, Part] = field(default_factory=dict)
     frozen: dict[str, Part] = field(default_factory=dict)
     flats: dict[str, Tensor] = field(default_factory=dict)
@@ -52,7 +56,8 @@ class Live:
     dense: dict[str, Tensor] = field(default_factory=dict)
 
     def learn(self, factor: str, flat: np.ndarray) -> Tensor:
-        value = torch.tensor(flat, dtype=torch.float32, device=self.device)
+        device = "cpu" if self.apart and factor in FACTORS else self.device
+        value = torch.tensor(flat, dtype=torch.float32, device=device)
         value.grad = torch.zeros_like(value)
         self.values[factor], self.grads[factor] = value, value.grad
         return value
@@ -81,9 +86,9 @@ class Live:
         return Adapter(blocks, like.scale, dense)
 
 
-def live(train: Adapter, frozen: Adapter, learn: str, device: str) -> Live:
+def live(train: Adapter, frozen: Adapter, learn: str, device: str, apart: bool = False) -> Live:
     """The components of `train`, of which the factors in `learn` get gradients, and those of `frozen`."""
-    result = Live(train.scale, device)
+    result = Live(train.scale, device, apart)
     views: dict[str, list[Tensor | None]] = {}
     for f in FACTORS:
         if f not in train.factors:
@@ -173,6 +178,20 @@ def swapped(modules: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> 
             _weight(modules[name]).data = weight
 
 
+def increments(modules: Mapping[str, nn.Module], updates: Iterable[Adapter]) -> dict[str, list[Increment]]:
+    """Base updates as what is added to each module's product, for weights that cannot hold them exactly."""
+    result: dict[str, list[Increment]] = {}
+    for update in updates:
+        for name, block in update.blocks.items():
+            new = partial(torch.tensor, dtype=torch.float32, device=_weight(modules[name]).device)
+            scaled = block.B if block.e is None else block.B * block.e
+            result.setdefault(name, []).append(Increment(update.scale, new(block.A), new(scaled).T))
+        for name, whole in update.dense.items():
+            delta = torch.tensor(whole, dtype=torch.float32, device=_weight(modules[name]).device)
+            result.setdefault(name, []).append(Increment(1.0, None, delta.T))
+    return result
+
+
 def _weight(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
@@ -201,4 +220,5 @@ def _add(part: Part, scale: float, _: nn.Module, inputs: tuple[Tensor, ...], out
 def _replace(
     dense: Mapping[str, Tensor], name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
 ) -> Tensor:
-    return functional.linear(inputs[0], dense[f"{name}.weight"], dense.get(f"{name}.bias"))
+    weight = dense[f"{name}.weight"]
+    return functional.linear(inputs[0].to(weight.dtype), weight, dense.get(f"{name}.bias"))

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fedrank.training.compute import Product
+from fedrank.training.compute import Apart, Beside, Product
+
+Base = Product | Apart | Beside
 
 
 class Piece(NamedTuple):
@@ -56,7 +58,7 @@ class Share:
         return hidden if self.e is None else hidden * self.e[..., None, :]
 
 
-def _times(x: Tensor, weight: Tensor, product: Product) -> Tensor:
+def _times(x: Tensor, weight: Tensor, product: Base) -> Tensor:
     """x W^T; of each client, where there are several."""
     return product.product(x, weight) if x.ndim == 2 else torch.bmm(x, weight.mT)
 
@@ -70,9 +72,7 @@ class Linears(torch.autograd.Function):
     """All layers that read x: for each, x W^T + b + scale * sum over shares of x A^T diag(e) B^T."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, learning: Tensor | None, product: Product, shares: list[Share]
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, learning: Tensor | None, product: Base, shares: list[Share]) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1])
         y = product.forward(rows)
         present = [(share, share.place.tokens) for share in shares if share.place.tokens is not None]
@@ -121,7 +121,7 @@ class Linears(torch.autograd.Function):
 class Group:
     """Layers that read one input: the first of them that is called computes them all."""
 
-    def __init__(self, product: Product, shares: list[Share], learning: Tensor | None) -> None:
+    def __init__(self, product: Base, shares: list[Share], learning: Tensor | None) -> None:
         self.product, self.shares, self.learning = product, shares, learning
         self.read: Tensor | None = None
         self.made: list[Tensor | None] = []

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -20,12 +20,13 @@ from fedrank.increments import digest
 from fedrank.protocol import Job, Lower, Observe, Update
 from fedrank.trace import span
 from fedrank.training import course, fused, prefix, tasks
-from fedrank.training.compute import Compute
-from fedrank.training.course import Ask, Course
+from fedrank.training.compute import Compute, Increment
+from fedrank.training.course import Ask, Course, TrainingError
 from fedrank.training.frozen import Frozen, freeze
-from fedrank.training.hooks import incremented, mounted, swapped
+from fedrank.training.hooks import incremented, increments, mounted, swapped
 from fedrank.training.models import Model
 from fedrank.training.prefix import Kept, Prefix
+from fedrank.training.quantised import held
 from fedrank.training.tasks import Encoded
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,8 @@ class Trainer:
 
     compute: how the model does; bilevel steps, which are differentiated twice, take the plain layers in float32.
     timed: forward passes are. prefix_bytes: what may be kept on disk of the hidden states below the lowest block with
-    components; where those of all tokens would not fit, no pass begins above them.
+    components; where those of all tokens would not fit, no pass begins above them. offload: what the optimizer reads and
+    writes is in the memory of the host.
     """
 
     model: Model
@@ -87,7 +89,8 @@ class Trainer:
     compute: Compute = PLAIN
     timed: bool = False
     prefix_bytes: int = 0
-    working: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    offload: bool = False
+    working: dict[str, tuple[dict[str, Tensor], dict[str, list[Increment]]]] = field(default_factory=dict)
 
     @cached_property
     def frozen(self) -> Frozen:
@@ -140,7 +143,7 @@ class Trainer:
         if any(other is not encoded for other in sets):
             encoded, firsts = tasks.joined(sets), np.cumsum([0, *map(len, sets)])
             asks = [replace(ask, rows=ask.rows + first) for ask, first in zip(asks, firsts[:-1], strict=True)]
-        courses = [together.outcome(partial(course.begin, ask, self.lr, self.device)) for ask in asks]
+        courses = [together.outcome(partial(course.begin, ask, self.lr, self.device, self.offload)) for ask in asks]
         stacks: dict[Any, list[Course]] = {}
         for at, one in enumerate(courses):
             if isinstance(one, Exception):
@@ -170,8 +173,9 @@ class Trainer:
         still = [] if frozen.blocks is None else frozen.blocks.below(prefix.lowest(learning, frozen.blocks.modules))
         with (
             self._training(frozen.network, job.local.dropout, job, still),
-            fused.mounted(frozen, [one.live for one in stack], self.updated(job.base_updates)) as mounts,
+            fused.mounted(frozen, [one.live for one in stack], *self.updated(job.base_updates)) as mounts,
             self._watched(frozen.network) as forward,
+            self._kept(frozen.base, learning, job),
         ):
             prefixes: list[Prefix] = []
             if all(one.visits_all for one in stack):  # else more would be computed for rows that nobody sees
@@ -205,13 +209,17 @@ class Trainer:
         job, two, network = one.ask.job, one.two, self.model.network
         assert two is not None
         modules, heads = self.model.modules, self.model.heads
+        weights, beside = self.updated(job.base_updates)
+        if beside:
+            raise TrainingError("two levels on a base whose updates it cannot hold exactly: take model.dtype=float32")
         others, started = course.drawn_batches(one.ask.rows, job.local, job, "lower batches"), time.perf_counter()
         with (
             self._training(network, job.local.dropout, job),
             mounted(modules, heads, two.upper),
             mounted(modules, heads, two.lower) if two.lower else nullcontext(),
-            swapped(modules, self.updated(job.base_updates)),
+            swapped(modules, weights),
             self._watched(network) as forward,
+            self._kept(self.model.base, list(two.upper.learning), job),
         ):
             for at, batch in enumerate(one.batches):
                 with span("both levels"):
@@ -222,6 +230,13 @@ class Trainer:
         one.seconds += time.perf_counter() - started
         if self.timed:
             one.forward_seconds = sum(forward)
+
+    def _kept(self, base: Any, learning: list[str], job: Job) -> AbstractContextManager[None]:
+        """What passes through this base keep for backward, as the config wants it."""
+        if not job.local.checkpoint:
+            return nullcontext()
+        blocks = prefix.blocks(base, list(self.frozen.layers))
+        return prefix.checkpointed(base, blocks, prefix.lowest(learning, blocks), job.local.dropout > 0)
 
     def _plainly(self, encoded: Encoded, batch: np.ndarray) -> torch.Tensor:
         """The loss of what is mounted on the plain layers, on these rows."""
@@ -254,14 +269,19 @@ class Trainer:
             before.remove()
             after.remove()
 
-    def updated(self, updates: tuple[Adapter, ...]) -> dict[str, Tensor]:
-        """The weights of the base with these increments, added up from its own; the last sum is kept."""
+    def updated(self, updates: tuple[Adapter, ...]) -> tuple[dict[str, Tensor], dict[str, list[Increment]]]:
+        """The weights of the base with these increments, added up from its own; the last sum is kept.
+
+        Weights of fewer bits than an increment's cannot hold it: then it is computed beside them.
+        """
         if not updates:
-            return {}
+            return {}, {}
         key = digest(updates)
         if key not in self.working:
             self.working.clear()  # one copy of the base at a time
-            self.working[key] = incremented(self.model.modules, updates)
+            modules = self.model.modules
+            exact = all(layer.weight.dtype == torch.float32 and not held(layer) for layer in modules.values())
+            self.working[key] = (incremented(modules, updates), {}) if exact else ({}, increments(modules, updates))
         return self.working[key]
 
     @contextmanager

@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 from fedrank import config
-from fedrank.protocol import ModelSpec, Module, rng
-from fedrank.training import flow, tiny
+from fedrank.protocol import Execution, ModelSpec, Module, rng
+from fedrank.training import flow, quantised, tiny
 from fedrank.training.packing import Packed
 
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"  # the same files, where there is a hub
@@ -97,6 +97,10 @@ def _only(head: nn.Module, at: Tensor) -> Iterator[None]:
 def load(settings: config.Config, labels: tuple[str, ...]) -> Model:
     """The model that a config names, frozen, in eval mode, on the config's device."""
     name, task = settings.model.name, settings.task
+    if name in config.TINY_MODELS and (settings.model.quantise, settings.model.dtype) != ("none", "auto"):
+        raise ModelError(
+            f"model.name={name}: it is drawn in float32 and has no files; model.quantise and model.dtype need some"
+        )
     _device(settings.device)
     location = _location(name)
     with _seeded(settings.seed, "model", "tiny" if location is None else "head"):
@@ -108,9 +112,16 @@ def load(settings: config.Config, labels: tuple[str, ...]) -> Model:
         base.config.pad_token_id = tokenizer.pad_token_id
     if settings.local.max_length > (most := longest(base, tokenizer)):
         raise ModelError(f"local.max_length={settings.local.max_length}: {name} reads at most {most} tokens")
-    network.requires_grad_(False).eval().to(settings.device)
+    network.requires_grad_(False).eval()
+    if settings.model.quantise == "none":
+        network.to(settings.device)
     heads = _heads(network, base, len(labels)) if task == "classify" else {}
     modules = _targets(base, settings.adapter.targets, set(heads))
+    if settings.model.quantise != "none" and (whole := [n for n, m in modules.items() if not quantised.held(m)]):
+        raise ModelError(
+            f"model.quantise={settings.model.quantise}: {whole[0]} is a {type(modules[whole[0]]).__name__}, which the "
+            f"library for device {settings.device} leaves as it is; model.quantise=nf4 takes it, or none"
+        )
     spec = _spec(settings, network, base, modules, heads, pooling)
     new = {key.rpartition(".")[0] for key in missing}
     drawn = {n: layer for n, layer in base.named_modules() if n in new and n not in heads and pooling != "mean"}
@@ -179,7 +190,7 @@ def minilm() -> Path:
 def _build(settings: config.Config, location: Path | str | None, classes: int) -> tuple[nn.Module, Any, str, set[str]]:
     name, task = settings.model.name, settings.task
     # safetensors only: the other format of weights on the hub is pickle
-    trust = {"trust_remote_code": settings.model.trust_remote_code, "use_safetensors": True}
+    trust: dict[str, Any] = {"trust_remote_code": settings.model.trust_remote_code, "use_safetensors": True}
     if location is None:
         if name == "tiny-encoder" and task == "generate":
             raise ModelError("model.name=tiny-encoder cannot generate; use tiny-decoder")
@@ -189,25 +200,47 @@ def _build(settings: config.Config, location: Path | str | None, classes: int) -
             return MeanPooled(backbone, classes), backbone, "mean", set()
         return Logits(base), base, "cls", set()
     try:
+        trust |= _held(settings, location)
         if task == "generate":
-            base = transformers.AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32, **trust)
+            base = transformers.AutoModelForCausalLM.from_pretrained(location, **trust)
             return Logits(base), base, "cls", set()
         if _pooling(settings.model.pooling, location) == "mean":
-            backbone = transformers.AutoModel.from_pretrained(location, dtype=torch.float32, **trust)
+            backbone = transformers.AutoModel.from_pretrained(location, **trust)
             return MeanPooled(backbone, classes), backbone, "mean", set()
         base, found = transformers.AutoModelForSequenceClassification.from_pretrained(
             location,
             num_labels=classes,
-            dtype=torch.float32,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **trust,
         )  # a head of other classes is drawn anew
         return Logits(base), base, "cls", set(found["missing_keys"])
+    except ModelError:
+        raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         # a folder's name is no slip of the pen
         near = config.hint(name, config.OWN_MODELS) if isinstance(location, str) else ""
         raise ModelError(f"model.name={name}: {_said(error)}{near}") from None
+
+
+def _held(settings: config.Config, location: Path | str) -> dict[str, Any]:
+    """How the weights are to be held. What the files hold in the same type is mapped from them, and read when it is needed."""
+    model = settings.model
+    about = transformers.AutoConfig.from_pretrained(location, trust_remote_code=model.trust_remote_code)
+    if about.is_encoder_decoder:
+        raise ModelError(
+            f"model.name={model.name}: {about.model_type} has an encoder and a decoder; one of them is needed"
+        )
+    own = getattr(about.get_text_config(), "dtype", None)
+    dtype = (
+        torch.bfloat16 if model.dtype == "bfloat16" or (model.dtype, own) == ("auto", torch.bfloat16) else torch.float32
+    )
+    if model.quantise == "none":
+        return {"dtype": dtype}
+    return {
+        "dtype": dtype, "device_map": {"": settings.device},
+        "quantization_config": quantised.settings(model.quantise, settings.device),
+    }  # fmt: skip
 
 
 def _said(error: Exception) -> str:
@@ -292,9 +325,12 @@ def _spec(
     own = {id(tensor) for tensor in head_tensors.values()}
     digest = hashlib.sha256(json.dumps([[m.name, m.out, m.in_, m.block] for m in listed] + [pooling]).encode())
     for name, tensor in sorted(network.state_dict(keep_vars=True).items()):
-        if id(tensor) not in own:
-            digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    dense = {n: t.detach().cpu().numpy().copy() for n, t in head_tensors.items()}
+        if id(tensor) not in own and isinstance(tensor, Tensor):
+            digest.update(name.encode())
+            for piece in quantised.pieces(tensor):
+                whole: Any = piece.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                digest.update(whole)
+    dense = {n: t.detach().float().cpu().numpy().copy() for n, t in head_tensors.items()}
     rank = settings.adapter.rank
     alpha = 2.0 * rank if settings.adapter.alpha is None else settings.adapter.alpha
     return ModelSpec(
@@ -306,5 +342,6 @@ def _spec(
         fingerprint=digest.hexdigest()[:32],
         flow=flow.trace(network, base, heads),
         attention=flow.attention(base),
-        parameters=sum(t.numel() for t in network.parameters() if id(t) not in own),
+        parameters=sum(count for tensor, count in quantised.numbers(network).items() if tensor not in own),
+        execution=Execution(quantised.size(network) - sum(t.nbytes for t in head_tensors.values())),
     )

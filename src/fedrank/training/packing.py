@@ -1,7 +1,7 @@
 """Rows of different lengths one after the other, without padding: their places, their attention, their mean."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -224,6 +224,12 @@ def attend(
 
 
 AttentionInterface.register(NAME, attend)
+
+
+def again(base: Any) -> AbstractContextManager[None]:
+    """The attention that this model has now, for a part of the pass that is computed once more when that is over."""
+    packed = _packed.get(None)
+    return nullcontext() if packed is None else attention(base, packed)
 
 
 @contextmanager

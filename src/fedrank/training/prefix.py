@@ -7,7 +7,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,8 +16,9 @@ import numpy as np
 import torch
 import xxhash
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from fedrank.training import tasks
+from fedrank.training import packing, tasks
 from fedrank.training.flow import block
 from fedrank.training.packing import layout
 from fedrank.training.tasks import Encoded
@@ -75,33 +76,58 @@ class Blocks:
 
     def entering(self, at: int, run: Callable[[], Any]) -> Tensor:
         """The hidden states that a forward pass gives to block `at`; nothing above it is computed."""
-        module = self.modules[at]
-        module.forward = _stop  # seen before the class's own
-        try:
-            run()
-        except _Reached as reached:
-            return reached.states
-        finally:
-            del module.forward
+        with replaced({self.modules[at]: _stop}):
+            try:
+                run()
+            except _Reached as reached:
+                return reached.states
         raise RuntimeError(f"the forward pass did not come to block {at}")
 
     @contextmanager
     def starting(self, at: int, states: Tensor) -> Iterator[None]:
         """Forward passes begin with these hidden states at block `at` while the block runs."""
         module = self.modules[at]
-        below = self.below(at)[len(self.stem) :]
-        module.forward = partial(_begin, module.forward, states)
-        for other in below:
-            other.forward = self._pass
-        try:
+        passing = dict.fromkeys(self.below(at)[len(self.stem) :], self._pass)
+        with replaced({**passing, module: partial(_begin, module.forward, states)}):
             yield
-        finally:
-            del module.forward
-            for other in below:
-                del other.forward
 
     def _pass(self, *given: Any, **named: Any) -> Any:
         return (_states(*given, **named),) if self.tuples else _states(*given, **named)
+
+
+@contextmanager
+def replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """These modules compute otherwise while the block runs."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward  # seen before the class's own
+    try:
+        yield
+    finally:
+        for module, own in before.items():
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
+
+
+def checkpointed(base: Any, modules: Mapping[int, nn.Module], at: int, draws: bool) -> AbstractContextManager[None]:
+    """From block `at` on, passes keep only what enters each block while the context holds, and compute it again for backward.
+
+    base: whose blocks these are. draws: something is drawn in a pass, which has to be drawn alike then.
+    """
+
+    def once_more(forward: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        def around() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), again
+
+        again = packing.again(base)
+        return checkpoint(forward, *given, use_reentrant=False, preserve_rng_state=draws, context_fn=around, **named)
+
+    return replaced({
+        module: partial(once_more, module.forward)
+        for number, module in modules.items() if number >= at
+    })  # fmt: skip
 
 
 def _states(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:

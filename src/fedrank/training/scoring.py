@@ -97,7 +97,7 @@ class Scorer:
         if not lives:
             return counts
         trainer = self.trainer
-        with torch.inference_mode(), fused.mounted(trainer.frozen, lives, trainer.updated(updates)) as mounts:
+        with torch.inference_mode(), fused.mounted(trainer.frozen, lives, *trainer.updated(updates)) as mounts:
             prefixes: list[Prefix] = []
             if encoded is trainer.test and (kept := trainer.kept.get(encoded)) is not None:
                 groups = [self._groups_of(own) for own in batches]

@@ -8,6 +8,7 @@ from fedrank.config import Config, Local
 from fedrank.protocol import Load
 from fedrank.training.course import batches
 from fedrank.training.packing import filled, pairs
+from fedrank.training.tasks import Encoded
 
 SMALL = 1_000_000  # parameters: a smaller model is trained faster than clients meet
 PASS_CPU, PASS_GPU = 1024, 16384  # tokens of a pass that keep a core, or a GPU, busy
@@ -15,16 +16,18 @@ PASS_CPU, PASS_GPU = 1024, 16384  # tokens of a pass that keep a core, or a GPU,
 
 def workload(
     rows: np.ndarray,
-    lengths: np.ndarray,
+    encoded: Encoded,
     local: Local,
     draw: Callable[[int], np.random.Generator],
     packed: bool = False,
 ) -> Load:
     """What a round's training on these rows goes through; a batch is packed, or padded to its longest row."""
-    parts = [lengths[batch] for batch in batches(rows, local, draw)]
+    drawn = list(batches(rows, local, draw))
+    parts = [encoded.lengths[batch] for batch in drawn]
+    read = [int(encoded.predictions[batch].sum()) if encoded.generates else len(batch) for batch in drawn]
     tokens = [filled(int(part.sum())) if packed else len(part) * int(part.max()) for part in parts]
     scores = [pairs(part) if packed else len(part) * int(part.max()) ** 2 for part in parts]
-    return Load(len(parts), sum(tokens), sum(scores), max(tokens), max(scores), sum(map(len, parts)))
+    return Load(len(parts), sum(tokens), sum(scores), max(tokens), max(scores), sum(read), max(read))
 
 
 def stacking(parameters: int, lengths: np.ndarray, config: Config, workers: int) -> int:
