@@ -140,7 +140,7 @@ def measured(path: Path, repeats: int) -> dict[str, dict]:
 
     def flops(job: Job) -> float:
         draw = partial(job.rng, "batches")
-        load = workload.workload(rows, teacher.train.lengths, job.local, draw, teacher.frozen.packs)
+        load = workload.workload(rows, teacher.train, job.local, draw, teacher.frozen.packs)
         return sum(cost.flops(parts.spec, job.adapter, job.plan, load))
 
     found = {}

@@ -112,7 +112,7 @@ def counted(method: Any, state: State, plan: Plan, trainer: local.Trainer) -> tu
     with toy.flops() as counter:
         assert len(list(method.train([job]))) == 1
     load = workload.workload(
-        rows, trainer.train.lengths, settings, partial(job.rng, "batches"), trainer.frozen.first is not None
+        rows, trainer.train, settings, partial(job.rng, "batches"), trainer.frozen.first is not None
     )
     return sum(cost.flops(spec, state.adapter, plan, load)), counter.get_total_flops()
 

@@ -457,7 +457,7 @@ def test_05_memory_and_compute_grow_by_as_much_with_every_layer():
     assert all(a > b for a, b in zip(passed(adapter.take(prefix), nothing)[2:], found[1], strict=True))
     # what the server reckons with is about what autograd keeps
     length = toy.encoded("train").lengths[:8].max()
-    reckoned = state.arrays["memory"][:, 1:] @ [8 * length, 8 * length**2]
+    reckoned = state.arrays["memory"][:, 1:] @ [8 * length, 8 * length**2, 8]
     assert found[1][0] - found[0][0] == pytest.approx(reckoned[1] - reckoned[0], rel=0.2)
 
 

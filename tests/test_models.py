@@ -294,6 +294,7 @@ def test_minilm_without_its_package_says_what_to_install(monkeypatch):
 )
 def test_remote_code_is_off_unless_asked_for(trust, task, pooling, opener, tmp_path, monkeypatch):
     told: dict[str, object] = {}
+    toy.saved("bert", tmp_path)
 
     def fake(kind):
         def from_pretrained(location, **options):

@@ -209,7 +209,7 @@ def federation(
 
     def load(name: str, round: int) -> Load:
         draw = partial(rng, seed, "job", round, name, "batches")
-        return workload.workload(shares[name], encoded("train").lengths, learning, draw)
+        return workload.workload(shares[name], encoded("train"), learning, draw)
 
     def price(name: str, round: int, plan: Plan, bytes_down: int) -> Cost:
         bytes_up = most_up(spec, begin.adapter, plan, dtype).frame

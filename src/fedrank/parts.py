@@ -147,6 +147,8 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
     )  # fmt: skip
     decoder = decoding.Decoder(trainer, config.generation, config.seed)
     judge = evaluation.Evaluation(scoring.Scorer(trainer), decoder, population, workers.count, workers.share)
+    if config.generation.when != "never" and (prompts := judge.prompts).cut:
+        log.warning("%d of %d prompts lose their start, for texts to fit behind", prompts.cut, len(prompts))
     packed, begins = trainer.frozen.packs, bool(trainer.kept)
     how = Execution(trainer.frozen.size, trainer.frozen.dtype.itemsize, packed, config.local.checkpoint)
     spec = replace(model.spec, execution=how, flow=fused.trace(trainer.frozen, config.device))

@@ -43,6 +43,9 @@ def shape(where: str, row: Mapping[str, Any], columns: Mapping[str, str], asked:
             )
         if asked == name or (asked == "auto" and not lacking):
             return name
+    for key in dict.fromkeys(key for needed in NEEDED.values() for key in needed):
+        if (column := columns.get(key, key)) not in (key, *row):
+            raise DataError(f"{where}: no column {column!r}{nearest(column, list(row))}; set data.columns.{key}")
     raise DataError(
         f"{where}: columns {', '.join(map(repr, row))} are of no known shape: prompt and completion; instruction and output "
         "(and input); messages; or prompt, choices and answer. Say in data.columns what they are called here"
