@@ -314,5 +314,11 @@ def _resolved(config: Config, method: Method) -> Config:
 def _identity(config: Config) -> Config:
     """The config less what a resumed run may change, so that its frames still belong to it."""
     data, model = config.data.model_copy(update={"path": None}), config.model.model_copy(update={"name": ""})
-    fixed = {"rounds": settings.Rounds(), "engine": settings.EngineSettings(), "data": data, "model": model}
+    fixed: dict[str, Any] = {
+        "rounds": settings.Rounds(),
+        "engine": settings.EngineSettings(),
+        "data": data,
+        "model": model,
+    }
+    fixed["generation"] = settings.Generation()
     return config.model_copy(update=fixed)

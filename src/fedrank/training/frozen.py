@@ -31,9 +31,9 @@ UNABLE = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
 class Frozen:
     """A base model that computes in its own way. layers: the linear ones of its blocks, called through `groups`.
 
-    copied: its weights are copied to be faster, where they are not quantised. groups: the names of layers that read one
-    input, together. first: the position of a row's first token, where rows
-    can be packed; None: they are padded. blocks: None where a forward pass cannot begin at one of them.
+    groups: the names of layers that read one input, together. first: the position of a row's first token, where rows
+    can be packed; None: they are padded. blocks: None where a forward pass cannot begin at one of them. copied: weights
+    that are not quantised are copied to be faster.
     """
 
     network: nn.Module
@@ -132,8 +132,9 @@ def freeze(model: Model, compute: Compute, device: str) -> Frozen:
     inside = [linear for linear in model.spec.flow if flow.block(linear.name) is not None]
     layers = {linear.name: model.base.get_submodule(linear.name) for linear in inside}
     groups = [tuple(linear.name for linear in group) for _, group in groupby(inside, lambda it: (it.block, it.stage))]
-    network = model.network
-    if any(tensor.dtype != DTYPES[compute.dtype] for tensor in network.parameters() if tensor.is_floating_point()):
+    network, apart = model.network, {id(tensor) for head in model.heads.values() for tensor in head.parameters()}
+    others = [tensor for tensor in network.parameters() if tensor.is_floating_point() and id(tensor) not in apart]
+    if any(tensor.dtype != DTYPES[compute.dtype] for tensor in others):
         network = _converted(network, [*layers.values(), *model.heads.values()], DTYPES[compute.dtype])
     there = {name: network.get_submodule(paths[layer]) for name, layer in (layers | model.heads).items()}
     heads = {name: there.pop(name) for name in model.heads}

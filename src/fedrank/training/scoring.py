@@ -20,6 +20,7 @@ from fedrank.training.prefix import Prefix
 from fedrank.training.tasks import Encoded
 
 EVALUATION_BATCH = 64
+LOGITS = 2**27  # numbers of a batch's logits: half a gigabyte in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +46,8 @@ class Scorer:
         found: list[Any] = [together.outcome(partial(self._live, one[0])) for one in asked]
         there = [at for at, on in enumerate(found) if isinstance(on, Live)]
         size = max(1, EVALUATION_BATCH // len(asked))
-        batches = [list(tasks.by_length(encoded, asked[at][2], size)) for at in there]
+        most = self.most // len(asked)
+        batches = [list(tasks.by_length(encoded, asked[at][2], size, most)) for at in there]
         counts = self._counts([found[at] for at in there], encoded, batches, updates)
         for at, own in zip(there, counts, strict=True):
             found[at] = together.outcome(partial(scores, own, len(asked[at][2])))
@@ -73,7 +75,7 @@ class Scorer:
     def _likelihoods(
         self, adapter: Adapter, encoded: Encoded, rows: np.ndarray, updates: tuple[Adapter, ...]
     ) -> np.ndarray:
-        batches = list(tasks.by_length(encoded, np.arange(len(encoded))[rows], EVALUATION_BATCH))
+        batches = list(tasks.by_length(encoded, rows, EVALUATION_BATCH, self.most))
         found = np.empty(len(encoded))
         parts = self._counts([self._live(adapter)], encoded, [batches], updates, tasks.likelihoods)[0]
         for batch, tokens in zip(batches, parts, strict=True):
@@ -115,7 +117,13 @@ class Scorer:
     def test_batches(self) -> list[np.ndarray]:
         """All test rows, in groups of like length."""
         test = self.trainer.test
-        return list(tasks.by_length(test, np.arange(len(test)), EVALUATION_BATCH))
+        return list(tasks.by_length(test, np.arange(len(test)), EVALUATION_BATCH, self.most))
+
+    @cached_property
+    def most(self) -> int:
+        """The predicted tokens of a pass, so that its logits over the vocabulary are not too many."""
+        head = self.trainer.model.base.get_output_embeddings() if self.trainer.model.task == "generate" else None
+        return LOGITS // (1 if head is None else head.out_features)
 
     @cached_property
     def _owner(self) -> np.ndarray:

@@ -241,8 +241,17 @@ def shuffled(rows: np.ndarray, size: int, generator: np.random.Generator) -> Ite
         yield order[at : at + size]
 
 
-def by_length(encoded: Encoded, rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """Batches of rows of like length, for evaluation."""
+def by_length(encoded: Encoded, rows: np.ndarray, size: int, most: int | None = None) -> Iterator[np.ndarray]:
+    """Batches of rows of like length, for evaluation. most: predicted tokens of a batch of several rows."""
     order = rows[np.argsort(encoded.lengths[rows], kind="stable")]
-    for at in range(0, len(order), size):
-        yield order[at : at + size]
+    if most is None or not encoded.generates:
+        most, tokens = len(order), np.zeros(len(order), np.int64)
+    else:
+        tokens = np.cumsum(encoded.predictions[order])
+    at = 0
+    while at < len(order):
+        before = tokens[at - 1] if at else 0
+        end = min(at + size, int(np.searchsorted(tokens, before + most, "right")))
+        end = max(at + 1, end)
+        yield order[at:end]
+        at = end
