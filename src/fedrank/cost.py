@@ -227,7 +227,9 @@ def _activations(spec: ModelSpec, plan: Plan, load: Load, forms: str) -> float:
     if not how.checkpoint:
         return sum(kept.values()) + at_head
     learning = [block for block in kept if _lowest(spec, plan, forms) <= block < spec.blocks]
-    largest = max((kept[block] for block in learning), default=0.0)
+    # One block's are all there when its backward pass begins, and the gradients of its widest maps come beside them.
+    widest = max(sum(map.out for map in stage.maps if not map.rows) for stage in _stages(spec, plan, forms))
+    largest = max((kept[block] for block in learning), default=0.0) + how.number * load.peak_tokens * widest
     kept |= {block: enters[block] for block in learning}
     return sum(kept.values()) + max(at_head, largest + how.number * logits)  # one block at a time is there once more
 

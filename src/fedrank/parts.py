@@ -145,7 +145,7 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
         engine.prefix_bytes if data is None else 0,  # rows that come and go are not kept
         engine.offload,
     )  # fmt: skip
-    decoder = decoding.Decoder(trainer, config.generation, config.seed)
+    decoder = decoding.Decoder(trainer, config.generation, config.seed, population.test.turns is not None)
     judge = evaluation.Evaluation(scoring.Scorer(trainer), decoder, population, workers.count, workers.share)
     if config.generation.when != "never" and (prompts := judge.prompts).cut:
         log.warning("%d of %d prompts lose their start, for texts to fit behind", prompts.cut, len(prompts))

@@ -47,11 +47,12 @@ class Asked:
 
 @dataclass(frozen=True, eq=False)
 class Decoder:
-    """Writes with a trainer's frozen model. seed: of what is drawn."""
+    """Writes with a trainer's frozen model. seed: of what is drawn. chats: prompts are written by the chat template."""
 
     trainer: Trainer
     settings: Generation
     seed: int
+    chats: bool = False
 
     def prompts(self, rows: Rows) -> Prompts:
         """Of these rows, as many as are wanted; rows with one prompt are its references."""
@@ -117,7 +118,9 @@ class Decoder:
         settings, tokenizer = self.settings, self.trainer.model.tokenizer
         drawn = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
         return GenerationConfig(
-            max_new_tokens=settings.max_tokens, do_sample=settings.temperature > 0,
+            max_new_tokens=settings.max_tokens, do_sample=settings.temperature > 0, use_cache=True,
+            # Else the model's own settings would take the place of what is left open.
+            num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,
             pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(self.ends), **(drawn if settings.temperature else {}),
         )  # fmt: skip
 
@@ -127,6 +130,6 @@ class Decoder:
         model = self.trainer.model
         own = model.base.generation_config.eos_token_id
         found = {model.tokenizer.eos_token_id, *(own if isinstance(own, Iterable) else [own])}
-        if model.tokenizer.chat_template is not None:
+        if self.chats:
             found.add(tasks.turn_end(model.tokenizer))
         return {one for one in found if one is not None}

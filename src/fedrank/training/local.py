@@ -211,7 +211,13 @@ class Trainer:
         modules, heads = self.model.modules, self.model.heads
         weights, beside = self.updated(job.base_updates)
         if beside:
-            raise TrainingError("two levels on a base whose updates it cannot hold exactly: take model.dtype=float32")
+            raise TrainingError(
+                "two levels on a base that cannot hold its updates exactly: take it in float32, not quantised"
+            )
+        if job.local.checkpoint and two.rule.derivative == "double":  # it would compute again from what was bound since
+            raise TrainingError(
+                "local.checkpoint: it has no second derivative; method.derivative: finite or first needs none"
+            )
         others, started = course.drawn_batches(one.ask.rows, job.local, job, "lower batches"), time.perf_counter()
         with (
             self._training(network, job.local.dropout, job),

@@ -113,6 +113,13 @@ def load(settings: config.Config, labels: tuple[str, ...]) -> Model:
     if settings.local.max_length > (most := longest(base, tokenizer)):
         raise ModelError(f"local.max_length={settings.local.max_length}: {name} reads at most {most} tokens")
     network.requires_grad_(False).eval()
+    base.config.get_text_config().use_cache = (
+        False  # training needs none; a block that is computed again would fill it twice
+    )
+    layer: Any
+    for layer in network.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):  # bitsandbytes': passes would rewrite the weights for this CPU
+            layer.support_avx512bf16_for_cpu = False
     if settings.model.quantise == "none":
         network.to(settings.device)
     heads = _heads(network, base, len(labels)) if task == "classify" else {}

@@ -7,6 +7,9 @@ from typing import Any
 import transformers
 from torch import Tensor, nn
 
+# What comes after the blocks: it learns, is drawn anew, or is too small to gain.
+HEADS = ("lm_head", "score", "classifier", "pre_classifier", "pooler", "embed_out")
+
 
 class QuantisationError(ValueError):
     """A base that cannot be quantised as asked."""
@@ -25,10 +28,12 @@ def settings(kind: str, device: str) -> Any:
     if package == "torchao":
         from torchao.quantization import Int8WeightOnlyConfig
 
-        return transformers.TorchAoConfig(Int8WeightOnlyConfig())
+        return transformers.TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=list(HEADS))
     if kind == "int8":
-        return transformers.BitsAndBytesConfig(load_in_8bit=True)
-    return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(HEADS))
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, llm_int8_skip_modules=list(HEADS)
+    )
 
 
 def held(layer: nn.Module) -> bool:

@@ -34,6 +34,6 @@ def scores(written: Sequence[str], references: Sequence[Sequence[str]]) -> dict[
     exact = [text in [one.strip() for one in own] for text, own in zip(written, references, strict=True)]
     return {
         "exact_match": sum(exact) / len(exact),
-        "bleu": float(sacrebleu.corpus_bleu(list(written), streams).score),
+        "bleu": min(100.0, float(sacrebleu.corpus_bleu(list(written), streams).score)),  # rounding goes above
         "rouge_l": sum(best) / len(best),
     }
