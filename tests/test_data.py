@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedrank.training.data import Dataset, Rows, load, stratified
+from fedrank.training.data import Dataset, Rows, load, stratified, validation
 from fedrank.training.sources import DataError
 
 GOOD = [{"text": "a film", "label": 0}, {"text": "a good film", "label": 1}, {"text": "so so", "label": 0}]
@@ -286,3 +286,10 @@ def test_real_sets(shared_data: Path, name: str, sizes: tuple[int, int], classes
     assert (len(data.train), len(data.test)) == sizes
     assert len(data.labels) == classes
     assert (data.train.text_b is not None) == (name == "qnli")
+
+
+def test_validation_holds_whole_prompts_out() -> None:
+    rows = Rows([f"p{at // 3}" for at in range(90)], completion=[f"c{at}" for at in range(90)])
+    found = validation(Dataset("own", rows, rows, None, ()), 0)
+    assert len(found.test) == 9
+    assert not set(found.test.text) & set(found.train.text)

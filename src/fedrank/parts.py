@@ -315,10 +315,7 @@ def _identity(config: Config) -> Config:
     """The config less what a resumed run may change, so that its frames still belong to it."""
     data, model = config.data.model_copy(update={"path": None}), config.model.model_copy(update={"name": ""})
     fixed: dict[str, Any] = {
-        "rounds": settings.Rounds(),
-        "engine": settings.EngineSettings(),
-        "data": data,
-        "model": model,
-    }
-    fixed["generation"] = settings.Generation()
+        "rounds": settings.Rounds(), "engine": settings.EngineSettings(), "data": data, "model": model,
+        "generation": settings.Generation(),
+    }  # fmt: skip
     return config.model_copy(update=fixed)

@@ -38,8 +38,8 @@ class Server:
     """The parts of one run.
 
     evaluate: adapter, base updates, and whether the run ends here -> the global model's scores on the server's test set,
-    and the texts that it wrote, if any; None where there is neither. cost: client, first adapter, round, plan and bytes down -> what that round takes on its device, where
-    devices are modelled.
+    and the texts that it wrote, if any; None where there is neither. cost: client, first adapter, round, plan and bytes
+    down -> what that round takes on its device, where devices are modelled.
     """
 
     method: Method

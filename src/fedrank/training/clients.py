@@ -101,8 +101,12 @@ def own(config: Config, data: ClientData, encode: Encode) -> Population:
     @lru_cache(2 * config.rounds.cohort)
     def held(at: int) -> Held:
         mine = rows(at)
-        encoded, order = encode(mine), rng(config.seed, "partition", "test", at).permutation(len(mine))
-        tested, trained = np.split(order, [len(mine) // partition.HELD_OUT])
+        encoded, draw = encode(mine), rng(config.seed, "partition", "test", at)
+        if mine.completion is None:
+            tested, trained = np.split(draw.permutation(len(mine)), [len(mine) // partition.HELD_OUT])
+        else:  # whole prompts
+            tests = partition.fifths(mine.group, draw) == 0
+            tested, trained = np.flatnonzero(tests), np.flatnonzero(~tests)
         return Held(encoded, np.sort(trained), encoded, np.sort(tested), _scored(mine), _choices(mine, encode))
 
     places = np.unique(np.linspace(0, data.clients - 1, TYPICAL, dtype=int)).tolist()

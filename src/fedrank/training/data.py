@@ -160,8 +160,10 @@ def validation(dataset: Dataset, seed: int) -> Dataset:
     """The data set with its dev split, or a drawn tenth of train where it has none, in the place of test."""
     if dataset.dev is not None:
         return replace(dataset, test=dataset.dev)
-    held = np.zeros(len(dataset.train), bool)
-    held[rng(seed, "validation").permutation(len(held))[: max(1, len(held) // 10)]] = True
+    # Of rows to generate from, whole prompts: else references of one would be on both sides.
+    group = np.arange(len(dataset.train)) if dataset.train.completion is None else dataset.train.group
+    count = 1 + int(group.max())
+    held = np.isin(group, rng(seed, "validation").permutation(count)[: max(1, count // 10)])
     return replace(
         dataset,
         train=dataset.train.take(np.flatnonzero(~held)),

@@ -274,10 +274,10 @@ def by_column(
     own, held_out = grouped(owner, len(kept)), np.full(len(owner), NOBODY)
     for start, end in pairwise(own.starts.tolist()):
         rows = own.rows[start:end]
-        fifths = _fifths(np.arange(len(rows)) if groups is None else groups[rows], random)
+        part = fifths(np.arange(len(rows)) if groups is None else groups[rows], random)
         if validation:
-            owner[rows[fifths == 0]] = NOBODY
-        tested = rows[fifths == validation]
+            owner[rows[part == 0]] = NOBODY
+        tested = rows[part == validation]
         held_out[tested] = owner[tested]
     return Partition(
         names=Names(len(kept)),
@@ -290,7 +290,7 @@ def by_column(
     )
 
 
-def _fifths(groups: np.ndarray, random: np.random.Generator) -> np.ndarray:
+def fifths(groups: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """(rows,): 0 for the fifth of a client's rows that it is tested on, 1 for its validation, more for the rest.
 
     Groups stay whole, so that a fifth may be less: it takes the first ones drawn that fit into it.
