@@ -15,7 +15,7 @@ from fedrank.training.frozen import Frozen, freeze
 from fedrank.training.hooks import Live, live
 from fedrank.training.models import Model
 
-LIBRARIES = ("torch", "onednn") if onednn() else ("torch",)
+LIBRARIES = {dtype: ("torch", "onednn") if onednn(dtype) else ("torch",) for dtype in ("float32", "bfloat16")}
 
 
 @pytest.fixture(scope="module", params=("bert", "llama", "gpt2"))
@@ -69,7 +69,7 @@ def ours(base: Frozen, on: Live, batch: tuple[dict[str, torch.Tensor], torch.Ten
     return logits.detach()
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("library", LIBRARIES["float32"])
 @pytest.mark.parametrize("learn", ["BeAh", "B", "eA", "Bh"])
 @pytest.mark.parametrize("how", ["svd", "lora", "folded", "ragged", "top"])
 def test_the_same_function_and_gradients_as_the_plain_hooks(model, batch, how, learn, library):
@@ -83,7 +83,7 @@ def test_the_same_function_and_gradients_as_the_plain_hooks(model, batch, how, l
         torch.testing.assert_close(two.grads[name], grad, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("library", LIBRARIES["bfloat16"])
 @pytest.mark.parametrize("how", ["svd", "lora", "folded"])
 def test_bfloat16_is_near_in_function_and_gradients(model, batch, how, library):
     train, frozen = parted(model, how)
@@ -126,15 +126,35 @@ SLOW, PACKED, SHORT = Compute("float32", "torch"), Compute("float32", "onednn"),
 )
 def test_what_is_clearly_faster_computes(monkeypatch, seconds, asked, chosen):
     measured = dict(zip((SLOW, PACKED, SHORT), seconds, strict=True))
-    monkeypatch.setattr(compute, "onednn", lambda: True)
+    monkeypatch.setattr(compute, "onednn", lambda dtype="": True)
     monkeypatch.setattr(compute, "_seconds", lambda options, *_: {option: measured[option] for option in options})
     assert choose([torch.nn.Linear(512, 256)], "cpu", 1, **asked) == chosen
+
+
+@pytest.mark.parametrize(
+    ("asked", "chosen"),
+    [
+        ({}, PACKED),
+        ({"dtype": "bfloat16"}, Compute("bfloat16", "torch")),
+        ({"library": "onednn"}, PACKED),
+        ({"library": "torch"}, SLOW),
+    ],
+)
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
+def test_a_cpu_without_units_for_bfloat16_computes_in_it_only_when_told(monkeypatch, held, asked, chosen):
+    """Where such products are packed by nobody, and slow."""
+    monkeypatch.setattr(compute, "onednn", lambda dtype="float32": dtype == "float32")
+    monkeypatch.setattr(compute, "_seconds", lambda options, *_: {one: 1.0 - 0.5 * (one == PACKED) for one in options})
+    layer = torch.nn.Linear(512, 256, dtype=held)
+    assert choose([layer], "cpu", 1, **asked) == chosen
+    with pytest.raises(ValueError, match="onednn is not to be had for bfloat16 on this cpu"):
+        choose([layer], "cpu", 1, "bfloat16", "onednn")
 
 
 def test_nothing_is_gained_on_a_small_model_and_a_library_that_is_not_here_is_refused(monkeypatch):
     monkeypatch.setattr(compute, "_seconds", None)  # not measured
     assert choose([torch.nn.Linear(32, 32)], "cpu", 1) == SLOW
-    with pytest.raises(ValueError, match="onednn is not to be had on cuda"):
+    with pytest.raises(ValueError, match="onednn is not to be had for float32 on this cuda"):
         choose([torch.nn.Linear(32, 32)], "cuda", 1, library="onednn")
 
 

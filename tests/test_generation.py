@@ -529,6 +529,28 @@ def test_training_makes_the_right_choice_the_likeliest(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+def test_likelihoods_are_made_in_the_same_batches_whoever_makes_them(tmp_path: Path) -> None:
+    """Bits may hang on what a row is computed with."""
+    made = experiment.prepare(config.load(settings(picked(tmp_path))))
+    judge = made.evaluate.__self__
+    asked = []
+
+    def seen(part: Any) -> Any:
+        what, _, _, pieces = part
+        if what == "likelihoods":
+            asked.extend(piece.tolist() for piece in pieces)
+        return judge._part(part)
+
+    for workers in (1, 2, 3):
+        asked.clear()
+        one = replace(judge, workers=workers, share=lambda work: lambda parts: map(seen, parts))
+        found = one.everywhere(made.begin.adapter, (), False)
+        assert sorted(asked) == sorted(batch.tolist() for batch in one.scorer.batches(one.population.choices.encoded))
+        assert 0 <= found["choice_accuracy"] <= 1
+    assert len(asked) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
 def test_workers_write_and_choose_the_same_to_the_bit(tmp_path: Path) -> None:
     folder = picked(tmp_path)
     drawn = {"when": "always", "max_tokens": 5, "temperature": 0.8, "batch_size": 3, "prompts": 10}
@@ -563,6 +585,17 @@ def test_rows_that_are_too_long_are_counted_aloud(tmp_path: Path, caplog: pytest
     with caplog.at_level(logging.WARNING, "fedrank"):
         experiment.prepare(config.load(whole, ["local.max_length=33"]))
     assert not caplog.records
+
+
+def test_so_are_choices(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A wrong choice is no row of its own, but takes part in the scores as it was left."""
+    row = {"prompt": "p", "choices": ["c", "c" * 12], "answer": "c"}
+    whole = settings(held(tmp_path, train=[row] * 20, test=[row] * 10), local={"max_length": 12})
+    with caplog.at_level(logging.WARNING, "fedrank"):
+        experiment.prepare(config.load(whole))
+    assert [record.getMessage() for record in caplog.records] == [
+        "test, each choice a row: of 20 rows, 10 completions their end lost to local.max_length=12"
+    ]
 
 
 # ---- over the wire

@@ -286,6 +286,21 @@ def test_a_column_that_the_config_names_in_vain_is_named(tmp_path: Path) -> None
             get(tmp_path, {"prompt": "a", "p": "a", "reply": "b"}, columns=columns)
 
 
+@pytest.mark.parametrize(
+    ("row", "columns", "key"),
+    [
+        ({"instruction": "i", "input": "x", "output": "o"}, {"input": "inputs"}, "input"),  # else it would be left out
+        (BOTH, {"prompt": "q"}, "prompt"),  # else it would be taken for alpaca
+        (BOTH, {"messages": "said"}, "messages"),  # else for a completion
+    ],
+)
+def test_even_where_another_shape_would_fit(tmp_path: Path, row: Row, columns: dict[str, str], key: str) -> None:
+    why = rf"train\.jsonl:1: no column '{columns[key]}', the nearest is '.*'; set data\.columns\.{key}"
+    for format in ("auto", "alpaca"):
+        with pytest.raises(DataError, match=why):
+            get(tmp_path, row, columns=columns, format=format)
+
+
 def test_messages_as_plain_text_are_no_config() -> None:
     def settings(**form: str) -> dict[str, Any]:
         return {"task": "generate", "data": {"path": "x", "instructions": form}}
@@ -338,6 +353,16 @@ def test_a_group_is_one_prompt_or_all_turns_of_one_conversation(tmp_path: Path) 
         ("user", "q"),
     )
     assert opening((("user", "q"),)) == (("user", "q"),)
+    first = ("assistant", "hello")
+    assert opening((first, ("user", "q"), ("assistant", "a"), ("user", "r"))) == (first, ("user", "q"))
+
+
+def test_conversations_that_the_assistant_opens_are_apart(tmp_path: Path) -> None:
+    def opened(*said: str) -> Row:
+        return {"messages": [{"role": "assistant", "content": "hello"}, *talk(*said)["messages"]]}
+
+    rows = get(tmp_path, opened("q", "a", "r", "b"), opened("other", "a"), opened("q", "c"))
+    assert rows.group[0] == rows.group[1] == rows.group[3] != rows.group[2]
 
 
 # ---- tokens
@@ -413,6 +438,8 @@ def test_a_turn_ends_with_the_last_special_token() -> None:
         (CHAT + "{{ raise_exception('no   such\n role') }}", "the tokenizer's chat template: no such role$"),
         ("{{ messages[9].content }}", "the tokenizer's chat template: list object has no element 9"),
         ("{% for %}", "the tokenizer's chat template: "),
+        ("{{ messages + 1 }}", "the tokenizer's chat template: can only concatenate list"),
+        ("{{ 1 // 0 }}", "the tokenizer's chat template: .*zero"),
     ],
 )  # fmt: skip
 def test_a_template_that_cannot_be_used_is_an_error(template: str | None, message: str) -> None:

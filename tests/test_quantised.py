@@ -700,8 +700,9 @@ def test_such_a_base_computes_in_bfloat16_unless_told(tmp_path):
     (tmp_path / "data").mkdir()
     rows(tmp_path / "data")
     made, _, told = played(settings(tmp_path / "data", {"name": str(folder)}), tmp_path / "run")
-    assert made.config.engine.compute == "bfloat16"
-    assert made.spec.execution.number == 2
+    quick = onednn("bfloat16")  # this CPU has units for it
+    assert made.config.engine.compute == ("bfloat16" if quick else "float32")
+    assert made.spec.execution.number == (2 if quick else 4)
     assert told[-1]["train_loss"] < told[0]["train_loss"] - 0.1
 
 

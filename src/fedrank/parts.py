@@ -132,7 +132,9 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
     with span("reading"):
         population = people(encode)
     test, names = population.tested, population.names
-    _cut(config, train=population.typical, test=test)
+    _cut(config, {"train": population.typical, "test": test})
+    if population.choices is not None:
+        _cut(config, {"test, each choice a row": population.choices.encoded})
     measured = engine.timing == "measured"
     workers = Workers(engine.workers or fitting(engine.threads, config.device, model.spec.parameters), engine.threads)
     if engine.stack is None:
@@ -224,7 +226,7 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
     )  # fmt: skip
 
 
-def _cut(config: Config, **sets: Any) -> None:
+def _cut(config: Config, sets: Mapping[str, Any]) -> None:
     """Say how much of the tokenised rows was left out."""
     for name, encoded in sets.items():
         parts = (

@@ -29,10 +29,11 @@ class Compute(NamedTuple):
     products: str
 
 
-def onednn() -> bool:
-    """Whether torch's own entry to oneDNN's linear layer is here; Inductor uses the same one."""
+def onednn(dtype: str = "float32") -> bool:
+    """Whether torch's own entry to oneDNN's linear layer is here for this type; Inductor uses the same one."""
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return available and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    here = available and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return here and (dtype == "float32" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
 def choose(
@@ -42,16 +43,21 @@ def choose(
 
     On a CPU they are measured, on the layers' largest weight; torch gives bfloat16 to oneDNN in any case, but has it pack
     the weight for every product. A GPU computes in bfloat16 where it has units for it, and so do weights that are held in
-    bfloat16. parameters: of the model; a large one's weights are not packed unless onednn is asked for by name.
-    ValueError where a library is asked for that is not here.
+    bfloat16; a CPU without AVX-512 takes ten times as long for it as for float32. parameters: of the model; a large one's
+    weights are not packed unless onednn is asked for by name. ValueError where a library is asked for that is not here.
     """
     layers = list(layers)
+    if dtype == "auto" and device == "cpu" and not onednn("bfloat16"):
+        dtype = "float32"
     if dtype == "auto" and any(layer.weight.dtype == torch.bfloat16 for layer in layers):
         dtype = "bfloat16"
     if library == "auto" and parameters >= LARGE:
         library = "torch"
-    if library == "onednn" and (device != "cpu" or not onednn()):
-        raise ValueError(f"onednn is not to be had on {device} with torch {torch.__version__}; auto or torch is")
+    kind = "float32" if dtype == "auto" else dtype
+    if library == "onednn" and (device != "cpu" or not onednn(kind)):
+        raise ValueError(
+            f"onednn is not to be had for {kind} on this {device} with torch {torch.__version__}; auto or torch is"
+        )
     dtypes = [kind for kind in DTYPES if dtype in ("auto", kind)]
     libraries = [whose for whose in ("torch", "onednn") if library in ("auto", whose)]
     largest = max(layers, key=lambda layer: math.prod(sizes(layer)))
@@ -59,7 +65,7 @@ def choose(
     if device != "cpu":
         units = torch.cuda.is_bf16_supported(including_emulation=False)
         return Compute("bfloat16" if units and "bfloat16" in dtypes else dtypes[0], "torch")
-    if weight.numel() < SMALL or not onednn():
+    if weight.numel() < SMALL or not onednn(dtypes[-1]):
         libraries = libraries[:1]
     if weight.numel() < SMALL:
         dtypes = dtypes[:1]

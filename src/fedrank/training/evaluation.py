@@ -44,9 +44,10 @@ class Evaluation:
         if rows.completion is not None:
             found["perplexity"] = perplexity(found["loss"])
         if whole is not None:
-            every = np.arange(len(rows))
-            parts = np.array_split(whole.of(every), 4 * self.workers)
-            found |= whole.right(every, np.concatenate(self._dealt("likelihoods", adapter, base, parts)))
+            batches, likelihood = self.scorer.batches(whole.encoded), np.empty(len(whole.encoded))
+            for batch, part in zip(batches, self._dealt("likelihoods", adapter, base, batches), strict=True):
+                likelihood[batch] = part
+            found |= whole.right(np.arange(len(rows)), likelihood)
         if self._writes(last):
             asked, size = self.prompts, self.decoder.settings.batch_size
             batches = np.array_split(np.arange(len(asked)), -(-len(asked) // size))

@@ -18,6 +18,8 @@ NEEDED: Mapping[Shape, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
 }
 
+KEYS = tuple(dict.fromkeys(("input", *(key for needed in NEEDED.values() for key in needed))))
+
 
 @dataclass(frozen=True)
 class Example:
@@ -33,7 +35,10 @@ class Example:
 
 
 def shape(where: str, row: Mapping[str, Any], columns: Mapping[str, str], asked: str) -> Shape:
-    """The shape of a record: as asked, else the first whose columns it has."""
+    """The shape of a record: as asked, else the first whose columns it has. A column that the config names must be there."""
+    for key in KEYS:
+        if (column := columns.get(key, key)) not in (key, *row):
+            raise DataError(f"{where}: no column {column!r}{nearest(column, list(row))}; set data.columns.{key}")
     for name, needed in NEEDED.items():
         lacking = [column for key in needed if (column := columns.get(key, key)) not in row]
         if asked == name and lacking:
@@ -43,9 +48,6 @@ def shape(where: str, row: Mapping[str, Any], columns: Mapping[str, str], asked:
             )
         if asked == name or (asked == "auto" and not lacking):
             return name
-    for key in dict.fromkeys(key for needed in NEEDED.values() for key in needed):
-        if (column := columns.get(key, key)) not in (key, *row):
-            raise DataError(f"{where}: no column {column!r}{nearest(column, list(row))}; set data.columns.{key}")
     raise DataError(
         f"{where}: columns {', '.join(map(repr, row))} are of no known shape: prompt and completion; instruction and output "
         "(and input); messages; or prompt, choices and answer. Say in data.columns what they are called here"
@@ -145,6 +147,6 @@ def said(what: str, text: Any) -> str:
 
 
 def opening(turns: Sequence[Turn]) -> tuple[Turn, ...]:
-    """What came before the assistant first spoke: the same for all examples of one conversation."""
-    first = next((at for at, (role, _) in enumerate(turns) if role == "assistant"), len(turns))
+    """What came before the assistant's first reply: the same for all examples of one conversation."""
+    first = next((at for at, (role, _) in enumerate(turns) if role == "assistant" and at), len(turns))
     return tuple(turns[:first])

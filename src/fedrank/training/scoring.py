@@ -75,8 +75,7 @@ class Scorer:
     def _likelihoods(
         self, adapter: Adapter, encoded: Encoded, rows: np.ndarray, updates: tuple[Adapter, ...]
     ) -> np.ndarray:
-        batches = list(tasks.by_length(encoded, rows, EVALUATION_BATCH, self.most))
-        found = np.empty(len(encoded))
+        batches, found = self.batches(encoded, rows), np.empty(len(encoded))
         parts = self._counts([self._live(adapter)], encoded, [batches], updates, tasks.likelihoods)[0]
         for batch, tokens in zip(batches, parts, strict=True):
             found[batch] = [part.sum() for part in np.split(tokens, np.cumsum(encoded.predictions[batch])[:-1])]
@@ -116,8 +115,12 @@ class Scorer:
     @cached_property
     def test_batches(self) -> list[np.ndarray]:
         """All test rows, in groups of like length."""
-        test = self.trainer.test
-        return list(tasks.by_length(test, np.arange(len(test)), EVALUATION_BATCH, self.most))
+        return self.batches(self.trainer.test)
+
+    def batches(self, encoded: Encoded, rows: np.ndarray | None = None) -> list[np.ndarray]:
+        """These rows, or all, in groups of like length."""
+        rows = np.arange(len(encoded)) if rows is None else rows
+        return list(tasks.by_length(encoded, rows, EVALUATION_BATCH, self.most))
 
     @cached_property
     def most(self) -> int:
