@@ -123,9 +123,10 @@ def targets(folders: dict[str, Path], score: str) -> dict[str, Any]:
 
 def forecast(arms: dict[str, Config], study: Config, workers: int) -> dict[str, Any]:
     """Hours, from two clients trained and one evaluation timed in each arm; pilots and runs together."""
-    pilot, hours = study["pilot"], dict[str, float]()
+    pilot = study["pilot"]
     tries = len(pilot["learning_rates"])
-    for arm, config in arms.items():
+
+    def needed(config: Config) -> float:
         with tempfile.TemporaryDirectory() as folder:
             small = merge(config, {"rounds": {"count": 1, "cohort": 2, "evaluate_every": 1}})
             file = Path(folder) / "one.yaml"
@@ -136,13 +137,16 @@ def forecast(arms: dict[str, Config], study: Config, workers: int) -> dict[str, 
             row = rows(run, "rounds")[0]
         client, rest = row["train_seconds"] / 2, row["wall_seconds"] - row["train_seconds"]
 
-        def seconds(rounds: Config, client: float = client, rest: float = rest) -> float:
+        def seconds(rounds: Config) -> float:
             evaluations = rounds["count"] / rounds["evaluate_every"]
             return float(rounds["count"] * rounds["cohort"] * client + evaluations * rest)
 
         runs = seconds(config["rounds"]) * len(study["seeds"]) * len(study["settings"])
         tried = seconds(pilot["rounds"]) * tries * (len(study["settings"]) if pilot["every_setting"] else 1)
-        hours[arm] = (runs + tried) / 3600
+        return (runs + tried) / 3600
+
+    with ThreadPoolExecutor(workers) as pool:  # as many at once as runs will be
+        hours = dict(zip(arms, pool.map(needed, arms.values()), strict=True))
     return {"hours": sum(hours.values()) / workers, "workers": workers, "hours_of_one_core": hours}
 
 
