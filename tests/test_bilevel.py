@@ -16,7 +16,7 @@ from fedrank import levels
 from fedrank.adapter import Adapter, Block, from_arrays, kaiming
 from fedrank.config import Local
 from fedrank.protocol import Job, Lower, ModelSpec, Plan, Update, rng
-from fedrank.training import course, models, tasks
+from fedrank.training import course, models, tasks, twice
 from fedrank.training.bilevel import DerivativeError, Loss, begin, hypergradient
 from fedrank.training.course import drawn_batches
 from fedrank.training.hooks import live, mounted
@@ -501,31 +501,27 @@ def test_the_passes_that_plans_name_are_those_that_are_made(derivative, copied, 
     forward = count(lambda: Scorer(teacher).evaluate(job.adapter, teacher.train, rows))
     below = None if copied else levels.private(job, 1)
     found = count(lambda: teacher.fit(job, rows, lower=Lower(0.1, below, derivative)))
-    ahead, back, _ = levels.PASSES[derivative]
+    ahead, back = levels.PASSES[derivative]
     assert found == pytest.approx(ahead * forward + back * (plain - forward), rel=0.06)
 
 
 @pytest.mark.parametrize("copied", [False, True])
-@pytest.mark.parametrize("derivative", DERIVATIVES)
-def test_the_activations_that_plans_name_are_those_that_are_held(derivative, copied, wide):
+def test_what_a_few_tokens_keep_says_what_many_do(copied, wide):
+    """To the byte: what is saved for backward passes grows with tokens, pairs of them, and rows."""
     teacher, job = wide
-    rows = np.arange(8)
-
-    def peak(work: Callable[[], Any]) -> int:
-        with toy.saved_for_backward(teacher.model.network.state_dict(keep_vars=True).values()) as most:
-            work()
-        return most()
-
-    def once() -> None:
-        """A pass over the plain layers, on which two levels are trained."""
-        on = live(job.adapter, Adapter({}, job.adapter.scale, {}), "BAh", "cpu")
-        inputs, labels = teacher.train.batch(rows, "cpu")
-        with mounted(teacher.model.modules, teacher.model.heads, on):
-            tasks.loss(teacher.model.network(**inputs), labels).backward()
-
     below = None if copied else levels.private(job, 1)
-    found = peak(lambda: teacher.fit(job, rows, lower=Lower(0.1, below, derivative)))
-    assert found == pytest.approx(levels.PASSES[derivative].held * peak(once), rel=0.06)
+
+    def step(rows: tasks.Encoded) -> None:
+        local = job.local.model_copy(update={"steps": 1, "batch_size": len(rows)})
+        teacher.fit(replace(job, local=local), np.arange(len(rows)), lower=Lower(0.1, below), encoded=rows)
+
+    said = twice.kept(teacher.model.network, teacher.train, step)
+    assert all(part > 0 for part in said)
+    count, longest = len(teacher.train), int(teacher.train.lengths.max())
+    with toy.saved_for_backward(teacher.model.network.state_dict(keep_vars=True).values()) as most:
+        step(teacher.train)
+        found = most()
+    assert found == pytest.approx(np.dot(said, [count * longest, count * longest**2, count, 1]), rel=1e-9)
 
 
 @pytest.fixture(scope="module")

@@ -278,9 +278,18 @@ def test_passes_multiply():
     spec = built("bert").spec
     given = Plan(chosen(spec, 2, [0, 1]))
     forward, backward = cost.flops(spec, start(spec), given, load(2, 8))
-    more = replace(given, passes=Passes(3.0, 4.5, 2.5))
+    more = replace(given, passes=Passes(3.0, 4.5))
     assert cost.flops(spec, start(spec), more, load(2, 8)) == (3 * forward, 4.5 * backward)
-    assert activations(spec, start(spec), more, 2, 8) == 2.5 * activations(spec, start(spec), given, 2, 8)
+    assert activations(spec, start(spec), more, 2, 8) == activations(spec, start(spec), given, 2, 8)
+
+
+def test_what_is_kept_for_second_derivatives_is_as_it_was_counted():
+    """And what the head reads has its gradients beside it."""
+    spec = built("bert").spec
+    twice = replace(spec, execution=replace(spec.execution, twice=(1000.0, 10.0, 7.0, 3.0)))
+    given = Plan(chosen(spec, 2, [0, 1]))
+    classes = spec.flow[-1].out
+    assert activations(twice, start(spec), given, 2, 8) == 16 * 1000 + 128 * 10 + 2 * 7 + 12 * 2 * classes
 
 
 def test_where_nothing_learns_there_is_no_backward_pass():

@@ -441,6 +441,15 @@ def test_what_was_written_is_kept_beside_what_was_right(runs: Runs) -> None:
     assert (runs.end.path / "texts.jsonl").read_text() == (runs.always.path / "texts.jsonl").read_text()
 
 
+def test_texts_of_an_end_that_was_none_are_gone(tmp_path: Path) -> None:
+    run = fedrank.run(settings(held(tmp_path)), "generation.when=end", "rounds.count=1", out=tmp_path / "run")
+    before = (run.path / "texts.jsonl").read_text()
+    fedrank.resume(run.path, "rounds.count=+1", "generation.when=never")
+    assert not (run.path / "texts.jsonl").exists()
+    fedrank.resume(run.path, "rounds.count=+1", "generation.when=end")
+    assert (run.path / "texts.jsonl").read_text() != before
+
+
 def test_writing_leaves_training_as_it_is(runs: Runs) -> None:
     assert toy.equal(runs.never.state, runs.end.state)
     assert toy.equal(runs.never.state, runs.always.state)
@@ -515,13 +524,14 @@ def picked(folder: Path) -> Path:
 
 
 def test_training_makes_the_right_choice_the_likeliest(tmp_path: Path) -> None:
-    played, local = {"count": 4, "cohort": 3, "evaluate_every": 1}, {"max_length": 24, "batch_size": 4, "lr": 0.02}
-    run = fedrank.run(settings(picked(tmp_path), rounds=played, local=local), out=tmp_path / "run")
-    for name in (f"{whose}{score}" for whose in ("", "personal_") for score in BY_CHOICE):
-        found = [row[name] for row in run.rounds]
-        assert found[0] < 0.75
-        assert found[-1] > 0.9
-        assert run.summary[name] > 0.9
+    played, local = {"count": 4, "cohort": 3, "evaluate_every": 4}, {"max_length": 24, "batch_size": 4, "lr": 0.01}
+    whole = settings(picked(tmp_path), rounds=played, local=local)
+    made = experiment.prepare(config.load(whole))
+    before, run = made.evaluate(made.begin.adapter, (), False), fedrank.run(whole, out=tmp_path / "run")
+    for name in BY_CHOICE:
+        assert before[name] < 0.75
+        for score in (name, f"personal_{name}"):
+            assert run.rounds[-1][score] == run.summary[score] > 0.9
     assert not having(run, *BY_TEXT)
 
 

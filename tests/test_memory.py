@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 import toy
 from fedrank import cost, parts
 from fedrank.adapter import kaiming
-from fedrank.config import Local, load
+from fedrank.config import ConfigError, Local, load
 from fedrank.methods.pf2lora import PF2LoRA
 from fedrank.protocol import Device, Execution, Job, ModelSpec, Plan, Update, rng
 from fedrank.store import Store
@@ -218,14 +218,24 @@ def test_offload_changes_no_bit(method, compute, tmp_path):
     assert toy.equal(*states)
 
 
-def test_offload_with_two_levels_is_each_clients_error(tmp_path):
-    raw = settings(tmp_path, method={"name": "pf2lora", "private_rank": 1}, engine={"offload": True})
-    events = played(raw, tmp_path / "run")[2]
-    told = [event["error"] for event in events if event["event"] == "client"]
-    assert len(told) == 6
-    assert set(told) == {
-        "TrainingError: engine.offload: what learns on two levels learns where the model is; set it to false"
-    }
+@pytest.mark.parametrize("method", ["pf2lora", "per_fedavg_lora"])
+@pytest.mark.parametrize(
+    ("sections", "why"),
+    [
+        ({"engine": {"offload": True}}, r"engine\.offload: .* learns on two levels"),
+        ({"local": {"checkpoint": True}}, r"local\.checkpoint: it has no second derivative"),
+    ],
+)
+def test_what_two_levels_cannot_do_is_told_before_a_run_begins(method, sections, why, tmp_path):
+    with pytest.raises(ConfigError, match=why):
+        parts.prepare(load(settings(tmp_path, method={"name": method}, **sections)))
+
+
+def test_two_levels_of_which_one_is_empty_may(tmp_path):
+    raw = settings(
+        tmp_path, method={"name": "pf2lora", "private_rank": 0}, engine={"offload": True}, local={"checkpoint": True}
+    )
+    played({**raw, "local": {**raw["local"], "max_length": 24}}, tmp_path / "run")
 
 
 def test_offload_with_two_levels_is_not_trained(decoder):
@@ -255,22 +265,28 @@ class Shelf:
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
-    folder, draw = tmp_path_factory.mktemp("shelf"), np.random.default_rng(0)
     sizes = transformers.LlamaConfig(
         hidden_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=4, intermediate_size=1408,
         vocab_size=2000, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     torch.manual_seed(0)
     made = transformers.AutoModelForCausalLM.from_config(sizes)
-    for dtype in (torch.float32, torch.bfloat16):
+    return shelf_of(made, "generate", tmp_path_factory.mktemp("shelf"), (torch.float32, torch.bfloat16))
+
+
+def shelf_of(made: Any, task: str, folder: Path, dtypes: tuple[torch.dtype, ...]) -> Shelf:
+    draw = np.random.default_rng(0)
+    for dtype in dtypes:
         place = folder / str(dtype).removeprefix("torch.")
         made.to(dtype).save_pretrained(place)
-        tiny.tokenizer("generate").save_pretrained(place)
+        tiny.tokenizer(task).save_pretrained(place)
 
     def text(least: int, most: int) -> str:
         return "".join(draw.choice(list("abcdefgh "), draw.integers(least, most)))
 
     lines = [{"prompt": text(60, 110), "completion": text(40, 80)} for _ in range(24)]
+    if task == "classify":
+        lines = [{"text": "".join(line.values()), "label": str(at % 2)} for at, line in enumerate(lines)]
     (folder / "data").mkdir()
     for split in ("train", "test"):
         (folder / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -292,7 +308,8 @@ def peaks(raw: dict[str, Any], *overrides: str, padded: bool = False) -> tuple[i
     if padded:
         trainer.frozen.first = None
         spec = replace(spec, execution=replace(spec.execution, scores=False))
-    assert spec.execution.scores == trainer.frozen.packs
+    packs = trainer.frozen.packs and getattr(made.method, "lower", None) is None
+    assert spec.execution.scores == packs
     device, held, local = made.devices[client], made.held(client), made.config.local.model_copy(update={"steps": 1})
     plan = made.method.plan(made.begin, {client: device}, 0)[client]
     own = held.train[np.argsort(-held.encoded.lengths[held.train])[: local.batch_size]]
@@ -302,7 +319,7 @@ def peaks(raw: dict[str, Any], *overrides: str, padded: bool = False) -> tuple[i
         return trainer.fit(job, rows=own, encoded=held.encoded, **given)
 
     job = Job(plan, 1, 3, spec, made.begin.adapter, (), {}, local, device, 0, fit)
-    batch = workload.workload(own, held.encoded, local, lambda epoch: rng(0, epoch), trainer.frozen.packs)
+    batch = workload.workload(own, held.encoded, local, lambda epoch: rng(0, epoch), packs)
 
     def work() -> None:
         with trainer.session():
@@ -317,7 +334,13 @@ CASES: dict[str, tuple[str, ...]] = {
     "float32": (),
     "FedARA": ("method.name=fedara",),
     "FLoRA": ("method.name=flora",),
+    "two levels": ("method.name=pf2lora",),
+    "a step ahead": ("method.name=per_fedavg_lora",),
     "one derivative of two levels": ("method.name=pf2lora", "method.derivative=first"),
+    "differences of two levels": ("method.name=pf2lora", "method.derivative=finite"),
+    "two levels, computing in bfloat16 where one learns": ("method.name=pf2lora", "engine.compute=bfloat16"),
+    "int8 under two levels": ("method.name=pf2lora", "model.quantise=int8"),
+    "nf4 under two levels": ("method.name=pf2lora", "model.quantise=nf4"),
     "weights packed": ("engine.products=onednn",),
     "bfloat16": ("engine.compute=bfloat16",),
     "checkpoints": ("local.checkpoint=true",),
@@ -328,7 +351,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "nf4": ("model.quantise=nf4",),
     "nf4 in bfloat16": ("model.quantise=nf4", "engine.compute=bfloat16"),
 }
-QUICK = ("float32", "bfloat16", "checkpoints", "int8", "nf4", "FedARA")
+QUICK = ("float32", "two levels", "bfloat16", "checkpoints", "int8", "nf4", "FedARA")
 
 
 @pytest.mark.parametrize("what", [pytest.param(w, marks=[] if w in QUICK else pytest.mark.slow) for w in CASES])
@@ -351,6 +374,26 @@ def test_so_it_is_of_padded_rows(checkpoint, shelf):
 
 def test_so_it_is_of_weights_held_in_bfloat16(shelf):
     reckoned, taken, base = peaks(shelf.settings("bfloat16"), "engine.compute=bfloat16")
+    assert reckoned == pytest.approx(taken + base, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "family", ["gpt2", pytest.param("bert", marks=pytest.mark.slow), pytest.param("words", marks=pytest.mark.slow)]
+)
+def test_so_it_is_of_two_levels_on_other_models(family, tmp_path):
+    """And where the vocabulary outweighs the blocks."""
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    sizes, task = {
+        "gpt2": (transformers.GPT2Config(n_embd=256, n_layer=4, n_head=4, n_positions=256, vocab_size=2000, **ends), "generate"),
+        "bert": (transformers.BertConfig(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024,
+                                         max_position_embeddings=256, pad_token_id=0, num_labels=2), "classify"),
+        "words": (transformers.LlamaConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256,
+                                           max_position_embeddings=256, vocab_size=30000, **ends), "generate"),
+    }[family]  # fmt: skip
+    made = {"generate": transformers.AutoModelForCausalLM, "classify": transformers.AutoModelForSequenceClassification}
+    torch.manual_seed(0)
+    found = shelf_of(made[task].from_config(sizes), task, tmp_path, (torch.float32,))
+    reckoned, taken, base = peaks({**found.settings(), "task": task}, "method.name=pf2lora")
     assert reckoned == pytest.approx(taken + base, rel=0.1)
 
 

@@ -65,7 +65,7 @@ def test_training_takes_the_upper_step_and_keeps_nothing(derivative):
     assert update.adapter.ids.keys() == job.adapter.ids.keys()
     assert not toy.same(update.adapter, plain.adapter)
     plan = method.plan(State(0, 3, job.adapter), toy.cohort("c0"), 0)["c0"]
-    assert (plan.passes, plan.private) == (levels.PASSES[derivative], 0)
+    assert (plan.passes, plan.private, method.lower) == (levels.PASSES[derivative], 0, derivative)
 
 
 @pytest.mark.parametrize("method", [PerFedAvgLoRA(), PerFedAvgLoRA(0.3, "finite"), PerFedAvgLoRA(0.05, "first")])

@@ -406,4 +406,5 @@ def test_the_plan_tells_the_costs(derivative):
     plan = method.plan(method.begin(toy.encoder().spec, 3, 0), toy.cohort("c0"), 0)["c0"]
     assert (plan.private, plan.passes) == (2, levels.PASSES[derivative])
     none = replace(method, private_rank=0)
-    assert none.plan(none.begin(toy.encoder().spec, 3, 0), toy.cohort("c0"), 0)["c0"].passes == (1, 1, 1)
+    assert none.plan(none.begin(toy.encoder().spec, 3, 0), toy.cohort("c0"), 0)["c0"].passes == (1, 1)
+    assert (method.lower, none.lower) == (derivative, None)

@@ -1,5 +1,6 @@
 """Bases in 8 and 4 bits and in bfloat16: what they compute, what is added beside them, what they take."""
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -21,7 +22,7 @@ import fedrank
 import toy
 from fedrank import config, parts
 from fedrank.adapter import Adapter, gaussian, kaiming
-from fedrank.config import Local
+from fedrank.config import ConfigError, Local
 from fedrank.methods.fed_plora import FedPLoRA
 from fedrank.methods.fedavg import FedAvg
 from fedrank.methods.pf2lora import PF2LoRA
@@ -246,6 +247,31 @@ def test_a_library_that_is_not_here_is_named_with_what_brings_it(kind, lacking, 
         ModelError, match=rf"model\.quantise={kind} on cpu needs {lacking}: pip install 'fedrank\[quantise\]'"
     ):
         loaded(folder, quantise=kind)
+
+
+def test_widths_that_a_library_gets_wrong_are_refused(tmp_path, monkeypatch):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    folder, right = published("llama", tmp_path), functional.dequantize_4bit
+
+    def wrong(*given, **named):  # rows of 128 begin where another's scale is
+        found = right(*given, **named)
+        return found.roll(64) if found.shape[-1] == 128 else found
+
+    assert quantised.sound.__wrapped__(64)
+    assert loaded(folder, quantise="nf4")
+    monkeypatch.setattr(functional, "dequantize_4bit", wrong)
+    quantised.sound.cache_clear()
+    try:
+        with pytest.raises(ModelError, match=r"weights of 128 columns .* \(model\.layers\.0\.mlp\.down_proj\)"):
+            loaded(folder, quantise="nf4")
+    finally:
+        quantised.sound.cache_clear()
+
+
+def test_what_quantises_is_part_of_the_numerics(pair):
+    ours, plain = (parts.prepare(config.load(raw)).numerics["quantised"] for raw in pair.both())
+    assert plain == "none"
+    assert ours == f"{pair.kind} by {LIBRARIES[pair.kind]} {importlib.metadata.version(LIBRARIES[pair.kind])}"
 
 
 @pytest.mark.parametrize(
@@ -693,6 +719,23 @@ def test_weights_in_bfloat16_hold_no_updates_and_compute_as_the_same_in_float32(
     updates = tuple(state.base_updates.values())
     assert [bool(part) for part in made.trainer.updated(updates)] == [False, True]
     assert [bool(part) for part in other.trainer.updated(updates)] == [True, False]
+
+
+def test_differences_on_such_a_base_are_refused(tmp_path):
+    """Of bfloat16's three digits none would be left."""
+    (tmp_path / "data").mkdir()
+    rows(tmp_path / "data")
+    for method in ("pf2lora", "per_fedavg_lora"):
+        for dtype in (torch.bfloat16, torch.float32):
+            folder, way = published("llama", tmp_path / f"{method} {dtype}", dtype), {"derivative": "finite"}
+            raw = settings(tmp_path / "data", {"name": str(folder)}, method={"name": method, **way})
+            if dtype == torch.float32:
+                assert parts.prepare(config.load(raw)).spec.execution.number == 4
+                continue
+            with pytest.raises(ConfigError, match=r"method\.derivative=finite: of a base held in torch\.bfloat16"):
+                parts.prepare(config.load(raw))
+            raw["method"]["derivative"] = "first"
+            assert parts.prepare(config.load(raw)).spec.execution.number == 2
 
 
 def test_such_a_base_computes_in_bfloat16_unless_told(tmp_path):

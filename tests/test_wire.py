@@ -489,10 +489,10 @@ def test_a_request_of_something_else(meta: dict[str, Any], why: str) -> None:
         ("returns", {}, "digest"),
         ("returns", {"keep": ["uint8", [2.0]]}, "array 'keep' must come back as"),
         ("returns", {"keep": "uint8"}, "array 'keep' must come back as"),
-        ("passes", [1.0, 1.0], "three finite numbers"),
-        ("passes", [1.0, 1.0, -1.0], "three finite numbers"),
-        ("passes", [1.0, 1.0, 1], "three finite numbers"),
-        ("passes", [1.0, 1.0, 2.0], "digest"),
+        ("passes", [1.0], "two finite numbers"),
+        ("passes", [1.0, -1.0], "two finite numbers"),
+        ("passes", [1.0, 1], "two finite numbers"),
+        ("passes", [1.0, 2.0], "digest"),
     ],
 )
 def test_a_request_with_another_plan(field: str, value: Any, why: str) -> None:

@@ -201,7 +201,7 @@ def peak_memory(spec: ModelSpec, start: Adapter, plan: Plan, load: Load) -> int:
 
     The base, the head and the components; a gradient and AdamW's two moments of all that learns, and where activations
     are of a lower type a copy of both in it; and the activations that backward needs, which are those above the lowest map
-    that learns, of as many passes as the plan holds at once. Base updates, and components folded into the base, are
+    that learns, or, where a step is differentiated twice, as they were counted. Base updates, and components folded into the base, are
     reckoned as merged in place. Left out: dropout's masks, the gradients on their way, and what the runtime itself takes.
     """
     forms, how, learn = _forms(start), spec.execution, trainable(spec, start, plan)
@@ -210,8 +210,7 @@ def peak_memory(spec: ModelSpec, start: Adapter, plan: Plan, load: Load) -> int:
     held += sum(_numbers(spec, _ranks(ids), forms) for ids in (plan.train, plan.frozen))
     held += _numbers(spec, dict.fromkeys((n for n, ids in plan.train.items() if len(ids)), plan.private), "BA")
     copies = how.number * (held + learn) if how.number < NUMBER else 0
-    activations = plan.passes.held * _activations(spec, plan, load, forms)
-    return base + NUMBER * (held + 3 * learn) + copies + math.ceil(activations)
+    return base + NUMBER * (held + 3 * learn) + copies + math.ceil(_activations(spec, plan, load, forms))
 
 
 def _activations(spec: ModelSpec, plan: Plan, load: Load, forms: str) -> float:
@@ -223,6 +222,9 @@ def _activations(spec: ModelSpec, plan: Plan, load: Load, forms: str) -> float:
         enters.setdefault(first.block, how.number * load.peak_tokens * first.in_)
         read = [map.out for map in stage.maps if map.rows and (stage.needs or _learns(map, spec, plan, forms))]
         logits += load.peak_rows * sum(read)
+    if how.twice is not None:
+        token, pair, row, rest = how.twice
+        return token * load.peak_tokens + pair * load.peak_pairs + row * load.peak_rows + rest + LOGIT * logits
     at_head = (how.number + LOGIT) * logits
     if not how.checkpoint:
         return sum(kept.values()) + at_head

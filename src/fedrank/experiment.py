@@ -149,7 +149,8 @@ def go_on(
             ledger.cut(path / name, state.round)
         store.write("config.yaml", settings.dump(parts.config))
         if config.rounds.count > state.round:  # what a finished run came to is no longer true
-            (path / "summary.json").unlink(missing_ok=True)
+            for name in ("summary.json", "texts.jsonl"):
+                (path / name).unlink(missing_ok=True)
             shutil.rmtree(path / "adapter", ignore_errors=True)
         state = replace(state, rounds=config.rounds.count)
         store.save_state(state, numerics)  # and older ones go, which a kill may have left

@@ -11,9 +11,9 @@ from fedrank.protocol import Job, ModelSpec, Passes, rng
 
 MOMENTS = "moments/"  # the upper optimizer's, beside the private adapter
 
-# `Plan.passes` of one bilevel step. "double" goes back through the lower step's own backward pass, which costs two more
-# and holds it beside both forward passes; "finite" adds two whole passes; the upper and the lower batch are one each.
-PASSES = {"double": Passes(2.0, 4.0, held=3.0), "finite": Passes(4.0, 4.0), "first": Passes(2.0, 2.0)}
+# `Plan.passes` of one bilevel step. "double" goes back through the lower step's own backward pass, which costs two more;
+# "finite" adds two whole passes; the upper and the lower batch are one each.
+PASSES = {"double": Passes(2.0, 4.0), "finite": Passes(4.0, 4.0), "first": Passes(2.0, 2.0)}
 
 
 def private(job: Job, rank: int) -> Adapter:

@@ -22,7 +22,7 @@ from fedrank.client import MIN_TEST_ROWS, Site
 from fedrank.config import Config, ConfigError
 from fedrank.engines.local import Local as LocalEngine
 from fedrank.engines.workers import Workers, fitting, keep_few_kernels, page_out
-from fedrank.protocol import ClientId, Device, Execution, Load, Method, ModelSpec, Plan, State, rng
+from fedrank.protocol import ClientId, Device, Execution, Job, Load, Method, ModelSpec, Plan, State, rng
 from fedrank.roster import Roster
 from fedrank.server import Evaluate, Server
 from fedrank.store import Store
@@ -104,7 +104,21 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
         texts.check()
     keep_few_kernels()
     _import()
-    from fedrank.training import clients, decoding, evaluation, fused, local, models, packing, scoring, tasks, workload
+    from fedrank.training import (
+        bilevel,
+        clients,
+        decoding,
+        evaluation,
+        fused,
+        local,
+        models,
+        packing,
+        quantised,
+        scoring,
+        tasks,
+        twice,
+        workload,
+    )
     from fedrank.training.compute import choose
 
     if data is None:
@@ -151,8 +165,16 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
     judge = evaluation.Evaluation(scoring.Scorer(trainer), decoder, population, workers.count, workers.share)
     if config.generation.when != "never" and (prompts := judge.prompts).cut:
         log.warning("%d of %d prompts lose their start, for texts to fit behind", prompts.cut, len(prompts))
-    packed, begins = trainer.frozen.packs, bool(trainer.kept)
-    how = Execution(trainer.frozen.size, trainer.frozen.dtype.itemsize, packed, config.local.checkpoint)
+    two, begins = getattr(chosen, "lower", None), bool(trainer.kept)
+    packed, dtype = trainer.frozen.packs, trainer.frozen.dtype
+    if two is not None:  # its steps are the plain layers'
+        packed, dtype = False, model.base.dtype
+        if two == "finite" and dtype.itemsize < 4:
+            raise ConfigError(
+                f"method.derivative=finite: of a base held in {dtype} its differences are noise; "
+                "model.dtype=float32, or another derivative"
+            )
+    how = Execution(trainer.frozen.size, dtype.itemsize, packed, config.local.checkpoint)
     spec = replace(model.spec, execution=how, flow=fused.trace(trainer.frozen, config.device))
 
     def held(client: ClientId) -> clients.Held:
@@ -198,7 +220,13 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
         for parameter in trainer.frozen.unread(model.network):
             page_out(parameter.data_ptr(), parameter.nbytes)
 
-    begin, kept = _first(config, chosen, spec, devices)
+    begin, plan, kept = _first(config, chosen, spec, devices)
+    if two == "double":
+        step = partial(_step, config, chosen, plan, begin, spec, next(iter(devices.values())), trainer)
+        try:
+            spec = replace(spec, execution=replace(how, twice=twice.kept(model.network, population.typical, step)))
+        except bilevel.DerivativeError as error:
+            raise ConfigError(f"method.derivative=double: {error}") from None
     facts = {
         "data": name, "rows": {"train": population.train_rows, "test": len(population.test)},
         "hash": {"train": population.digest, "test": population.test.digest()}, "labels": list(labels),
@@ -218,12 +246,23 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
     }  # fmt: skip
     run_id = f"{rng(config.seed, 'run', settings.dump(_identity(config))).integers(1 << 62):016x}"
     drawn = {f"{n}.{p}": t.float().numpy(force=True) for n, m in model.drawn.items() for p, t in m.named_parameters()}
-    numerics = {"fedrank": fedrank.__version__} | local.numerics(
-        engine.threads, config.device, compute, packed, engine.stack or 1, begins
-    )
+    numerics = {
+        "fedrank": fedrank.__version__, "quantised": quantised.version(config.model.quantise, config.device),
+        **local.numerics(engine.threads, config.device, compute, trainer.frozen.packs, engine.stack or 1, begins),
+    }  # fmt: skip
     return Parts(
         config, chosen, spec, begin, run_id, machines, devices, held, trainer, site, cost, judge.everywhere, workers, numerics, drawn, facts, about,
     )  # fmt: skip
+
+
+def _step(
+    config: Config, method: Method, plan: Plan, begin: State, spec: ModelSpec, device: Device, trainer: Any, rows: Any
+) -> None:
+    """A client's step on these rows, in one batch."""
+    local = config.local.model_copy(update={"steps": 1, "batch_size": len(rows)})
+    fit = partial(trainer.fit, rows=np.arange(len(rows)), encoded=rows)
+    with trainer.session():
+        list(method.train([Job(plan, 1, begin.rounds, spec, begin.adapter, (), {}, local, device, config.seed, fit)]))
 
 
 def _cut(config: Config, sets: Mapping[str, Any]) -> None:
@@ -267,6 +306,15 @@ def _chosen(config: Config, method: Method | None) -> tuple[Config, Method]:
         methods.check(type(chosen))
     except (TypeError, AttributeError) as error:  # what an entry point named is not there, or is no method
         raise ConfigError(f"method.name={config.method['name']}: {error}") from None
+    if (two := getattr(chosen, "lower", None)) is not None:
+        if config.engine.offload:
+            raise ConfigError(
+                f"engine.offload: {config.method['name']} learns on two levels, which learn where the model is; false"
+            )
+        if two == "double" and config.local.checkpoint:  # it would compute again from what was bound since
+            raise ConfigError(
+                "local.checkpoint: it has no second derivative; method.derivative=finite or first needs none"
+            )
     if config.server.optimizer != "none" and not getattr(getattr(chosen, "about", None), "averages", False):
         raise ConfigError(
             f"server.optimizer={config.server.optimizer}: {config.method['name']} makes no mean of its updates "
@@ -281,18 +329,18 @@ def _chosen(config: Config, method: Method | None) -> tuple[Config, Method]:
 
 def _first(
     config: Config, method: Method, spec: ModelSpec, devices: Mapping[ClientId, Device]
-) -> tuple[State, dict[str, Any]]:
-    """The method's first state, and what of a client's function stays with the client."""
+) -> tuple[State, Plan, dict[str, Any]]:
+    """The method's first state, a client's plan, and what of a client's function stays with the client."""
     try:
         begin = method.begin(spec, config.rounds.count, config.seed)
         first = next(iter(devices))
         plans = method.plan(begin, {first: devices[first]}, config.seed)
     except ValueError as error:  # hyper-parameters that do not fit the adapter
         raise ConfigError(f"method {config.method['name']}: {error}") from None
-    own = {f for plan in plans.values() if plan for f in plan.own} | set("h" * (config.adapter.head == "own"))
-    private = max((plan.private for plan in plans.values() if plan), default=0)
-    kept = {"own": "".join(f for f in begin.adapter.factors if f in own), "private": private}
-    return begin, kept | {"adapts": hasattr(method, "adapt")}
+    plan = plans.get(first) or Plan({})
+    own = set(plan.own) | set("h" * (config.adapter.head == "own"))
+    kept = {"own": "".join(f for f in begin.adapter.factors if f in own), "private": plan.private}
+    return begin, plan, kept | {"adapts": hasattr(method, "adapt")}
 
 
 def _resolved(config: Config, method: Method) -> Config:

@@ -65,12 +65,15 @@ class Execution:
 
     number: bytes of an activation. scores: attention keeps its scores for backward, as the plain product does and fused
     kernels do not. checkpoint: of a block that learns only what enters it is kept, and the rest computed again.
+    twice: where a step is differentiated twice, the bytes that it keeps per token, per pair of tokens, per row that the
+    head reads, and beside them.
     """
 
     base_bytes: int | None = None
     number: int = 4
     scores: bool = True
     checkpoint: bool = False
+    twice: tuple[float, float, float, float] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,11 +176,10 @@ class State:
 
 
 class Passes(NamedTuple):
-    """What a local step makes, for the costs. held: passes whose activations are there at once."""
+    """What a local step makes, for the costs."""
 
     forward: float = 1.0
     backward: float = 1.0
-    held: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -367,6 +369,8 @@ class Method(Protocol):
 
     - ``about``: what it is, an `About`.
     - ``weights``: what clients count by in its means; "examples" where it does not say.
+    - ``lower``: where its steps have two levels, how the upper one differentiates through the lower: "double", "finite" or
+      "first" (see `Lower`); None where they have one.
     - ``prunes``: what a client does not return of its components is gone from its model.
     - ``adapt(job) -> Adapter``: what this client predicts with; else the received adapter.
     - ``adopt(state, increment) -> State``: its first state with an imported adapter's B and A in it, where its own

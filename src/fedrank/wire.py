@@ -123,8 +123,8 @@ class Wire:
         width, learn, up, down, own, since, returns, private, passes = _fields(
             told, width=int, learn=str, up=str, down=str, own=str, since=int, returns=dict, private=int, passes=list
         )
-        if len(passes) != 3 or not all(type(n) is float and 0 <= n < math.inf for n in passes):
-            raise Refused(f"passes must be three finite numbers of at least 0, got {passes!r}")
+        if len(passes) != 2 or not all(type(n) is float and 0 <= n < math.inf for n in passes):
+            raise Refused(f"passes must be two finite numbers of at least 0, got {passes!r}")
         select = None if told.get("select") is None else _fields(told, select=int)[0]
         returns = {name: _return(name, value) for name, value in returns.items()}
         train, frozen = (self.layout.ids(tensors.pop(f"plan.{name}", None), width) for name in ("train", "frozen"))

@@ -38,6 +38,10 @@ class PerFedAvgLoRA:
         if not self.rate > 0:
             raise ValueError(f"rate must be above 0, got {self.rate}")
 
+    @property
+    def lower(self) -> str:
+        return self.derivative
+
     def begin(self, spec: ModelSpec, rounds: int, seed: int) -> State:
         return State(0, rounds, spec.lora(seed))
 

@@ -55,6 +55,10 @@ class PF2LoRA:
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold must be in [0, 1), got {self.threshold}")
 
+    @property
+    def lower(self) -> str | None:
+        return self.derivative if self.private_rank else None
+
     def begin(self, spec: ModelSpec, rounds: int, seed: int) -> State:
         if self.private_rank >= spec.rank:
             raise ValueError(f"method.private_rank={self.private_rank} must be below adapter.rank={spec.rank}")
@@ -63,7 +67,7 @@ class PF2LoRA:
     def plan(self, state: State, cohort: Mapping[ClientId, Device], seed: int) -> dict[ClientId, Plan]:
         plan = Plan(
             everything(state.adapter), private=self.private_rank,
-            passes=levels.PASSES[self.derivative] if self.private_rank else Passes(),
+            passes=levels.PASSES[self.lower] if self.lower else Passes(),
             returns={"ranks": ("int32", (len(state.adapter.blocks),))},
         )  # fmt: skip
         return dict.fromkeys(cohort, plan)

@@ -129,6 +129,13 @@ def load(settings: config.Config, labels: tuple[str, ...]) -> Model:
             f"model.quantise={settings.model.quantise}: {whole[0]} is a {type(modules[whole[0]]).__name__}, which the "
             f"library for device {settings.device} leaves as it is; model.quantise=nf4 takes it, or none"
         )
+    if (settings.model.quantise, settings.device) == ("nf4", "cpu"):
+        for layer_name, module in modules.items():
+            if not quantised.sound(width := flow.sizes(module)[1]):
+                raise ModelError(
+                    f"model.quantise=nf4: bitsandbytes does not write weights of {width} columns out right on this CPU "
+                    f"({layer_name}); model.quantise=int8 or none"
+                )
     spec = _spec(settings, network, base, modules, heads, pooling)
     new = {key.rpartition(".")[0] for key in missing}
     drawn = {n: layer for n, layer in base.named_modules() if n in new and n not in heads and pooling != "mean"}

@@ -1,9 +1,12 @@
 """Quantised bases: frozen weights held in 8 or 4 bits, written out for each product."""
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 
@@ -15,12 +18,23 @@ class QuantisationError(ValueError):
     """A base that cannot be quantised as asked."""
 
 
+def library(kind: str, device: str) -> str:
+    return "torchao" if (kind, device) == ("int8", "cpu") else "bitsandbytes"
+
+
+def version(kind: str, device: str) -> str:
+    """Who quantises, for the record of what bits hang on."""
+    if kind == "none":
+        return kind
+    return f"{kind} by {(package := library(kind, device))} {importlib.metadata.version(package)}"
+
+
 def settings(kind: str, device: str) -> Any:
     """What transformers takes to quantise while it loads: torchao's int8 on a CPU, else bitsandbytes' int8 or 4-bit NormalFloat.
 
     QuantisationError where the library is not here.
     """
-    package = "torchao" if (kind, device) == ("int8", "cpu") else "bitsandbytes"
+    package = library(kind, device)
     if missing := [name for name in (package, "accelerate") if importlib.util.find_spec(name) is None]:
         raise QuantisationError(
             f"model.quantise={kind} on {device} needs {' and '.join(missing)}: pip install 'fedrank[quantise]'"
@@ -57,6 +71,20 @@ def dense(layer: nn.Module) -> Tensor:
 
         found = int8_vectorwise_dequant(weight.data, weight.SCB)
     return found
+
+
+@cache
+def sound(width: int) -> bool:
+    """Whether weights of this many columns, in 4 bits, are written out right on this CPU.
+
+    bitsandbytes 0.50's kernel for AVX-512 takes the scale of another block of 64 numbers where a row ends within one.
+    """
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    weight = torch.randn(8 * width, generator=torch.Generator().manual_seed(0))
+    weight = (weight * torch.where(torch.arange(8 * width) // 64 % 2 == 0, 1.0, 0.1)).reshape(8, width)
+    found = dequantize_4bit(*quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
+    return bool((found - weight).norm() < 0.2 * weight.norm())
 
 
 def pieces(tensor: Tensor) -> Iterator[Tensor]:
