@@ -450,6 +450,11 @@ def test_texts_of_an_end_that_was_none_are_gone(tmp_path: Path) -> None:
     assert (run.path / "texts.jsonl").read_text() != before
 
 
+def test_a_finished_run_is_not_asked_for_texts(runs: Runs) -> None:
+    with pytest.raises(ConfigError, match=r"has played all its rounds, .*rounds\.count=\+1 goes on"):
+        fedrank.resume(runs.never.path, "generation.when=end")
+
+
 def test_writing_leaves_training_as_it_is(runs: Runs) -> None:
     assert toy.equal(runs.never.state, runs.end.state)
     assert toy.equal(runs.never.state, runs.always.state)

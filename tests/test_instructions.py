@@ -13,7 +13,7 @@ import fedrank
 from fedrank import config
 from fedrank.config import ConfigError, Instructions
 from fedrank.training import tasks, tiny
-from fedrank.training.data import ClientData, Dataset, Rows, load
+from fedrank.training.data import ClientData, Dataset, Rows, load, numbers
 from fedrank.training.instructions import opening
 from fedrank.training.sources import DataError
 
@@ -357,6 +357,11 @@ def test_a_group_is_one_prompt_or_all_turns_of_one_conversation(tmp_path: Path) 
     assert opening((first, ("user", "q"), ("assistant", "a"), ("user", "r"))) == (first, ("user", "q"))
 
 
+def test_numbers_are_places_among_different_texts() -> None:
+    texts = ["b", "a", "é", "", "b", "\U0001f600", "ab", "Z"]
+    assert np.array_equal(numbers(texts), np.unique(texts, return_inverse=True)[1])
+
+
 def test_conversations_that_the_assistant_opens_are_apart(tmp_path: Path) -> None:
     def opened(*said: str) -> Row:
         return {"messages": [{"role": "assistant", "content": "hello"}, *talk(*said)["messages"]]}
@@ -420,6 +425,15 @@ def test_prompts_alone_are_those_of_the_rows(tmp_path: Path) -> None:
     encoded = tasks.encode(rows, tokens, "generate", 99)
     heads = tasks.prompt_tokens(rows, tokens)
     assert [tokens.decode(head) for head in heads] == [prompt for prompt, _ in parts(encoded, tokens)]
+
+
+def test_thoughts_that_a_template_makes_up_are_of_the_prompt() -> None:
+    """As in Qwen 3's, which opens the last reply with empty ones, and a prompt only when it is told that there are none."""
+    prompt = "{% if add_generation_prompt %}<a>{% if enable_thinking is false %}<think></think>{% endif %}{% endif %}"
+    turns = "{% for m in messages %}{% if m.role == 'assistant' and loop.last %}<a><think></think>{{ m.content }}[CLS]"
+    tokens = tokenizer(turns + "{% else %}<u>{{ m.content }}{% endif %}{% endfor %}" + prompt)
+    before, reply = tasks._chatted((("user", "q"),), "a", tokens)
+    assert (before, reply) == ("<u>q<a><think></think>", "a[CLS]")
 
 
 def test_a_turn_ends_with_the_last_special_token() -> None:

@@ -328,6 +328,21 @@ def test_batches_by_length_hold_every_row_once():
     assert np.all(np.diff(encoded.lengths[order]) >= 0)
 
 
+def test_nor_do_they_hold_more_pairs_of_tokens_than_a_pass_may(monkeypatch):
+    encoded, rows = toy.encoded("test"), np.arange(40)
+    monkeypatch.setattr(tasks, "PAIRS", most := 600)
+    batches = list(tasks.by_length(encoded, rows, 16))
+    pairs = [len(batch) * int(encoded.lengths[batch].max()) ** 2 for batch in batches]
+    assert max(pairs) <= most
+    assert sorted(np.concatenate(batches)) == rows.tolist()
+    following = [int(encoded.lengths[batch[0]]) for batch in batches[1:]]
+    assert all(
+        len(batch) == 16 or (len(batch) + 1) * one**2 > most for batch, one in zip(batches, following, strict=False)
+    )
+    monkeypatch.setattr(tasks, "PAIRS", 1)
+    assert [len(batch) for batch in tasks.by_length(encoded, rows, 16)] == [1] * 40
+
+
 def test_majority():
     assert majority(np.array([0, 2, 2, 2])) == 0.75
 

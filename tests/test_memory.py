@@ -232,10 +232,19 @@ def test_what_two_levels_cannot_do_is_told_before_a_run_begins(method, sections,
 
 
 def test_two_levels_of_which_one_is_empty_may(tmp_path):
-    raw = settings(
-        tmp_path, method={"name": "pf2lora", "private_rank": 0}, engine={"offload": True}, local={"checkpoint": True}
-    )
-    played({**raw, "local": {**raw["local"], "max_length": 24}}, tmp_path / "run")
+    local = {"max_length": 24, "batch_size": 4, "checkpoint": True}
+    raw = settings(tmp_path, method={"name": "pf2lora", "private_rank": 0}, engine={"offload": True}, local=local)
+    rows = [event for event in played(raw, tmp_path / "run")[2] if event["event"] == "round"]
+    assert [(row["clients_ok"], row["clients_failed"]) for row in rows] == [(3, 0)] * 2
+
+
+@pytest.mark.parametrize("method", ["pf2lora", "per_fedavg_lora"])
+@pytest.mark.parametrize("derivative", ["first", "finite"])
+def test_checkpoints_of_two_levels_are_evaluated_too(method, derivative, tmp_path):
+    local = {"max_length": 24, "batch_size": 4, "checkpoint": True}
+    found = played(settings(tmp_path, method={"name": method, "derivative": derivative}, local=local), tmp_path / "run")
+    assert found[2][-1]["event"] == "end"
+    assert found[2][-1]["personal_accuracy"] is not None
 
 
 def test_offload_with_two_levels_is_not_trained(decoder):
@@ -363,6 +372,18 @@ def test_the_peak_is_what_was_reckoned(what, shelf):
         pytest.importorskip("bitsandbytes")
     reckoned, taken, base = peaks(shelf.settings(), *CASES[what])
     assert reckoned == pytest.approx(taken + base, rel=0.1)
+
+
+def test_two_levels_hold_the_base_in_both_types(shelf):
+    """Their steps are those of plain layers, and scores come from copies in the type that is computed in."""
+    one, two = (
+        parts.prepare(load(shelf.settings(), ("engine.compute=bfloat16", f"method.name={name}")))
+        for name in ("fedavg", "pf2lora")
+    )
+    plain = 4 * one.spec.parameters
+    assert one.spec.execution.base_bytes == pytest.approx(plain / 2)
+    assert two.spec.execution.base_bytes == pytest.approx(1.5 * plain)
+    assert (one.spec.execution.number, two.spec.execution.number) == (2, 4)
 
 
 @pytest.mark.parametrize("checkpoint", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import toy
 from fedrank import config
 from fedrank.training import models, tasks
+from fedrank.training import tiny as tiny_models
 from fedrank.training.data import Rows
 from fedrank.training.models import ModelError
 
@@ -48,6 +49,24 @@ def test_tiny_models_are_the_same_for_the_same_seed_and_leave_the_callers_genera
     assert len(one.spec.modules) == 3 * (6 if name == "tiny-encoder" else 7)
     assert [m.block for m in one.spec.modules] == sorted(m.block for m in one.spec.modules)
     assert one.spec.blocks == 3
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta"])
+def test_what_reads_on_both_sides_does_not_generate(kind, tmp_path):
+    """It would be shown what it has to predict."""
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "vocab_size": 260,
+    }
+    getattr(transformers, f"{kind}ForMaskedLM")(getattr(transformers, f"{kind}Config")(**sizes)).save_pretrained(
+        tmp_path
+    )
+    tiny_models.tokenizer("generate").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="reads on both sides of a token, so it cannot learn to write; take a decoder"):
+        tiny(str(tmp_path), task="generate")
 
 
 @pytest.mark.parametrize("name", ["tiny-encoder", "tiny-decoder"])

@@ -263,7 +263,12 @@ def test_widths_that_a_library_gets_wrong_are_refused(tmp_path, monkeypatch):
     quantised.sound.cache_clear()
     try:
         with pytest.raises(ModelError, match=r"weights of 128 columns .* \(model\.layers\.0\.mlp\.down_proj\)"):
-            loaded(folder, quantise="nf4")
+            models.load(  # whether it has an adapter or not
+                toy.settings(
+                    model={"name": str(folder), "quantise": "nf4"}, task="generate", local={"max_length": 24},
+                    adapter={"targets": ["q_proj"]},
+                ), ()
+            )  # fmt: skip
     finally:
         quantised.sound.cache_clear()
 
@@ -644,6 +649,22 @@ def test_a_large_models_weights_are_used_as_they_lie(family, tmp_path, monkeypat
     assert freeze(model, Compute("float32", "onednn"), "cpu").copied  # it was asked for by name
 
 
+def test_nor_is_a_large_one_in_bfloat16_held_in_float32_where_that_computes(tmp_path, monkeypatch):
+    model = loaded(published("llama", tmp_path, torch.bfloat16))
+    near_by = trainer(model)
+    assert {near_by.frozen.product(names).weight.dtype for names in near_by.frozen.groups} == {torch.float32}
+    monkeypatch.setattr(frozen, "LARGE", 1)
+    one, inside = trainer(model), {id(layer.weight) for layer in model.modules.values()}
+    pointers = [weight().data_ptr() for names in one.frozen.groups for weight in one.frozen.product(names).weights]
+    assert pointers == [model.modules[name].weight.data_ptr() for names in one.frozen.groups for name in names]
+    assert not inside & {id(tensor) for tensor in one.frozen.unread(model.network)}
+    linear = sum(out * in_ for out, in_ in model.spec.shapes.values())
+    assert one.frozen.size == 2 * linear + 4 * (model.spec.parameters - linear)
+    job = toy.job(model.spec, factors(model), Plan(everything(factors(model))), print)
+    ours, theirs = (who.fit(job, ROWS) for who in (one, near_by))
+    near(ours.adapter, theirs.adapter)
+
+
 @pytest.mark.parametrize("family", SIZES)
 def test_the_bytes_of_a_frozen_base(family, tmp_path, monkeypatch):
     """What passes go through, with the copies made to be faster; what is copied in another type is no longer read."""
@@ -747,6 +768,26 @@ def test_such_a_base_computes_in_bfloat16_unless_told(tmp_path):
     assert made.config.engine.compute == ("bfloat16" if quick else "float32")
     assert made.spec.execution.number == (2 if quick else 4)
     assert told[-1]["train_loss"] < told[0]["train_loss"] - 0.1
+
+
+def test_8_bits_of_a_gpu_are_written_out_after_a_pass_too():
+    """By which their library moves the scales; it does so on a CPU as well."""
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    plain = torch.randn(96, 64)
+    held, scales, _ = bnb.functional.int8_vectorwise_quant(plain)
+    layer = bnb.nn.Linear8bitLt(64, 96, bias=False, has_fp16_weights=False)
+    layer.weight = bnb.nn.Int8Params(held, requires_grad=False, has_fp16_weights=False, CB=held, SCB=scales)
+    assert quantised.held(layer)
+    before = quantised.dense(layer)
+    assert (before - plain).abs().max() < 0.02 * plain.abs().max()
+    layer(torch.ones(1, 64))
+    assert layer.weight.SCB is None
+    assert torch.equal(quantised.dense(layer), before)
+    twin = frozen._converted(torch.nn.Sequential(layer, torch.nn.LayerNorm(96)), [layer], torch.bfloat16)
+    assert twin[0].state.CB.data_ptr() == layer.state.CB.data_ptr()
+    assert twin[1].weight.dtype == torch.bfloat16
+    assert torch.equal(quantised.dense(twin[0]), before)
 
 
 @pytest.mark.parametrize("kind", ["none", "int8"])

@@ -105,7 +105,6 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
     keep_few_kernels()
     _import()
     from fedrank.training import (
-        bilevel,
         clients,
         decoding,
         evaluation,
@@ -174,7 +173,10 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
                 f"method.derivative=finite: of a base held in {dtype} its differences are noise; "
                 "model.dtype=float32, or another derivative"
             )
-    how = Execution(trainer.frozen.size, dtype.itemsize, packed, config.local.checkpoint)
+    lying = trainer.frozen.size
+    if two is not None or config.device != "cpu":  # what else passes have copies of is not paged out
+        lying += sum(tensor.nbytes for tensor in trainer.frozen.unread(model.network))
+    how = Execution(lying, dtype.itemsize, packed, config.local.checkpoint)
     spec = replace(model.spec, execution=how, flow=fused.trace(trainer.frozen, config.device))
 
     def held(client: ClientId) -> clients.Held:
@@ -225,8 +227,8 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
         step = partial(_step, config, chosen, plan, begin, spec, next(iter(devices.values())), trainer)
         try:
             spec = replace(spec, execution=replace(how, twice=twice.kept(model.network, population.typical, step)))
-        except bilevel.DerivativeError as error:
-            raise ConfigError(f"method.derivative=double: {error}") from None
+        except RuntimeError as error:
+            raise ConfigError(f"method.derivative=double: {str(error).splitlines()[0]}") from None
     facts = {
         "data": name, "rows": {"train": population.train_rows, "test": len(population.test)},
         "hash": {"train": population.digest, "test": population.test.digest()}, "labels": list(labels),

@@ -60,4 +60,6 @@ class PerFedAvgLoRA:
         # The received adapter as a lower level of which nothing is above: it takes SGD steps.
         plan, one = replace(job.plan, train={}, frozen={}), job.local.model_copy(update={"steps": 1})
         alone = replace(job, plan=plan, adapter=Adapter({}, job.adapter.scale, {}), local=one)
-        return from_arrays(job.fit(alone, lower=Lower(self.rate, job.adapter)).private, job.adapter.scale)
+        return from_arrays(
+            job.fit(alone, lower=Lower(self.rate, job.adapter, self.derivative)).private, job.adapter.scale
+        )

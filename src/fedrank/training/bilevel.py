@@ -64,7 +64,7 @@ def hypergradient(
         try:
             h = list(torch.autograd.grad(loss, moved if copied and not through else x))
         except RuntimeError as error:
-            if "derivative for" in str(error):
+            if "derivative for" in str(error) or "differentiate twice" in str(error):
                 raise DerivativeError(
                     "a part of this model has no second derivative; method.derivative: finite needs none"
                 ) from error

@@ -101,7 +101,7 @@ def own(config: Config, data: ClientData, encode: Encode) -> Population:
     @lru_cache(2 * config.rounds.cohort)
     def held(at: int) -> Held:
         mine = rows(at)
-        encoded, draw = encode(mine), rng(config.seed, "partition", "test", at)
+        encoded, draw = encode(mine), rng(0, "partition", "test", at)
         if mine.completion is None:
             tested, trained = np.split(draw.permutation(len(mine)), [len(mine) // partition.HELD_OUT])
         else:  # whole prompts

@@ -105,7 +105,8 @@ class Course:
 
 def begin(ask: Ask, lr: float, device: str, offload: bool = False) -> Course:
     """A fresh AdamW sees exactly the tensors that learn. lr: where the config names none. offload: `hooks.Live.apart`."""
-    if offload and ask.lower is not None:
+    lower = ask.lower
+    if offload and lower is not None and (lower.private is None or lower.private.components):
         raise TrainingError("engine.offload: what learns on two levels learns where the model is; set it to false")
     started, job = time.perf_counter(), ask.job
     local: Local = job.local

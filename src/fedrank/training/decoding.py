@@ -13,7 +13,7 @@ from fedrank.adapter import Adapter
 from fedrank.config import Generation
 from fedrank.protocol import rng
 from fedrank.training import fused, tasks
-from fedrank.training.data import Rows
+from fedrank.training.data import Rows, numbers
 from fedrank.training.hooks import live
 from fedrank.training.local import Trainer, drawn
 from fedrank.training.models import ModelError, longest
@@ -57,7 +57,8 @@ class Decoder:
     def prompts(self, rows: Rows) -> Prompts:
         """Of these rows, as many as are wanted; rows with one prompt are its references."""
         model, room, most = self.trainer.model, self.room, self.settings.prompts
-        first, which = np.unique(rows.text, return_index=True, return_inverse=True)[1:]
+        which = numbers(rows.text)
+        first = np.unique(which, return_index=True)[1]
         assert rows.completion is not None
         references: list[list[str]] = [[] for _ in first]
         for at, completion in zip(which.tolist(), rows.completion, strict=True):

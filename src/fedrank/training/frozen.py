@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
@@ -55,9 +55,18 @@ class Frozen:
 
     def unread(self, network: nn.Module) -> Iterator[Tensor]:
         """The parameters of the model that this was made of which passes have copies of in the type that they compute in."""
+        read = {id(layer.weight) for layer in self.layers.values() if not self._twin(layer)}
         for tensor in network.parameters():
-            if type(tensor.data) is Tensor and tensor.is_floating_point() and tensor.dtype != self.dtype:
+            apart = type(tensor.data) is Tensor and tensor.is_floating_point() and tensor.dtype != self.dtype
+            if apart and id(tensor) not in read:
                 yield tensor
+
+    def _twin(self, layer: nn.Module) -> bool:
+        """Whether there is a copy of its weight in the type that is computed in; of a large model not if that is wider."""
+        weight: Any = layer.weight
+        if held(layer) or weight.dtype == self.dtype:
+            return False
+        return self.copied or bool(weight.dtype.itemsize > self.dtype.itemsize)
 
     @property
     def size(self) -> int:
@@ -68,7 +77,7 @@ class Frozen:
             if any(map(held, layers)):
                 continue
             weights = sum(matrix(layer).numel() for layer in layers)
-            lies = all(matrix(layer).dtype == self.dtype for layer in layers)
+            lies = not any(map(self._twin, layers))
             packed = 2 * (self.compute.products == "onednn")  # one for each way
             joined = self.copied and (len(layers) > 1 or isinstance(layers[0], Conv1D))
             total += weights * number * (packed or joined or not lies)
@@ -122,8 +131,10 @@ class Frozen:
     def _weight(self, layer: nn.Module, weight: Tensor | None) -> Callable[[], Tensor]:
         if held(layer):
             return partial(dense, layer)
-        there = matrix(layer, weight).to(self.dtype)  # once, if at all
-        return lambda: there
+        there = matrix(layer, weight)
+        if self._twin(layer):
+            there = there.to(self.dtype)
+        return lambda: there  # else written out for each product, where it is narrower
 
 
 def freeze(model: Model, compute: Compute, device: str) -> Frozen:
@@ -222,13 +233,14 @@ def _first(model: Model, device: str) -> int | None:
     return None
 
 
-def _converted(network: nn.Module, kept: Iterable[nn.Module], dtype: torch.dtype) -> nn.Module:
+def _converted(network: nn.Module, kept: Sequence[nn.Module], dtype: torch.dtype) -> nn.Module:
     """A copy in this type, which shares the parameters of the layers that are kept as they are.
 
     As where transformers loads in a type: what a state does not hold, such as rotary frequencies, is not rounded.
     """
     shared = {id(parameter): parameter for layer in kept for parameter in layer.parameters()}
-    twin = copy.deepcopy(network, dict(shared))
+    states = {id(state): state for layer in kept if (state := getattr(layer, "state", None)) is not None}  # of 8 bits
+    twin = copy.deepcopy(network, {**shared, **states})
     held = {id(tensor) for tensor in twin.state_dict(keep_vars=True).values()} - shared.keys()
     twin._apply(  # type: ignore[no-untyped-call]
         lambda tensor: tensor.to(dtype) if tensor.is_floating_point() and id(tensor) in held else tensor

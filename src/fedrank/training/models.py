@@ -122,6 +122,11 @@ def load(settings: config.Config, labels: tuple[str, ...]) -> Model:
             layer.support_avx512bf16_for_cpu = False
     if settings.model.quantise == "none":
         network.to(settings.device)
+    if task == "generate" and not _causal(network, settings.device):
+        raise ModelError(
+            f"model.name={name}: {type(base).__name__} reads on both sides of a token, so it cannot learn to write; "
+            "take a decoder"
+        )
     heads = _heads(network, base, len(labels)) if task == "classify" else {}
     modules = _targets(base, settings.adapter.targets, set(heads))
     if settings.model.quantise != "none" and (whole := [n for n, m in modules.items() if not quantised.held(m)]):
@@ -130,11 +135,11 @@ def load(settings: config.Config, labels: tuple[str, ...]) -> Model:
             f"library for device {settings.device} leaves as it is; model.quantise=nf4 takes it, or none"
         )
     if (settings.model.quantise, settings.device) == ("nf4", "cpu"):
-        for layer_name, module in modules.items():
-            if not quantised.sound(width := flow.sizes(module)[1]):
+        for path, module in base.named_modules():
+            if isinstance(module, nn.Linear) and quantised.held(module) and not quantised.sound(module.in_features):
                 raise ModelError(
-                    f"model.quantise=nf4: bitsandbytes does not write weights of {width} columns out right on this CPU "
-                    f"({layer_name}); model.quantise=int8 or none"
+                    f"model.quantise=nf4: bitsandbytes does not write weights of {module.in_features} columns out right "
+                    f"on this CPU ({path}); model.quantise=int8 or none"
                 )
     spec = _spec(settings, network, base, modules, heads, pooling)
     new = {key.rpartition(".")[0] for key in missing}
@@ -155,6 +160,14 @@ def first_position(base: Any) -> int:
     """The position of a row's first token: RoBERTa's begin after the padding's."""
     tables = (layer for name, layer in base.named_modules() if name.endswith("position_embeddings"))
     return next((table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None), 0)
+
+
+def _causal(network: nn.Module, device: str) -> bool:
+    """Whether what comes later changes no logits: a trial with another last token."""
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]], device=device)
+    with torch.inference_mode():
+        one, other = network(input_ids=ids, attention_mask=torch.ones_like(ids))[:, :3].float()
+    return torch.allclose(one, other, rtol=0, atol=1e-4 * float(one.abs().max()))
 
 
 def _device(name: str) -> None:

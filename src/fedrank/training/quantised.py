@@ -56,9 +56,9 @@ def held(layer: nn.Module) -> bool:
     return type(weight.data) is not Tensor or not weight.dtype.is_floating_point
 
 
-def dense(layer: nn.Module) -> Tensor:
+def dense(layer: Any) -> Tensor:
     """(out, in), the weight of a quantised layer written out."""
-    weight: Any = layer.weight
+    weight = layer.weight
     found: Tensor
     if type(weight.data) is not Tensor:  # torchao's
         found = weight.dequantize()
@@ -69,7 +69,8 @@ def dense(layer: nn.Module) -> Tensor:
     else:
         from bitsandbytes.functional import int8_vectorwise_dequant
 
-        found = int8_vectorwise_dequant(weight.data, weight.SCB)
+        scales = layer.state.SCB if weight.SCB is None else weight.SCB  # a first pass moves them
+        found = int8_vectorwise_dequant(weight.data, scales)
     return found
 
 

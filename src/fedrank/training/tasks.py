@@ -4,7 +4,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any
 
@@ -21,6 +21,7 @@ from fedrank.training.sources import DataError
 IGNORED = -100  # a position that has no label
 AT_ONCE = 1024  # rows that are tokenised
 LABELS = "labels"  # of tokens
+PAIRS = 2**23  # of tokens in a pass without gradients: attention's scores of one head take 32 MiB in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,9 +159,11 @@ def _tokens(rows: Rows, tokenizer: Any) -> tuple[list[list[int]], list[list[int]
 def _chatted(turns: Sequence[Turn], completion: str, tokenizer: Any) -> tuple[str, str]:
     """The prompt as the tokenizer's chat template writes it, and the completion with what ends the turn."""
     messages = [{"role": role, "content": text} for role, text in turns]
+    # Where a template knows of thoughts (Qwen 3), the prompt ends after empty ones, which are not to be learnt.
+    written = partial(tokenizer.apply_chat_template, tokenize=False, enable_thinking=False)
     try:
-        before = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": completion}], tokenize=False)
+        before = written(messages, add_generation_prompt=True)
+        whole = written([*messages, {"role": "assistant", "content": completion}])
     except Exception as error:  # a template is a program of somebody else's
         raise DataError(f"the tokenizer's chat template: {' '.join(str(error).split())[:300]}") from None
     if not whole.startswith(before):
@@ -241,7 +244,9 @@ def shuffled(rows: np.ndarray, size: int, generator: np.random.Generator) -> Ite
 
 
 def by_length(encoded: Encoded, rows: np.ndarray, size: int, most: int | None = None) -> Iterator[np.ndarray]:
-    """Batches of rows of like length, for evaluation. most: predicted tokens of a batch of several rows."""
+    """Batches of rows of like length, for evaluation. most: predicted tokens of a batch of several rows, which have not more
+    than `PAIRS` pairs of tokens either.
+    """
     order = rows[np.argsort(encoded.lengths[rows], kind="stable")]
     if most is None or not encoded.generates:
         most, tokens = len(order), np.zeros(len(order), np.int64)
@@ -251,6 +256,8 @@ def by_length(encoded: Encoded, rows: np.ndarray, size: int, most: int | None = 
     while at < len(order):
         before = tokens[at - 1] if at else 0
         end = min(at + size, int(np.searchsorted(tokens, before + most, "right")))
+        longest = encoded.lengths[order[at:end]].astype(np.int64)
+        end = at + int(np.searchsorted(np.arange(1, end - at + 1) * longest**2, PAIRS, "right"))
         end = max(at + 1, end)
         yield order[at:end]
         at = end
