@@ -5,9 +5,10 @@
 
 FOLDER keeps the checkpoint (sharded, bfloat16) and the rows. Each case is a process of its own: 3 rounds of 2 clients with
 4 steps each over rows of 192 tokens, with the weights in bfloat16, in 8 or in 4 bits, with and without gradient
-checkpointing; PEFT takes as many steps over the same rows, padded, and quantises as its own guide says. Memory is the peak of
-what torch allocates in a client's step over its largest batch, with the weights: beside it stands the forecast of
-`fedrank cost`. Results go to results/large_DEVICE.json.
+checkpointing; PEFT takes as many steps over the same rows, padded, and quantises as its own guide says. All compute in
+bfloat16, on CPUs that have no units for it in float32. Memory is the peak of all that torch has allocated on a GPU in a
+client's step over its largest batch; on a CPU, where files are mapped, what it allocates in that step, and the weights that
+passes go through. Beside it stands the forecast of `fedrank cost`. Results go to results/large_DEVICE.json.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import transformers
 
 from fedrank import config
 from fedrank.training import tiny
+from fedrank.training.compute import onednn
 
 SHAPES: dict[str, dict[str, int]] = {
     "170m": {"hidden_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 16, "num_key_value_heads": 4,
@@ -36,6 +38,11 @@ SHAPES: dict[str, dict[str, int]] = {
 METHODS = {"fedara": {"target_rank": 3}, "fed_plora": {}}
 WEIGHTS = ("bfloat16", "int8", "nf4")
 ROWS, LENGTH, BATCH, STEPS, ROUNDS, CLIENTS = 64, 192, 8, 4, 3, 2
+
+
+def quick(device: str) -> bool:
+    """Whether bfloat16 is worth computing in."""
+    return device != "cpu" or onednn("bfloat16")
 
 
 def checkpoint(folder: Path, shape: str) -> Path:
@@ -80,7 +87,8 @@ def settings(folder: Path, shape: str, device: str, method: str, weights: str, a
         "rounds": {"count": ROUNDS, "cohort": CLIENTS, "evaluate_every": ROUNDS, "personal": 0}, "adapter": {"rank": 8},
         "local": {"steps": STEPS, "batch_size": BATCH, "max_length": LENGTH, "lr": 1e-3, "checkpoint": again},
         "method": {"name": method, **METHODS[method]},
-        "engine": {"workers": 1, "stack": 1, "threads": torch.get_num_threads(), "compute": "bfloat16",
+        "engine": {"workers": 1, "stack": 1, "threads": torch.get_num_threads(),
+                   "compute": "bfloat16" if quick(device) else "float32",
                    "fleet": {"devices": {"laptop": 1}, "ranks": {"laptop": 4}}},
     })  # fmt: skip
 
@@ -88,13 +96,12 @@ def settings(folder: Path, shape: str, device: str, method: str, weights: str, a
 # ---- memory
 
 
-def peak(work: Any, device: str) -> int:
-    """The most bytes that torch held at once for this work, beside what it held before."""
+def peak(work: Any, device: str, lying: int) -> int:
+    """The most bytes that torch held at once. lying: what lay there before, which on a CPU nobody knows."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
         work()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     now = most = 0
@@ -102,7 +109,7 @@ def peak(work: Any, device: str) -> int:
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
         most = max(most, now)
-    return most
+    return lying + most
 
 
 def ours(given: argparse.Namespace) -> dict[str, Any]:
@@ -121,12 +128,11 @@ def ours(given: argparse.Namespace) -> dict[str, Any]:
     rows = held.train[:BATCH]  # all are equally long
     job = Job(plan, 1, ROUNDS, made.spec, made.begin.adapter, (), {}, asked.local.model_copy(update={"steps": 1}), device, 0,
               lambda job, **more: made.trainer.fit(job, rows=rows, encoded=held.encoded, **more))  # fmt: skip
-    used = []
+    base = made.spec.execution.base_bytes
     for _ in range(2):  # the first makes what is kept
-        used.append(peak(lambda: list(made.method.train([job])), given.device))
+        used = peak(lambda: list(made.method.train([job])), given.device, base)
     load = replace(device.load, peak_rows=int(held.encoded.predictions[rows].sum()))
     forecast = cost.peak_memory(made.spec, made.begin.adapter, plan, load)
-    base = made.spec.execution.base_bytes
     del made, job
     with tempfile.TemporaryDirectory() as out:
         run = experiment.run(asked, out=Path(out) / "run")
@@ -134,8 +140,7 @@ def ours(given: argparse.Namespace) -> dict[str, Any]:
         failed, accuracy = run.summary["clients_failed"], run.summary["accuracy"]
     later = [row["seconds"] / row["steps"] for row in clients if row["round"] > 1]
     return {
-        "base_bytes": base, "peak_bytes": used[1] + base, "forecast_bytes": forecast,
-        "forecast_over_peak": forecast / (used[1] + base), "seconds_per_step": float(np.median(later)),
+        "base_bytes": base, "peak_bytes": used, "forecast_bytes": forecast, "forecast_over_peak": forecast / used, "seconds_per_step": float(np.median(later)),
         "loading_seconds": loading, "clients_failed": failed, "token_accuracy": accuracy,
     }  # fmt: skip
 
@@ -177,27 +182,26 @@ def theirs(given: argparse.Namespace) -> dict[str, Any]:
 
     def step(at: int) -> None:
         mine = slice(at * BATCH % len(ids), at * BATCH % len(ids) + BATCH)
-        with torch.autocast(torch.device(given.device).type, torch.bfloat16):
+        with torch.autocast(torch.device(given.device).type, torch.bfloat16, enabled=quick(given.device)):
             model(input_ids=ids[mine], labels=labels[mine]).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
     step(0)
-    used = peak(lambda: step(1), given.device)
-    seconds = []
+    held = quantised.size(model) + sum(
+        part.nbytes for state in optimizer.state.values() for part in state.values() if isinstance(part, torch.Tensor)
+    )
+    used, seconds = peak(lambda: step(1), given.device, held), []
     for at in range(ROUNDS * STEPS):
         begun = time.perf_counter()
         step(at)
         if given.device != "cpu":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begun)
-    held = quantised.size(model) + sum(
-        part.nbytes for state in optimizer.state.values() for part in state.values() if isinstance(part, torch.Tensor)
-    )
     return {
         "base_bytes": quantised.size(base),
-        "peak_bytes": used + held,
+        "peak_bytes": used,
         "seconds_per_step": float(np.median(seconds)),
         "loading_seconds": loading,
     }
