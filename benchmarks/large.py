@@ -4,9 +4,9 @@
     python benchmarks/large.py FOLDER --shape 170m                  # on a CPU
 
 FOLDER keeps the checkpoint (sharded, bfloat16) and the rows. Each case is a process of its own: 3 rounds of 2 clients with
-4 steps each over rows of 192 tokens, with the weights in bfloat16, in 8 or in 4 bits, with and without gradient
-checkpointing; PEFT takes as many steps over the same rows, padded, and quantises as its own guide says. All compute in
-bfloat16, on CPUs that have no units for it in float32. Memory is the peak of all that torch has allocated on a GPU in a
+4 steps each over rows of 192 tokens, with the weights whole, in 8 or in 4 bits, with and without gradient
+checkpointing; PEFT takes as many steps over the same rows, padded, and quantises as its own guide says. All hold and
+compute in bfloat16, on CPUs that have no units for it in float32. Memory is the peak of all that torch has allocated on a GPU in a
 client's step over its largest batch; on a CPU, where files are mapped, what it allocates in that step, and the weights that
 passes go through. Beside it stands the forecast of `fedrank cost`. Results go to results/large_DEVICE.json.
 """
@@ -18,7 +18,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import machine
 import numpy as np
@@ -36,13 +36,13 @@ SHAPES: dict[str, dict[str, int]] = {
            "intermediate_size": 8192, "vocab_size": 128256},
 }  # fmt: skip
 METHODS = {"fedara": {"target_rank": 3}, "fed_plora": {}}
-WEIGHTS = ("bfloat16", "int8", "nf4")
+WEIGHTS = ("whole", "int8", "nf4")
 ROWS, LENGTH, BATCH, STEPS, ROUNDS, CLIENTS = 64, 192, 8, 4, 3, 2
 
 
-def quick(device: str) -> bool:
-    """Whether bfloat16 is worth computing in."""
-    return device != "cpu" or onednn("bfloat16")
+def held(device: str) -> Literal["bfloat16", "float32"]:
+    """The type to hold weights and to compute in."""
+    return "bfloat16" if device != "cpu" or onednn("bfloat16") else "float32"
 
 
 def checkpoint(folder: Path, shape: str) -> Path:
@@ -82,13 +82,14 @@ def texts(folder: Path) -> Path:
 def settings(folder: Path, shape: str, device: str, method: str, weights: str, again: bool) -> config.Config:
     return config.load({
         "task": "generate", "device": device, "clients": {"count": CLIENTS},
-        "model": {"name": str(checkpoint(folder, shape)), "quantise": "none" if weights == "bfloat16" else weights},
+        "model": {"name": str(checkpoint(folder, shape)), "quantise": "none" if weights == "whole" else weights,
+                  "dtype": held(device)},
         "data": {"path": str(texts(folder)), "partition": {"kind": "iid"}},
         "rounds": {"count": ROUNDS, "cohort": CLIENTS, "evaluate_every": ROUNDS, "personal": 0}, "adapter": {"rank": 8},
         "local": {"steps": STEPS, "batch_size": BATCH, "max_length": LENGTH, "lr": 1e-3, "checkpoint": again},
         "method": {"name": method, **METHODS[method]},
         "engine": {"workers": 1, "stack": 1, "threads": torch.get_num_threads(),
-                   "compute": "bfloat16" if quick(device) else "float32",
+                   "compute": held(device),
                    "fleet": {"devices": {"laptop": 1}, "ranks": {"laptop": 4}}},
     })  # fmt: skip
 
@@ -124,14 +125,14 @@ def ours(given: argparse.Namespace) -> dict[str, Any]:
     loading = time.perf_counter() - started
     client, device = next(iter(made.devices.items()))
     plan = made.method.plan(made.begin, {client: device}, 0)[client]
-    held = made.held(client)
-    rows = held.train[:BATCH]  # all are equally long
+    mine = made.held(client)
+    rows = mine.train[:BATCH]  # all are equally long
     job = Job(plan, 1, ROUNDS, made.spec, made.begin.adapter, (), {}, asked.local.model_copy(update={"steps": 1}), device, 0,
-              lambda job, **more: made.trainer.fit(job, rows=rows, encoded=held.encoded, **more))  # fmt: skip
+              lambda job, **more: made.trainer.fit(job, rows=rows, encoded=mine.encoded, **more))  # fmt: skip
     base = made.spec.execution.base_bytes
     for _ in range(2):  # the first makes what is kept
         used = peak(lambda: list(made.method.train([job])), given.device, base)
-    load = replace(device.load, peak_rows=int(held.encoded.predictions[rows].sum()))
+    load = replace(device.load, peak_rows=int(mine.encoded.predictions[rows].sum()))
     forecast = cost.peak_memory(made.spec, made.begin.adapter, plan, load)
     del made, job
     with tempfile.TemporaryDirectory() as out:
@@ -152,15 +153,16 @@ def theirs(given: argparse.Namespace) -> dict[str, Any]:
     from fedrank.training import quantised
 
     name = checkpoint(given.folder, given.shape)
-    options: dict[str, Any] = {"dtype": torch.bfloat16}
-    if given.weights != "bfloat16":
+    dtype = getattr(torch, held(given.device))
+    options: dict[str, Any] = {"dtype": dtype}
+    if given.weights != "whole":
         options |= {
             "quantization_config": quantised.settings(given.weights, given.device),
             "device_map": {"": given.device},
         }
     started = time.perf_counter()
     base = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
-    base = base if given.weights != "bfloat16" else base.to(given.device)
+    base = base if given.weights != "whole" else base.to(given.device)
     if given.weights == "nf4":
         base = peft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=given.checkpoint)
     elif given.checkpoint:
@@ -182,17 +184,17 @@ def theirs(given: argparse.Namespace) -> dict[str, Any]:
 
     def step(at: int) -> None:
         mine = slice(at * BATCH % len(ids), at * BATCH % len(ids) + BATCH)
-        with torch.autocast(torch.device(given.device).type, torch.bfloat16, enabled=quick(given.device)):
+        with torch.autocast(torch.device(given.device).type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             model(input_ids=ids[mine], labels=labels[mine]).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
     step(0)
-    held = quantised.size(model) + sum(
+    lying = quantised.size(model) + sum(
         part.nbytes for state in optimizer.state.values() for part in state.values() if isinstance(part, torch.Tensor)
     )
-    used, seconds = peak(lambda: step(1), given.device, held), []
+    used, seconds = peak(lambda: step(1), given.device, lying), []
     for at in range(ROUNDS * STEPS):
         begun = time.perf_counter()
         step(at)

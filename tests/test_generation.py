@@ -455,6 +455,17 @@ def test_a_finished_run_is_not_asked_for_texts(runs: Runs) -> None:
         fedrank.resume(runs.never.path, "generation.when=end")
 
 
+def test_one_that_died_over_its_texts_goes_on_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = fedrank.Run(tmp_path / "run")
+    with monkeypatch.context() as patched:
+        patched.setattr(experiment, "summarise", None)  # it ends before it is summed up
+        with pytest.raises(TypeError):
+            fedrank.run(settings(held(tmp_path)), "generation.when=end", out=run.path)
+    assert not (run.path / "summary.json").exists()
+    fedrank.resume(run.path, "generation.when=never")
+    assert run.summary["rounds"] == 4
+
+
 def test_writing_leaves_training_as_it_is(runs: Runs) -> None:
     assert toy.equal(runs.never.state, runs.end.state)
     assert toy.equal(runs.never.state, runs.always.state)

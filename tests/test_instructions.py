@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fedrank
-from fedrank import config
+from fedrank import config, experiment
 from fedrank.config import ConfigError, Instructions
 from fedrank.training import tasks, tiny
 from fedrank.training.data import ClientData, Dataset, Rows, load, numbers
@@ -353,8 +353,10 @@ def test_a_group_is_one_prompt_or_all_turns_of_one_conversation(tmp_path: Path) 
         ("user", "q"),
     )
     assert opening((("user", "q"),)) == (("user", "q"),)
-    first = ("assistant", "hello")
-    assert opening((first, ("user", "q"), ("assistant", "a"), ("user", "r"))) == (first, ("user", "q"))
+    first, system = ("assistant", "hello"), ("system", "S")
+    for before in ((first,), (system, first), (first, first)):
+        asked = (*before, ("user", "q"))
+        assert opening((*asked, ("assistant", "a"), ("user", "r"))) == opening(asked) == asked
 
 
 def test_numbers_are_places_among_different_texts() -> None:
@@ -363,11 +365,13 @@ def test_numbers_are_places_among_different_texts() -> None:
 
 
 def test_conversations_that_the_assistant_opens_are_apart(tmp_path: Path) -> None:
-    def opened(*said: str) -> Row:
-        return {"messages": [{"role": "assistant", "content": "hello"}, *talk(*said)["messages"]]}
+    def opened(before: list[Row], *said: str) -> Row:
+        return {"messages": [*before, {"role": "assistant", "content": "hello"}, *talk(*said)["messages"]]}
 
-    rows = get(tmp_path, opened("q", "a", "r", "b"), opened("other", "a"), opened("q", "c"))
-    assert rows.group[0] == rows.group[1] == rows.group[3] != rows.group[2]
+    for before in (list[Row](), [{"role": "system", "content": "S"}]):
+        rows = get(tmp_path, *(opened(before, *said) for said in (("q", "a", "r", "b"), ("other", "a"), ("q", "c"))))
+        groups = rows.group[[at for at, completion in enumerate(rows.completion or ()) if completion != "hello"]]
+        assert groups[0] == groups[1] == groups[3] != groups[2]
 
 
 # ---- tokens
@@ -546,6 +550,16 @@ def test_clients_bring_instructions_of_their_own(tmp_path: Path) -> None:
     assert run.summary["perplexity"] == pytest.approx(np.exp(run.summary["loss"]))
     assert run.summary["personal_perplexity"] > 1
     assert 0 <= run.summary["personal_accuracy"] <= 1
+
+
+def test_their_personal_tests_are_the_same_for_every_seed() -> None:
+    """What is tuned with one is not tested on what another trained on."""
+    data, found = own(tasks_of, list(tasks_of(9))), []
+    for seed in (0, 1):
+        made = experiment.prepare(config.load(settings(seed=seed, data={"name": "own"})), data=data)
+        found.append([made.held(client).test.tolist() for client in made.devices])
+    assert found[0] == found[1]
+    assert all(found[0])
 
 
 def test_their_columns_and_format_are_the_config_s(tmp_path: Path) -> None:

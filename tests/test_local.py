@@ -339,6 +339,9 @@ def test_nor_do_they_hold_more_pairs_of_tokens_than_a_pass_may(monkeypatch):
     assert all(
         len(batch) == 16 or (len(batch) + 1) * one**2 > most for batch, one in zip(batches, following, strict=False)
     )
+    three = list(tasks.by_length(encoded, rows, 16, beside=3))  # of three clients in one pass
+    assert max(map(len, three)) <= 16 // 3
+    assert 3 * max(len(batch) * int(encoded.lengths[batch].max()) ** 2 for batch in three) <= most
     monkeypatch.setattr(tasks, "PAIRS", 1)
     assert [len(batch) for batch in tasks.by_length(encoded, rows, 16)] == [1] * 40
 

@@ -125,12 +125,13 @@ def go_on(
     """Resume from the last committed state; what came after it is cut from the ledgers and played again."""
     store = Store.open(path)
     with store.locked():
-        overrides = list(overrides)
-        config = _changed(settings.load(path / "config.yaml"), overrides)
+        before = settings.load(path / "config.yaml")
+        config = _changed(before, overrides)
         state, numerics = store.state()
         if config.rounds.count < state.round:
             raise ConfigError(f"rounds.count={config.rounds.count}: {path} has played {state.round} rounds already")
-        if config.rounds.count == state.round and any(item.startswith("generation.") for item in overrides):
+        finished = config.rounds.count == state.round and (path / "summary.json").exists()
+        if finished and config.generation != before.generation:
             raise ConfigError(
                 f"generation: {path} has played all its rounds, so its global model is not asked again; "
                 "rounds.count=+1 goes on"

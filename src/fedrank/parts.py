@@ -105,7 +105,9 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
     keep_few_kernels()
     _import()
     from fedrank.training import (
+        bilevel,
         clients,
+        course,
         decoding,
         evaluation,
         fused,
@@ -168,16 +170,19 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
     packed, dtype = trainer.frozen.packs, trainer.frozen.dtype
     if two is not None:  # its steps are the plain layers'
         packed, dtype = False, model.base.dtype
-        if two == "finite" and dtype.itemsize < 4:
+        rounded = config.model.quantise == "int8" and config.device != "cpu"  # there activations are of 8 bits too
+        if two == "finite" and (rounded or dtype.itemsize < 4):
             raise ConfigError(
-                f"method.derivative=finite: of a base held in {dtype} its differences are noise; "
+                f"method.derivative=finite: of a base held in {'int8' if rounded else dtype} its differences are noise; "
                 "model.dtype=float32, or another derivative"
             )
     lying = trainer.frozen.size
     if two is not None or config.device != "cpu":  # what else passes have copies of is not paged out
         lying += sum(tensor.nbytes for tensor in trainer.frozen.unread(model.network))
     how = Execution(lying, dtype.itemsize, packed, config.local.checkpoint)
-    spec = replace(model.spec, execution=how, flow=fused.trace(trainer.frozen, config.device))
+    spec = replace(model.spec, execution=how)
+    if two is None:
+        spec = replace(spec, flow=fused.trace(trainer.frozen, config.device))
 
     def held(client: ClientId) -> clients.Held:
         return population.held(names.index(client))
@@ -225,10 +230,14 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
     begin, plan, kept = _first(config, chosen, spec, devices)
     if two == "double":
         step = partial(_step, config, chosen, plan, begin, spec, next(iter(devices.values())), trainer)
-        try:
-            spec = replace(spec, execution=replace(how, twice=twice.kept(model.network, population.typical, step)))
-        except RuntimeError as error:
-            raise ConfigError(f"method.derivative=double: {str(error).splitlines()[0]}") from None
+        count = partial(twice.kept, model.network, population.typical)
+        # Where there is a GPU, a process that is forked after a backward pass can make none, so workers' parents do not.
+        with Workers(min(2, workers.count), engine.threads) as apart:
+            try:
+                (found,) = apart.share(count)([step])
+            except (bilevel.DerivativeError, course.TrainingError) as error:
+                raise ConfigError(f"method.derivative=double, tried on a few tokens: {error}") from None
+        spec = replace(spec, execution=replace(how, twice=found))
     facts = {
         "data": name, "rows": {"train": population.train_rows, "test": len(population.test)},
         "hash": {"train": population.digest, "test": population.test.digest()}, "labels": list(labels),

@@ -141,5 +141,5 @@ def begin(upper: Live, rule: Lower, learn: str, device: str, optimizer: torch.op
         name, _, key = path.rpartition("/")
         value = upper.values[name]
         assert optimizer is not None
-        optimizer.state[value][key] = torch.tensor(array, device=device)
+        optimizer.state[value][key] = torch.tensor(array, device=value.device)
     return Bilevel(upper, lower, rule, optimizer)

@@ -147,6 +147,7 @@ def said(what: str, text: Any) -> str:
 
 
 def opening(turns: Sequence[Turn]) -> tuple[Turn, ...]:
-    """What came before the assistant's first reply: the same for all examples of one conversation."""
-    first = next((at for at, (role, _) in enumerate(turns) if role == "assistant" and at), len(turns))
-    return tuple(turns[:first])
+    """What came before the assistant first replied to a user: the same for all examples of one conversation."""
+    roles = [role for role, _ in turns]
+    asked = roles.index("user") if "user" in roles else len(roles)
+    return tuple(turns[: roles.index("assistant", asked) if "assistant" in roles[asked:] else len(turns)])

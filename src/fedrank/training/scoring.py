@@ -45,9 +45,9 @@ class Scorer:
             return [together.outcome(partial(self.evaluate, *one)) for one in asked]
         found: list[Any] = [together.outcome(partial(self._live, one[0])) for one in asked]
         there = [at for at, on in enumerate(found) if isinstance(on, Live)]
-        size = max(1, EVALUATION_BATCH // len(asked))
-        most = self.most // len(asked)
-        batches = [list(tasks.by_length(encoded, asked[at][2], size, most)) for at in there]
+        batches = [
+            list(tasks.by_length(encoded, asked[at][2], EVALUATION_BATCH, self.most, len(asked))) for at in there
+        ]
         counts = self._counts([found[at] for at in there], encoded, batches, updates)
         for at, own in zip(there, counts, strict=True):
             found[at] = together.outcome(partial(scores, own, len(asked[at][2])))

@@ -243,10 +243,14 @@ def shuffled(rows: np.ndarray, size: int, generator: np.random.Generator) -> Ite
         yield order[at : at + size]
 
 
-def by_length(encoded: Encoded, rows: np.ndarray, size: int, most: int | None = None) -> Iterator[np.ndarray]:
-    """Batches of rows of like length, for evaluation. most: predicted tokens of a batch of several rows, which have not more
-    than `PAIRS` pairs of tokens either.
+def by_length(
+    encoded: Encoded, rows: np.ndarray, size: int, most: int | None = None, beside: int = 1
+) -> Iterator[np.ndarray]:
+    """Batches of rows of like length, for evaluation. beside: how many such batches make a pass.
+
+    size: rows of a pass. most: its predicted tokens. Where a batch has several rows, `PAIRS` bounds the pass too.
     """
+    size, most = max(1, size // beside), None if most is None else most // beside
     order = rows[np.argsort(encoded.lengths[rows], kind="stable")]
     if most is None or not encoded.generates:
         most, tokens = len(order), np.zeros(len(order), np.int64)
@@ -257,7 +261,7 @@ def by_length(encoded: Encoded, rows: np.ndarray, size: int, most: int | None = 
         before = tokens[at - 1] if at else 0
         end = min(at + size, int(np.searchsorted(tokens, before + most, "right")))
         longest = encoded.lengths[order[at:end]].astype(np.int64)
-        end = at + int(np.searchsorted(np.arange(1, end - at + 1) * longest**2, PAIRS, "right"))
+        end = at + int(np.searchsorted(np.arange(1, end - at + 1) * longest**2, PAIRS // beside, "right"))
         end = max(at + 1, end)
         yield order[at:end]
         at = end
