@@ -89,7 +89,7 @@ def test_peft_gives_the_same_logits(kind: str, task: str, tmp_path: Path, rng: n
     with torch.inference_mode():
         found = theirs(**batch).logits
     assert (ours - before).abs().max() > 1e-2  # the adapter does something
-    assert (ours - found).abs().max() < 1e-5
+    assert (ours - found).abs().max() < 1e-5 * max(1.0, float(ours.abs().max()))  # of the largest
     layers = {n for n, m in theirs.named_modules() if hasattr(m, "lora_A")}
     assert len(layers) == len(adapter.blocks)  # modules without components got none
 

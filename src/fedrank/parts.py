@@ -230,11 +230,14 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
     begin, plan, kept = _first(config, chosen, spec, devices)
     if two == "double":
         step = partial(_step, config, chosen, plan, begin, spec, next(iter(devices.values())), trainer)
-        count = partial(twice.kept, model.network, population.typical)
+
+        def count(_: None) -> tuple[float, float, float, float]:
+            return twice.kept(model.network, population.typical, step)
+
         # Where there is a GPU, a process that is forked after a backward pass can make none, so workers' parents do not.
         with Workers(min(2, workers.count), engine.threads) as apart:
             try:
-                (found,) = apart.share(count)([step])
+                (found,) = apart.share(count)([None])
             except (bilevel.DerivativeError, course.TrainingError) as error:
                 raise ConfigError(f"method.derivative=double, tried on a few tokens: {error}") from None
         spec = replace(spec, execution=replace(how, twice=found))
