@@ -88,8 +88,7 @@ def settings(folder: Path, shape: str, device: str, method: str, weights: str, a
         "rounds": {"count": ROUNDS, "cohort": CLIENTS, "evaluate_every": ROUNDS, "personal": 0}, "adapter": {"rank": 8},
         "local": {"steps": STEPS, "batch_size": BATCH, "max_length": LENGTH, "lr": 1e-3, "checkpoint": again},
         "method": {"name": method, **METHODS[method]},
-        "engine": {"workers": 1, "stack": 1, "threads": torch.get_num_threads(),
-                   "compute": held(device),
+        "engine": {"workers": 1, "stack": 1, "threads": torch.get_num_threads(), "compute": held(device),
                    "fleet": {"devices": {"laptop": 1}, "ranks": {"laptop": 4}}},
     })  # fmt: skip
 

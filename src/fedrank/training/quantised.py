@@ -76,9 +76,9 @@ def dense(layer: Any) -> Tensor:
 
 @cache
 def sound(width: int) -> bool:
-    """Whether weights of this many columns, in 4 bits, are written out right on this CPU.
+    """Whether weights of this many columns, in 4 bits, are written out right on this CPU, by a trial.
 
-    bitsandbytes 0.50's kernel for AVX-512 takes the scale of another block of 64 numbers where a row ends within one.
+    With bitsandbytes 0.50 those that are no multiple of 64, its block, were not on CPUs with AVX-512; with AVX2 they are.
     """
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
