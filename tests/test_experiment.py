@@ -23,6 +23,7 @@ from fedrank.methods.fedavg import FedAvg
 from fedrank.products import Increment
 from fedrank.protocol import ClientId, Job, ModelSpec, Plan, State, Update, Updates
 from fedrank.store import StoreError
+from fedrank.training.partition import PartitionError
 
 ROUND = {
     "round", "accuracy", "loss", "personal_accuracy", "bytes_up", "bytes_down", "adapter_bytes_up", "adapter_bytes_down",
@@ -351,6 +352,16 @@ def test_validation_rows_come_from_train(texts: Path, tmp_path: Path) -> None:
     assert json.loads((run.path / "data.json").read_text())["rows"] == {"train": 58, "test": 6}
     few = fedrank.run(settings(texts, "data.split=validation", "data.test_limit=4"), out=tmp_path / "few")
     assert json.loads((few.path / "data.json").read_text())["rows"] == {"train": 58, "test": 4}
+    natural = settings(texts, "data.split=validation", "data.partition.kind=natural")
+    assert len(experiment.prepare(load(natural)).trainer.test) == 12
+    assert len(experiment.prepare(load(natural, ["data.test_limit=5"])).trainer.test) == 5
+    lines = [json.dumps({"text": f"t{at}", "label": at % 2, "client": f"c{at // 3}"}) for at in range(18)]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    with pytest.raises(
+        PartitionError, match=r"data\.split=validation with partition natural: no client has so many rows"
+    ):
+        experiment.prepare(load(natural, [f"data.path={tmp_path}"]))
 
 
 def test_natural_clients(texts: Path, tmp_path: Path) -> None:

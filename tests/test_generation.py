@@ -238,6 +238,12 @@ def test_a_text_stops_where_it_ends() -> None:
         stopped = [tokens.decode(one[:last]).strip() for one, last in zip(whole, ends, strict=True)]
         assert writer.write(Asked(adapter(own), asked.ids)) == stopped
     own.base.generation_config.eos_token_id = None
+    own.base.generation_config.bad_words_ids = [[end]]  # nor does anything else of them count
+    before = own.base.generation_config
+    assert decoder(own, max_tokens=8).write(Asked(adapter(own), asked.ids)) == [
+        tokens.decode(one, skip_special_tokens=True).strip() for one in whole
+    ]
+    assert own.base.generation_config is before
     tokens.chat_template = CHAT
     assert decoder(own).ends == {tokens.eos_token_id}  # rows are plain
     assert replace(decoder(own), chats=True).ends == {tokens.eos_token_id, tokens.convert_tokens_to_ids("[CLS]")}
@@ -511,6 +517,12 @@ def test_texts_that_do_not_fit_are_told_of_before_a_run_begins(
         assert not caplog.records
         experiment.prepare(config.load(whole, ["generation.max_tokens=255"]))
     assert caplog.messages == ["7 of 7 prompts lose their start, for texts to fit behind"]
+    caplog.clear()
+    long = [{"prompt": f"{at} " + "x" * 18, "completion": "y", "client": f"c{at % 2}"} for at in range(40)]
+    own = whole | {"data": {"path": str(held(tmp_path, train=long)), "partition": {"kind": "natural"}}}
+    with caplog.at_level(logging.WARNING, "fedrank"):
+        experiment.prepare(config.load(own, ["generation.max_tokens=240"]))
+    assert caplog.messages == ["clients' own tests: 7 of 7 prompts lose their start"]
     with pytest.raises(ModelError, match=r"generation\.max_tokens=256: the model reads at most 256 tokens"):
         fedrank.run(whole, "generation.max_tokens=256", out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -471,6 +471,13 @@ def test_without_a_template_plain_rows_are_as_good() -> None:
     assert parts(tasks.encode(rows, tokenizer(None), "generate", 99), tokenizer(None)) == [("q", "a[SEP]")]
 
 
+def test_what_a_tokenizer_ends_texts_with_is_not_between_prompt_and_completion() -> None:
+    framing = tiny.tokenizer("classify")
+    for prompt, head in (("q", "[CLS]q"), ("", "[CLS]")):
+        encoded = tasks.encode(Rows([prompt], completion=["a"]), framing, "generate", 99)
+        assert parts(encoded, framing) == [(head, "a[SEP]")]
+
+
 # ---- what does not fit
 
 

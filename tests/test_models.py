@@ -399,6 +399,15 @@ def test_a_decoder_without_a_pad_token_gets_one(tmp_path):
     torch.testing.assert_close(model.network(**alone), model.network(**beside)[:1], rtol=1e-4, atol=1e-5)
 
 
+def test_a_tokenizer_that_ends_nothing_cannot_generate(tmp_path):
+    folder = toy.saved("gpt2", tmp_path / "one")
+    bare = transformers.AutoTokenizer.from_pretrained(folder)
+    bare.eos_token = None
+    bare.save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"its tokenizer has no end token \(eos_token\), so no text would end"):
+        models.load(toy.settings(task="generate", model={"name": str(folder)}), ())
+
+
 def test_the_spec_does_not_share_memory_with_the_model():
     model = tiny("tiny-encoder")
     before = {name: tensor.copy() for name, tensor in model.spec.dense.items()}

@@ -289,6 +289,10 @@ class Config(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants
             raise ValueError(
                 f"generation.when={self.generation.when}: task {self.task} writes no texts; with it, never"
             )
+        if self.task == "generate" and self.local.max_length < 2:
+            raise ValueError(
+                "local.max_length=1: a token is predicted after another one; with task generate, 2 or more"
+            )
         if not isinstance(self.method.get("name"), str):
             raise ValueError("method.name must name a method; `fedrank methods` lists them")
         return self

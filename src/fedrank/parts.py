@@ -166,6 +166,12 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
     judge = evaluation.Evaluation(scoring.Scorer(trainer), decoder, population, workers.count, workers.share)
     if config.generation.when != "never" and (prompts := judge.prompts).cut:
         log.warning("%d of %d prompts lose their start, for texts to fit behind", prompts.cut, len(prompts))
+    if data is None and shares.test_from == "train" and dataset.train.completion is not None:  # clients' own tests
+        if (choices := population.held(0).choices) is not None:
+            _cut(config, {"train, each choice a row": choices.encoded})
+        own = dataset.train.take(np.sort(shares.test.rows))
+        if config.generation.when != "never" and len(own) and (prompts := decoder.prompts(own)).cut:
+            log.warning("clients' own tests: %d of %d prompts lose their start", prompts.cut, len(prompts))
     two, begins = getattr(chosen, "lower", None), bool(trainer.kept)
     packed, dtype = trainer.frozen.packs, trainer.frozen.dtype
     if two is not None:  # its steps are the plain layers'
@@ -307,7 +313,13 @@ def _dealt(config: Config) -> tuple[Dataset, partition.Partition]:
         groups=None if dataset.train.completion is None else dataset.train.group, validation=config.data.split == "validation",
     )  # fmt: skip
     if config.data.split == "validation" and p.kind == "natural" and dataset.dev is None:
-        dataset = replace(dataset, test=dataset.train.take(np.sort(shares.test.rows)))
+        if not len(shares.test.rows):
+            raise partition.PartitionError(
+                "data.split=validation with partition natural: no client has so many rows, or prompts, that a fifth can be "
+                "held out; give more rows, or a dev file"
+            )
+        held_out = dataset.train.take(np.sort(shares.test.rows))
+        dataset = replace(dataset, test=rows.limit(held_out, config.data.test_limit, config.seed, "test"))
     return dataset, shares
 
 

@@ -1,8 +1,10 @@
 """Decoding: what an adapter's model writes after prompts, greedily or drawn, in batches."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,10 +108,11 @@ class Decoder:
         there = np.array([np.arange(width) >= width - len(one) for one in ids])
         tokens = np.full(there.shape, model.tokenizer.pad_token_id, np.int64)
         tokens[there] = np.concatenate(ids)
-        with drawn(device, rng(self.seed, "decoding", number)):
-            written = self.trainer.frozen.base.generate(
+        base, config = self.trainer.frozen.base, self._config
+        with drawn(device, rng(self.seed, "decoding", number)), _without_settings(base):
+            written = base.generate(
                 torch.from_numpy(tokens).to(device), attention_mask=torch.from_numpy(there.astype(np.int64)).to(device),
-                generation_config=self._config,
+                generation_config=config,
             )  # fmt: skip
         texts: list[str] = model.tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
         return [text.strip() for text in texts]
@@ -120,8 +123,6 @@ class Decoder:
         drawn = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
         return GenerationConfig(
             max_new_tokens=settings.max_tokens, do_sample=settings.temperature > 0, use_cache=True,
-            # Else the model's own settings would take the place of what is left open.
-            num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,
             pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(self.ends), **(drawn if settings.temperature else {}),
         )  # fmt: skip
 
@@ -134,3 +135,13 @@ class Decoder:
         if self.chats:
             found.add(tasks.turn_end(model.tokenizer))
         return {one for one in found if one is not None}
+
+
+@contextmanager
+def _without_settings(base: Any) -> Iterator[None]:
+    """The model's own generation settings away: they would take the place of whatever a run leaves open."""
+    own, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = own

@@ -106,6 +106,10 @@ def load(settings: config.Config, labels: tuple[str, ...]) -> Model:
     with _seeded(settings.seed, "model", "tiny" if location is None else "head"):
         network, base, pooling, missing = _build(settings, location, len(labels))
     tokenizer = _tokenizer(settings, location)
+    if settings.task == "generate" and tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"{name}: its tokenizer has no end token (eos_token), so no text would end; set one in its files"
+        )
     if tokenizer.pad_token_id is None:  # decoders often have none; padded places are masked anyway
         tokenizer.pad_token = tokenizer.eos_token
     if base.config.pad_token_id is None:

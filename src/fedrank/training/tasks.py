@@ -152,8 +152,10 @@ def _tokens(rows: Rows, tokenizer: Any) -> tuple[list[list[int]], list[list[int]
         )
         return heads, tails
     tails = tokenizer(rows.completion, add_special_tokens=False)["input_ids"]
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return tokenizer(rows.text, add_special_tokens=True)["input_ids"], [tail + end for tail in tails]
+    special = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+    behind = special[::-1].index(0)  # what the tokenizer ends a text with is not between a prompt and its completion
+    heads = tokenizer(rows.text, add_special_tokens=True)["input_ids"]
+    return [head[: len(head) - behind] for head in heads], [[*tail, tokenizer.eos_token_id] for tail in tails]
 
 
 def _chatted(turns: Sequence[Turn], completion: str, tokenizer: Any) -> tuple[str, str]:
