@@ -217,7 +217,10 @@ def test_a_wrong_hyper_parameter_is_explained_as_any_key(given: dict[str, Any], 
     [
         ({"device": "cuda", "engine": {"workers": 2}}, "engine.workers: processes that share the work are for CPUs"),
         ({"engine": {"timing": "measured", "stack": 2}}, "stack: the time of clients that are trained together"),
-        ({"task": "generate", "local": {"max_length": 1}}, "local.max_length=1: a token is predicted after another one"),
+        (
+            {"task": "generate", "local": {"max_length": 1}},
+            "local.max_length=1: a token is predicted after another one",
+        ),
     ],
 )
 def test_what_cannot_go_together_is_refused(settings, wrong):

@@ -219,6 +219,7 @@ def summarise(path: Path, parts: Parts, end: Event) -> dict[str, Any]:
         "rounds": rows[-1]["round"] if rows else 0,
         "accuracy": last.get("accuracy"), "loss": last.get("loss"),
         "personal_accuracy": end.get("personal_accuracy"), "personal_majority": end.get("personal_majority"),
+        "personal_clients": end.get("personal_clients"),
         "majority": parts.about["majority"],
         **{name: last[name] for name in OF_TEXTS if name in last},
         **{name: end[name] for name in (f"personal_{score}" for score in OF_TEXTS) if name in end},
