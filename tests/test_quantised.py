@@ -198,6 +198,12 @@ def test_it_counts_the_same_numbers_and_takes_fewer_bytes(pair):
     assert saved == pytest.approx(linear * (32 - bits) / 8, rel=0.1)  # scales take some
 
 
+def test_a_pass_keeps_as_much_as_with_plain_weights_each_time_that_it_is_traced(pair):
+    expected = fused.trace(freeze(pair.plain, PLAIN, "cpu"), "cpu")
+    for _ in range(10):
+        assert fused.trace(freeze(pair.ours, PLAIN, "cpu"), "cpu") == expected
+
+
 def test_each_way_has_its_own_fingerprint_and_always_the_same(pair):
     again, plain = loaded(pair.folder, quantise=pair.kind), loaded(pair.folder)
     assert again.spec.fingerprint == pair.ours.spec.fingerprint

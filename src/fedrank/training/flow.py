@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -49,7 +50,7 @@ def trace(network: nn.Module, base: Any, heads: Mapping[str, nn.Module]) -> tupl
     Products that are no modules of their own are not seen: XLNet's attention, rotary positions.
     """
     names = {module: name for name, module in base.named_modules()} | {layer: name for name, layer in heads.items()}
-    storages = {t.untyped_storage()._cdata for t in network.state_dict(keep_vars=True).values()}
+    known = storages(network)
     found: list[Linear] = []
     stages: list[Tensor] = []  # the inputs of the block so far: held, so that no later tensor takes their place
     passed: set[str] = set()  # the maps of the block so far
@@ -70,8 +71,8 @@ def trace(network: nn.Module, base: Any, heads: Mapping[str, nn.Module]) -> tupl
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if found and storage._cdata not in storages:
-            storages.add(storage._cdata)
+        if found and storage._cdata not in known:
+            known.add(storage._cdata)
             found[-1] = replace(found[-1], kept=found[-1].kept + storage.nbytes() / (ROWS * LENGTH))
         return tensor  # held by the graph, so that no later storage takes its place
 
@@ -88,6 +89,15 @@ def trace(network: nn.Module, base: Any, heads: Mapping[str, nn.Module]) -> tupl
         for handle in handles:
             handle.remove()
     return tuple(_fed(map, found) for map in found)
+
+
+def storages(network: nn.Module) -> set[int]:
+    """Where a network's tensors are.
+
+    Not those of its state_dict: bitsandbytes writes states of 4 bits there that are gone at once, and a later tensor
+    takes their place.
+    """
+    return {tensor.untyped_storage()._cdata for tensor in chain(network.parameters(), network.buffers())}
 
 
 def _inside(map: Linear) -> bool:

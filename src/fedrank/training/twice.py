@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedrank.training.flow import storages
 from fedrank.training.tasks import IGNORED, Encoded
 
 SHAPES = ((2, 4), (2, 8), (2, 12), (4, 4))  # rows, and the tokens of the longest of them
@@ -36,8 +37,7 @@ def _rows(like: Encoded, rows: int, tokens: int) -> Encoded:
 
 def _counted(network: nn.Module, step: Callable[[Encoded], object], rows: Encoded) -> int:
     """Bytes that are saved for backward passes: storages, each once, but for those of the network."""
-    known = {tensor.untyped_storage()._cdata for part in (network.parameters(), network.buffers()) for tensor in part}
-    held = {}
+    known, held = storages(network), {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
