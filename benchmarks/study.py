@@ -90,9 +90,11 @@ def measured(folder: Path, score: str, columns: list[str]) -> dict[str, Any]:
     kept = ("accuracy", "personal_accuracy", "personal_majority", "majority", "adapter_bytes_up",
             "adapter_bytes_down", "bytes_up", "bytes_down", "clock_seconds", "wall_seconds",
             *TEXTS, *(f"personal_{name}" for name in TEXTS))  # fmt: skip
+    texts = rows(folder, "texts") if (folder / "texts.jsonl").exists() else []
     return {
         "curve": curve, "last_five": statistics.mean(list(curve.values())[-5:]),
         **{name: end[name] for name in kept if name in end},
+        **({"different_texts": len({row["written"] for row in texts}), "prompts": len(texts)} if texts else {}),
         "by_round": {name: [row.get(name) for row in rounds] for name in columns},
     }  # fmt: skip
 
