@@ -259,7 +259,7 @@ def test_offload_with_two_levels_is_not_trained(decoder):
 
 @dataclass(frozen=True)
 class Shelf:
-    """A decoder of nine million parameters on disk, in both types, and rows of 100 to 190 tokens for it."""
+    """A decoder of two million parameters on disk, in both types, and rows of 100 to 190 tokens for it."""
 
     folder: Path
 
@@ -275,7 +275,7 @@ class Shelf:
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     sizes = transformers.LlamaConfig(
-        hidden_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=4, intermediate_size=1408,
+        hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, intermediate_size=704,
         vocab_size=2000, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     torch.manual_seed(0)
