@@ -39,7 +39,7 @@ SHARED = Path(os.environ.get("FEDRANK_DATA", Path(__file__).parents[1] / ".." / 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Coverage is that of the fast tests: until Python 3.12 what is traced takes up to four times as long."""
+    """Coverage is that of the fast tests: traced ones take up to four times as long on Python 3.11."""
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker("no_cover")
