@@ -29,7 +29,7 @@ FLOORS = [
     {"client"},
     {"server", "export"},
     {"engines"},
-    {"experiment", "forecast", "parts", "profile"},
+    {"experiment", "forecast", "machine", "parts", "profile", "resolve"},
     {"cli", "tables", "units", "views"},
 ]
 HEAVY = {"torch", "transformers", "tokenizers", "peft", "sklearn", "flwr", "datasets"}

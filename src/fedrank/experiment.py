@@ -112,8 +112,8 @@ def start(
         store.save_state(parts.begin, parts.numerics)
         store.write("data.json", json.dumps(parts.facts, indent=1))
         (path / "drawn.safetensors").unlink(missing_ok=True)  # of a start that was cut short
-        if parts.drawn:
-            store.write("drawn.safetensors", save(parts.drawn))
+        if parts.machine.drawn:
+            store.write("drawn.safetensors", save(parts.machine.drawn))
         store.write("config.yaml", settings.dump(parts.config))  # last: where it is, a run has begun
         yield {"event": "start", "path": str(path), **parts.about}
         yield from _play(parts.server(store), parts.begin, parts)

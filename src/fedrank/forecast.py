@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from fedrank.client import Site
 from fedrank.config import Config
 from fedrank.cost import Cost
-from fedrank.parts import Parts, prepare
+from fedrank.parts import Parts, here, prepare
 from fedrank.protocol import ClientId, Device, Method, Plan, State
 from fedrank.server import Event, Server
 from fedrank.store import Store
@@ -104,13 +105,15 @@ def rehearse(parts: Parts) -> Iterator[Event]:
         real = parts.site(client, wire, store)
 
         def cost(round: int, plan: Plan, bytes_down: int) -> Cost:
+            assert parts.cost is not None
             costs[client] = parts.cost(client, wire.start, round, plan, bytes_down)
             return costs[client]
 
         return replace(real, fit=rehearsal.fit, cost=cost)
 
     with TemporaryDirectory(prefix="fedrank-") as folder:
-        for event in _rounds(replace(parts, site=site).server(Store.create(Path(folder))), parts.begin):
+        played = replace(parts, carrier=partial(here, site=site)).server(Store.create(Path(folder)))
+        for event in _rounds(played, parts.begin):
             if event["event"] == "client":
                 if not (event["ok"] or "device_seconds" in event):
                     raise ForecastError(

@@ -1,7 +1,7 @@
 """What each client holds: its share of one data set, or rows of its own that are read when it is drawn."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -41,11 +41,13 @@ class Held:
 class Population:
     """All clients of a run, and the global test set.
 
-    held: of a client's place. typical: rows like theirs. tested, choices: of the rows of `test`. train_rows: of all clients, None
+    name: what the data is called. labels: the class names. held: of a client's place. typical: rows like theirs. tested, choices: of the rows of `test`. train_rows: of all clients, None
     where that is not known. digest: names the training rows. partition: who holds what, as far as known, JSON-able.
     """
 
-    names: Names
+    name: str
+    labels: tuple[str, ...]
+    names: Sequence[str]
     held: Callable[[int], Held]
     typical: Encoded
     test: Rows
@@ -68,7 +70,7 @@ def shared(dataset: Dataset, shares: partition.Partition, encode: Encode) -> Pop
         return Held(train, shares.train[at], tested, shares.test[at], rows, chosen)
 
     return Population(
-        shares.names, held, train, dataset.test, test, choices, len(dataset.train), dataset.train.digest(), shares.summary()
+        dataset.name, dataset.labels, shares.names, held, train, dataset.test, test, choices, len(dataset.train), dataset.train.digest(), shares.summary()
     )  # fmt: skip
 
 
@@ -115,4 +117,16 @@ def own(config: Config, data: ClientData, encode: Encode) -> Population:
     summary = {"clients": {"count": data.clients}, "test_from": "train", "redraws": 0, "dropped": 0}
     typical = tasks.joined([encode(one) for one in some])
     choices = _choices(test, encode)
-    return Population(Names(data.clients), held, typical, test, encode(test), choices, None, digest, summary)
+    return Population(
+        data.name,
+        tuple(data.labels),
+        Names(data.clients),
+        held,
+        typical,
+        test,
+        encode(test),
+        choices,
+        None,
+        digest,
+        summary,
+    )
