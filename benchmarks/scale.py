@@ -158,7 +158,7 @@ def planning() -> dict[str, float]:
                 server = Server(method, engine, wire, Store(Path(folder)), settings, 0, "train", None)
                 for begun in (begin, replace(begin, round=2, seen=dict.fromkeys(names[:1000], 1))):
                     clock = time.perf_counter()
-                    event = next(server.train(begun, 0.0))
+                    event = next(server.train(begun, 0.0, server.cohort(begun.round + 1)))
                     seconds = time.perf_counter() - clock
                     assert event["event"] == "cohort"
                     assert len(event["clients"]) == COHORT

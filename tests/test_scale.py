@@ -293,7 +293,8 @@ def test_a_million_clients_are_no_objects(tmp_path: Path) -> None:
     parts = experiment.prepare(settings(fleet, "method.name=legend"), data=data)
     assert (len(parts.devices), sum(asked.values())) == (1_000_000, 9)  # some typical ones, and the first again
     asked.clear()
-    playing = parts.server(Store.create(tmp_path / "run")).train(parts.begin, 0.0)
+    server = parts.server(Store.create(tmp_path / "run"))
+    playing = server.train(parts.begin, 0.0, server.cohort(1))
     drawn = next(playing)["clients"]
     while (event := next(playing, None)) is not None and event["event"] == "client":
         assert event["ok"]

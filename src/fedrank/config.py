@@ -84,11 +84,12 @@ class Partition(BaseModel, extra="forbid", frozen=True):
 class Data(BaseModel, extra="forbid", frozen=True):
     """name: "docstrings" (built in) or a Hugging Face dataset; or path: a file or a folder with train and test.
 
-    split: what a run is scored on. validation is for tuning: the dev split, or a tenth of train where there is none.
+    labels: the class names, where clients are elsewhere and the server has no rows that name them. split: what a run is scored on. validation is for tuning: the dev split, or a tenth of train where there is none.
     """
 
     name: str | None = None
     path: str | None = None
+    labels: tuple[str, ...] = ()
     train_limit: Positive | None = None
     test_limit: Positive | None = None
     split: Literal["test", "validation"] = "test"
@@ -107,7 +108,8 @@ class Rounds(BaseModel, extra="forbid", frozen=True):
     """cohort: clients per round. evaluate_every: rounds between evaluations.
 
     personal: how many clients are scored on their own rows, of each evaluated cohort, and of all at the end.
-    deadline: simulated seconds of a round, after which a client is late. exactness: how far clients start from
+    deadline: seconds of a round, after which a client is late: on the simulated clock of modelled devices, or on the wall
+    where clients are elsewhere. minimum: of fewer updates a round is not merged. exactness: how far clients start from
     the global function, and merges end from theirs, in the ledger.
     """
 
@@ -116,7 +118,16 @@ class Rounds(BaseModel, extra="forbid", frozen=True):
     evaluate_every: Positive = 5
     personal: Annotated[int, Field(ge=0)] | None = None
     deadline: Above0 | None = None
+    minimum: Positive = 1
     exactness: bool = False
+
+    @model_validator(mode="after")
+    def _reachable(self) -> "Rounds":
+        if self.minimum > self.cohort:
+            raise ValueError(
+                f"rounds.minimum={self.minimum}: a round asks {self.cohort} clients (rounds.cohort), so it is never reached"
+            )
+        return self
 
 
 class Local(BaseModel, extra="forbid", frozen=True):
@@ -176,7 +187,10 @@ class FleetSettings(BaseModel, extra="forbid", frozen=True):
 
 
 class EngineSettings(BaseModel, extra="forbid", frozen=True):
-    """threads: of each worker. workers: processes that share the work; null for as many as fill this machine's cores.
+    """kind: local, every client on this machine; flower, each on a SuperNode of its own; flower-simulation, on Flower's
+    simulation runtime. superlink: host:port of the SuperLink; root_certificate: a file with the CA's that signed its
+    certificate; insecure: plain text, without TLS.
+    threads: of each worker. workers: processes that share the work; null for as many as fill this machine's cores.
     failure_rate: share of requests that get no answer, drawn by address.
 
     stack: clients that are trained together, over one pass of the frozen model; null: by the length of the rows, the cohort
@@ -192,7 +206,10 @@ class EngineSettings(BaseModel, extra="forbid", frozen=True):
     timing: that clock runs by the model of `fedrank.cost`, or by the wall time that training takes here.
     """
 
-    kind: Literal["local"] = "local"
+    kind: Literal["local", "flower", "flower-simulation"] = "local"
+    superlink: str = "127.0.0.1:8000"
+    root_certificate: str | None = None
+    insecure: bool = False
     threads: Positive = 1
     workers: Positive | None = None
     stack: Positive | None = None
@@ -210,6 +227,20 @@ class EngineSettings(BaseModel, extra="forbid", frozen=True):
             raise ValueError(
                 "stack: the time of clients that are trained together is nobody's own; with timing: measured, 1"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _carried(self) -> "EngineSettings":
+        if self.kind == "local":
+            return self
+        if (self.stack or 1) > 1:
+            raise ValueError(f"engine.stack={self.stack}: with engine.kind={self.kind} each client trains alone; 1")
+        if self.kind == "flower":
+            for key, value in (("failure_rate", self.failure_rate), ("fleet", self.fleet)):
+                if value:
+                    raise ValueError(f"engine.{key}: with engine.kind=flower it is as the sites are; leave it out")
+            if self.insecure and self.root_certificate is not None:
+                raise ValueError("engine.insecure: plain text has no certificate; leave engine.root_certificate out")
         return self
 
 
@@ -275,7 +306,11 @@ class Config(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants
 
     @model_validator(mode="after")
     def _together(self) -> "Config":
-        if (self.data.name is None) == (self.data.path is None):
+        apart = self.engine.kind == "flower"  # then the sites have the rows
+        if self.data.labels and not apart:
+            raise ValueError("data.labels: here the rows name the classes; it is for engine.kind=flower")
+        named = [source for source in (self.data.name, self.data.path) if source is not None]
+        if len(named) > 1 or (not named and not apart):
             raise ValueError(
                 "give one of data.name (docstrings, or a Hugging Face dataset) and data.path;"
                 " data.name=null takes a preset's away"

@@ -27,7 +27,8 @@ from fedrank.training.data import ClientData
 log = logging.getLogger(__name__)
 
 # What does not touch the bits of a round already played; other data or another model is noticed by its hash.
-CHANGEABLE = ("rounds.count", "rounds.cohort", "rounds.evaluate_every", "rounds.personal", "rounds.deadline", "rounds.exactness",
+CHANGEABLE = ("rounds.count", "rounds.cohort", "rounds.evaluate_every", "rounds.personal", "rounds.deadline", "rounds.minimum",
+              "rounds.exactness",
               "engine.failure_rate", "engine.workers", "engine.fleet.csv", "data.path", "model.name",
               *(f"generation.{key}" for key in settings.Generation.model_fields))  # fmt: skip
 

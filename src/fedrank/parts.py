@@ -136,9 +136,8 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
         "fleet": {"kinds": {kind: sum(n for _, n in mine) for kind, mine in machines.kinds.items()},
                   "hash": machines.digest()},
     }  # fmt: skip
-    return Parts(
-        made, begin, here, made.judge.everywhere, machines, devices, cost, facts, made.about | {"clients": len(devices)}
-    )
+    everywhere = made.judge.everywhere if len(population.test) else None
+    return Parts(made, begin, here, everywhere, machines, devices, cost, facts, made.about | {"clients": len(devices)})
 
 
 def here(parts: Parts, wire: Wire, store: Store, site: Callable[[ClientId, Wire, Store], Site] | None = None) -> Engine:

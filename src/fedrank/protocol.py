@@ -398,8 +398,8 @@ class Engine(Protocol):
 
     def exchange(
         self, requests: Iterable[tuple[ClientId, Callable[[], bytes]]], seconds: float | None
-    ) -> Iterable[tuple[ClientId, bytes]]:
-        """Carry each request, built when pulled, and yield the replies as they come.
+    ) -> Iterable[tuple[ClientId, bytes | str]]:
+        """Carry each request, built when pulled, and yield the replies as they come, or why there will be none.
 
         A client that is silent, or slower than `seconds`, never appears.
         """

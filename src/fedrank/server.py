@@ -60,10 +60,11 @@ class Server:
         clock = next((row["clock_seconds"] for row in played if row["round"] <= state.round), 0.0)
         while state.round < state.rounds:
             started = time.perf_counter()
-            state, row, rows = yield from self.train(state, clock)
+            cohort = self.cohort(state.round + 1)
+            state, row, rows = yield from self.train(state, clock, cohort)
             clock = row["clock_seconds"]
             trained = time.perf_counter()
-            row |= self._scores(state, self._cohort(row["round"]))
+            row |= self._scores(state, cohort)
             ended = time.perf_counter()
             row |= {"wall_seconds": round(ended - started, 4), "evaluation_seconds": round(ended - trained, 4)}
             ledger.append(self.store.path / "clients.jsonl", rows)
@@ -77,27 +78,34 @@ class Server:
             everyone = sample(everyone, self.rounds.personal, self.seed, 0)
         yield {"event": "end", "round": state.round, **self._personal(state, fleet, everyone)}
 
-    def train(self, state: State, clock: float) -> Generator[Event, None, tuple[State, Event, list[Event]]]:
+    def train(
+        self, state: State, clock: float, cohort: Mapping[ClientId, Device]
+    ) -> Generator[Event, None, tuple[State, Event, list[Event]]]:
         """One round, neither evaluated nor saved: the state after it, its row, and its clients' rows.
 
         clock: the simulated seconds before it.
         """
-        t, cohort = state.round + 1, self._cohort(state.round + 1)
+        t = state.round + 1
         plans = self._plans(state, cohort, training=True)
         yield {"event": "cohort", "round": t, "rounds": state.rounds, "clients": list(cohort)}
         rows = []
-        for row in self._exchange("train", state, plans):
+        for row in self._exchange("train", state, plans, cohort):
             if not row["ok"]:
                 row |= self._unanswered(row, plans[row["client"]])
             rows.append(row)
             yield {**row, "event": "client"}
+        if sum(row["ok"] for row in rows) < self.rounds.minimum:
+            for row in rows:
+                if row["ok"]:
+                    row |= {"ok": False, "error": "not merged: fewer answered than rounds.minimum"}
         arrived = tuple(sorted(row["client"] for row in rows if row["ok"]))
         merged = self._merge(state, plans, arrived) if arrived else replace(state, metrics={})
         after = replace(merged, round=t, seen={**merged.seen, **dict.fromkeys(arrived, t)})
         out = {"clients_out": len(cohort) - len(plans)}
         return after, self._row(t, rows, after) | self._clock(rows, clock) | out, rows
 
-    def _cohort(self, round: int) -> dict[ClientId, Device]:
+    def cohort(self, round: int) -> dict[ClientId, Device]:
+        """Who is asked in a round of 1..."""
         fleet = self.engine.fleet()
         return {client: fleet[client] for client in sample(roster.names(fleet), self.rounds.cohort, self.seed, round)}
 
@@ -122,7 +130,9 @@ class Server:
             result[client] = plan
         return result
 
-    def _exchange(self, kind: Kind, state: State, plans: Mapping[ClientId, Plan]) -> Iterator[dict[str, Any]]:
+    def _exchange(
+        self, kind: Kind, state: State, plans: Mapping[ClientId, Plan], devices: Mapping[ClientId, Device]
+    ) -> Iterator[dict[str, Any]]:
         """Send every plan and check what comes back; one row per client, those that stayed silent last."""
         t, sizes = state.round + 1, dict[ClientId, Sizes]()
 
@@ -142,10 +152,14 @@ class Server:
                 log.warning("round %d: an answer from client %r that was not awaited is dropped", t, client)
                 continue
             answered.add(client)
-            row |= self._down(sizes[client]) | {"bytes_up": len(frame)}
+            row |= self._down(sizes[client])
+            if isinstance(frame, str):  # why none will come
+                yield row | {"error": frame}
+                continue
+            row |= {"bytes_up": len(frame)}
             try:
                 reply = self._open(kind, state, client, plans[client], frame)
-                if reply.update is not None and reply.update.examples > self.engine.fleet()[client].examples:
+                if reply.update is not None and reply.update.examples > devices[client].examples:
                     raise Refused(f"{reply.update.examples} examples, more than the client registered")
             except Refused as error:
                 yield row | {"error": str(error)}
@@ -274,7 +288,7 @@ class Server:
         for at in range(0, len(clients), self.rounds.cohort):  # a method plans for cohorts, never for the whole fleet
             plans = self._plans(state, {client: fleet[client] for client in clients[at : at + self.rounds.cohort]})
             plans = {c: replace(p, train=ids, frozen=present, up="", returns={}) for c, p in plans.items()}
-            rows += self._exchange("evaluate", state, plans)
+            rows += self._exchange("evaluate", state, plans, fleet)
         frames = sum(row.get("bytes_down", 0) + row.get("bytes_up", 0) for row in rows)
         scored = [row for row in rows if row["ok"] and row.get("rows", 0) > 0 and {"accuracy", "loss"} <= row.keys()]
         result: dict[str, Any] = {"personal_accuracy": None, "personal_majority": None, "personal_clients": len(scored)}

@@ -86,30 +86,38 @@ def _choices(rows: Rows, encode: Encode) -> Choices | None:
 def own(config: Config, data: ClientData, encode: Encode) -> Population:
     """Clients that bring their own rows; those of the last cohorts are kept."""
     columns, ids = config.data.columns.model_dump(), {label: at for at, label in enumerate(data.labels)}
+    called: Sequence[str] | range = data.names or range(data.clients)
 
     def read(place: str, records: Iterable[Mapping[str, Any]]) -> Rows:
         rows, written = collect(place, numbered(place, records), config.task, columns, config.data.instructions)
         label = None if config.task == "generate" else np.array([label_id(one, ids) for one in written], np.int64)
         return replace(rows, label=label, client=None)
 
-    test = limit(read(f"{data.name}, test", data.test), config.data.test_limit, config.seed, "test")
+    def mine(at: int) -> Rows:
+        return read(f"{data.name}, client {called[at]}", data.rows(at))
+
+    test = read(f"{data.name}, test", data.test) if data.test else mine(0).take(np.empty(0, int))
+    test = limit(test, config.data.test_limit, config.seed, "test")
 
     def rows(at: int) -> Rows:
-        found = read(f"{data.name}, client {at}", data.rows(at))
+        found = mine(at)
         if (found.text_b is None) != (test.text_b is None):
-            raise DataError(f"{data.name}: client {at} and the test must both have the column text_b, or neither")
+            what = "the test" if data.test else f"client {called[0]}"
+            raise DataError(
+                f"{data.name}: client {called[at]} and {what} must both have the column text_b, or neither"
+            )
         return found
 
     @lru_cache(2 * config.rounds.cohort)
     def held(at: int) -> Held:
-        mine = rows(at)
-        encoded, draw = encode(mine), rng(0, "partition", "test", at)
-        if mine.completion is None:
-            tested, trained = np.split(draw.permutation(len(mine)), [len(mine) // partition.HELD_OUT])
+        its = rows(at)
+        encoded, draw = encode(its), rng(0, "partition", "test", called[at])
+        if its.completion is None:
+            tested, trained = np.split(draw.permutation(len(its)), [len(its) // partition.HELD_OUT])
         else:  # whole prompts
-            tests = partition.fifths(mine.group, draw) == 0
+            tests = partition.fifths(its.group, draw) == 0
             tested, trained = np.flatnonzero(tests), np.flatnonzero(~tests)
-        return Held(encoded, np.sort(trained), encoded, np.sort(tested), _scored(mine), _choices(mine, encode))
+        return Held(encoded, np.sort(trained), encoded, np.sort(tested), _scored(its), _choices(its, encode))
 
     places = np.unique(np.linspace(0, data.clients - 1, TYPICAL, dtype=int)).tolist()
     some = [rows(at) for at in places]

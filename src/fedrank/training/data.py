@@ -94,7 +94,8 @@ class ClientData:
 
     name: what the data is called. clients: how many there are. rows: a client's place, from 0 on -> its rows, the same
     whenever and in whatever process it is called; their columns are those of a data file. test: the rows of the global
-    test set. labels: the class names, a label's id being its place; none for task generate.
+    test set, if there is one. labels: the class names, a label's id being its place; none for task generate. names: what
+    the clients are called, in ascending order, by default 0, 1, ...
 
     A fifth of a client's rows is its personal test, as in a natural partition.
     """
@@ -102,8 +103,9 @@ class ClientData:
     name: str
     clients: int
     rows: Callable[[int], Iterable[Mapping[str, Any]]]
-    test: Sequence[Mapping[str, Any]]
+    test: Sequence[Mapping[str, Any]] = ()
     labels: Sequence[str] = ()
+    names: Sequence[str] = ()
 
 
 def natural(config: Config, data: ClientData) -> Config:
@@ -112,6 +114,10 @@ def natural(config: Config, data: ClientData) -> Config:
         raise DataError(f"{data.name}: {data.clients} clients; there must be at least one")
     if config.task != "generate" and not data.labels:
         raise DataError(f"{data.name}: no labels; task {config.task} needs the class names")
+    if data.names and (list(data.names) != sorted(set(data.names)) or len(data.names) != data.clients):
+        raise DataError(
+            f"{data.name}: names must be {data.clients}, ascending and without repeats, got {list(data.names)[:5]}"
+        )
     if len(set(data.labels)) < len(data.labels):
         raise DataError(f"{data.name}: a label is repeated in {list(data.labels)}; names must differ")
     for key in ("train_limit", "split"):

@@ -195,7 +195,7 @@ def _encoded(parts: Iterable[dict[str, list[list[int]]]], tokenizer: Any, labels
         for name, lists in part.items():
             ids[name].append(np.fromiter(chain.from_iterable(lists), np.int32))
     fields = {name: np.concatenate(pieces) for name, pieces in ids.items()}
-    found = fields.pop(LABELS) if labels is None else labels
+    found = fields.pop(LABELS, np.empty(0, np.int32)) if labels is None else labels
     fill = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0)}
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     return Encoded(fields, starts, found, {name: fill.get(name, 0) for name in fields})
