@@ -23,13 +23,13 @@ FLOORS = [
     {"adapter", "roster", "together", "trace"},
     {"protocol"},
     {"aggregation", "exactness", "levels", "optimizer", "products", "selection"}
-    | {"cost", "devices", "fleet", "frame", "increments", "layout", "wire", "config", "store", "ledger"},
+    | {"cost", "devices", "fleet", "frame", "increments", "layout", "wire", "config", "hello", "store", "ledger"},
     {"training"},
     {"methods"},
     {"client"},
     {"server", "export"},
     {"engines"},
-    {"experiment", "forecast", "machine", "parts", "profile", "resolve"},
+    {"apps", "central", "experiment", "forecast", "machine", "parts", "profile", "remote", "resident", "resolve", "sites"},
     {"cli", "tables", "units", "views"},
 ]
 HEAVY = {"torch", "transformers", "tokenizers", "peft", "sklearn", "flwr", "datasets"}

@@ -407,12 +407,12 @@ def hint(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _near_key(key: str) -> str:
+def _near_key(key: str, known: type[BaseModel]) -> str:
     """The nearest key of the same section, else the key of another section that ends so, else what the section has."""
     section, _, word = key.rpartition(".")
-    here = {k.rpartition(".")[2]: k for k in known_keys() if k.rpartition(".")[0] == section}
+    here = {k.rpartition(".")[2]: k for k in known_keys(known) if k.rpartition(".")[0] == section}
     near = [here[w] for w in difflib.get_close_matches(word, here, 1)]
-    found = near or [k for k in known_keys() if k.endswith(f".{word}")]
+    found = near or [k for k in known_keys(known) if k.endswith(f".{word}")]
     return f"; did you mean {found[0]!r}?" if found else f"; known here: {', '.join(here.values())}"
 
 
@@ -426,14 +426,14 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     return keys
 
 
-def explain(error: Any, section: str = "") -> str:
+def explain(error: Any, section: str = "", known: type[BaseModel] = Config) -> str:
     """One of pydantic's errors in a line: the key, what it must be, what was given, and the nearest word.
 
-    section: what stands before the key.
+    section: what stands before the key. known: whose keys there are.
     """
     key = ".".join(map(str, (*filter(None, [section]), *error["loc"])))
     if error["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{_near_key(key)}"
+        return f"unknown key {key!r}{_near_key(key, known)}"
     message = str(error["msg"]).removeprefix("Value error, ")
     if not error["loc"]:  # it has no key of its own: the message says what it is about
         return f"{section}: {message}" if section else message

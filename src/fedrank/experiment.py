@@ -14,10 +14,11 @@ from safetensors.numpy import save
 
 import fedrank
 from fedrank import config as settings
-from fedrank import ledger
+from fedrank import ledger, remote
 from fedrank.config import Config, ConfigError
 from fedrank.export import export, obstacle
-from fedrank.parts import Parts, prepare
+from fedrank.parts import Parts
+from fedrank.parts import prepare as local
 from fedrank.protocol import Method, State
 from fedrank.server import OF_TEXTS, Event, Server
 from fedrank.store import Store, StoreError
@@ -25,6 +26,7 @@ from fedrank.trace import span
 from fedrank.training.data import ClientData
 
 log = logging.getLogger(__name__)
+Prepare = Callable[[Config, Method | None, ClientData | None], Parts]
 
 # What does not touch the bits of a round already played; other data or another model is noticed by its hash.
 CHANGEABLE = ("rounds.count", "rounds.cohort", "rounds.evaluate_every", "rounds.personal", "rounds.deadline", "rounds.minimum",
@@ -103,10 +105,18 @@ def start(
     method: Method | None = None,
     first: Callable[[Method, State], State] = lambda method, state: state,
     data: ClientData | None = None,
+    prepare: Prepare | None = None,
 ) -> Iterator[Event]:
-    """Set up a new run directory and play. first: what to make of the method's first state (an import)."""
+    """Set up a new run directory and play. first: what to make of the method's first state (an import).
+
+    prepare: how the parts are made; by default as the engine's kind says, here or on Flower.
+    """
+    if prepare is None and config.engine.kind != "local":
+        _named(config, method, data)
+        yield from remote.start(config, path)
+        return
     with span("loading"):
-        parts = prepare(config, method, data)  # before anything is written: most mistakes show here
+        parts = (prepare or local)(config, method, data)  # before anything is written: most mistakes show here
     parts = replace(parts, begin=first(parts.method, parts.begin))
     store = Store.create(path)
     with store.locked():
@@ -121,13 +131,21 @@ def start(
 
 
 def go_on(
-    path: Path, overrides: Iterable[str] = (), method: Method | None = None, data: ClientData | None = None
+    path: Path,
+    overrides: Iterable[str] = (),
+    method: Method | None = None,
+    data: ClientData | None = None,
+    prepare: Prepare | None = None,
 ) -> Iterator[Event]:
     """Resume from the last committed state; what came after it is cut from the ledgers and played again."""
-    store = Store.open(path)
+    store, overrides = Store.open(path), list(overrides)
+    before = settings.load(path / "config.yaml")
+    config = _changed(before, overrides)
+    if prepare is None and config.engine.kind != "local":
+        _named(config, method, data)
+        yield from remote.go_on(config, path, overrides)
+        return
     with store.locked():
-        before = settings.load(path / "config.yaml")
-        config = _changed(before, overrides)
         state, numerics = store.state()
         if config.rounds.count < state.round:
             raise ConfigError(f"rounds.count={config.rounds.count}: {path} has played {state.round} rounds already")
@@ -143,12 +161,14 @@ def go_on(
                 "go on from Python: fedrank.resume(path, method=...)"
             )
         then = json.loads((path / "data.json").read_text())
-        if then["rows"]["train"] is None and data is None:
+        if then["rows"]["train"] is None and data is None and config.engine.kind != "flower":
             raise ConfigError(
                 f"{path} was started with clients that bring their own rows, {then['data']}; "
                 "go on from Python: fedrank.resume(path, data=...)"
             )
-        parts = replace(prepare(config, method, data), begin=store.state(0)[0])  # which an import may have made
+        parts = replace(
+            (prepare or local)(config, method, data), begin=store.state(0)[0]
+        )  # which an import may have made
         _same(path, config.method, parts.config.method, "method")
         _same(path, numerics, parts.numerics, "numerics")
         _same(path, _contents(then), _contents(parts.facts), "data and model")
@@ -164,6 +184,13 @@ def go_on(
         store.save_state(state, numerics)  # and older ones go, which a kill may have left
         yield {"event": "resume", "path": str(path), "round": state.round, **parts.about}
         yield from _play(parts.server(store), state, parts)
+
+
+def _named(config: Config, method: Method | None, data: ClientData | None) -> None:
+    """On Flower other processes build the run, from its config alone."""
+    for what, given in (("a method of one's own", method), ("rows of one's own", data)):
+        if given is not None:
+            raise ConfigError(f"engine.kind={config.engine.kind}: {what} cannot be sent there; local")
 
 
 def _play(server: Server, state: State, parts: Parts) -> Iterator[Event]:

@@ -23,7 +23,7 @@ from fedrank.trace import span
 
 KEEP_LAST, KEEP_EVERY = 3, 10
 RETRIES = 20  # of the lock, a tenth of a second apart
-_CLIENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+CLIENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 
 class StoreError(Exception):
@@ -60,7 +60,7 @@ class Private:
     root: Path
 
     def _folder(self, client: ClientId) -> Path:
-        if not _CLIENT.fullmatch(client):
+        if not CLIENT.fullmatch(client):
             raise ValueError(f"client id {client!r} must be letters, digits, '_', '-' or '.', at most 128")
         return self.root / client
 
@@ -144,7 +144,7 @@ class Store:
         """A new directory; StoreError where something is in it already, but for a start that was cut short."""
         held = {entry.name.removesuffix(".new") for entry in path.iterdir()} if path.is_dir() else set()
         begun = (path / "config.yaml").exists()
-        left = {"states", "clients", "spool", ".lock", "data.json", "drawn.safetensors", "config.yaml"}
+        left = {"states", "clients", "spool", ".lock", "data.json", "drawn.safetensors", "config.yaml", "flower.log"}
         if begun or path.is_file() or held - left:
             hint = f", or go on with: fedrank resume {path}" if begun else ""
             raise StoreError(f"{path} is not an empty folder; choose another --out{hint}")

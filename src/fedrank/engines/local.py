@@ -19,11 +19,16 @@ def inline(function: Callable[[list[Sent]], list[bytes | None]]) -> Spread:
     return partial(map, function)
 
 
+def fails(frame: bytes, rate: float, seed: int) -> bool:
+    """Whether a request gets no answer, drawn by what is asked, so that it repeats."""
+    return bool(rate) and rng(seed, "failure", digest(frame)).random() < rate
+
+
 @dataclass(frozen=True, eq=False)
 class Local:
     """devices: every client. site: its client side, made when it is needed.
 
-    failure_rate: the share of requests that get no answer, drawn by what is asked, so that it repeats.
+    failure_rate: the share of requests that get no answer.
     stack: how many clients are trained together. share: makes one function into one over many arguments, on workers
     perhaps; replies come in the order of requests.
     """
@@ -50,7 +55,7 @@ class Local:
         def sent() -> Iterator[list[Sent]]:
             for group in self._groups(requests):
                 frames = [(name, build(), seconds) for name, build in group]
-                asked = [(name, frame, until) for name, frame, until in frames if not self._fails(frame)]
+                asked = [one for one in frames if not fails(one[1], self.failure_rate, self.seed)]
                 if asked:
                     named.append([name for name, _, _ in asked])
                     yield asked
@@ -59,9 +64,6 @@ class Local:
             for name, reply in zip(named[at], replies, strict=True):
                 if reply is not None:
                     yield name, reply
-
-    def _fails(self, frame: bytes) -> bool:
-        return bool(self.failure_rate) and rng(self.seed, "failure", digest(frame)).random() < self.failure_rate
 
     def _groups(
         self, requests: Iterable[tuple[ClientId, Callable[[], bytes]]]

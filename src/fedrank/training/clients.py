@@ -83,6 +83,19 @@ def _choices(rows: Rows, encode: Encode) -> Choices | None:
     return None if rows.choices is None else laid_out(rows, encode)
 
 
+def elsewhere(name: str, labels: tuple[str, ...], test: Rows | None, encode: Encode) -> Population:
+    """No client: their rows are elsewhere, and at most the global test set is here."""
+    rows = Rows([], label=np.empty(0, np.int64)) if test is None else test
+    tested = encode(rows)
+
+    def held(at: int) -> Held:
+        raise IndexError(f"client {at} is elsewhere")
+
+    choices = _choices(rows, encode)
+    summary = {"clients": [], "test_from": "train", "redraws": 0, "dropped": 0}
+    return Population(name, labels, (), held, tested, rows, tested, choices, None, "", summary)
+
+
 def own(config: Config, data: ClientData, encode: Encode) -> Population:
     """Clients that bring their own rows; those of the last cohorts are kept."""
     columns, ids = config.data.columns.model_dump(), {label: at for at, label in enumerate(data.labels)}
@@ -103,9 +116,7 @@ def own(config: Config, data: ClientData, encode: Encode) -> Population:
         found = mine(at)
         if (found.text_b is None) != (test.text_b is None):
             what = "the test" if data.test else f"client {called[0]}"
-            raise DataError(
-                f"{data.name}: client {called[at]} and {what} must both have the column text_b, or neither"
-            )
+            raise DataError(f"{data.name}: client {called[at]} and {what} must both have the column text_b, or neither")
         return found
 
     @lru_cache(2 * config.rounds.cohort)

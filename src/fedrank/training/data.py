@@ -160,6 +160,33 @@ def configured(settings: Config) -> Dataset:
     return replace(dataset, test=limit(dataset.test, d.test_limit, settings.seed, "test"))
 
 
+def central(settings: Config) -> tuple[Rows | None, tuple[str, ...]]:
+    """The global test rows and the class names of a server that holds no training rows; either may be missing.
+
+    A file is the test; of a folder test.* and labels.txt are read, and no other.
+    """
+    d, classes = settings.data, settings.task != "generate"
+    labels = d.labels
+    if d.name is not None:
+        dataset = load(d.name, None, settings.task, d.columns.model_dump(), None, settings.seed, d.instructions)
+        return limit(dataset.test, d.test_limit, settings.seed, "test"), dataset.labels
+    if d.path is None:
+        if classes and not labels:
+            raise DataError(
+                "data.labels: task classify needs the class names, where the server has no rows that name them"
+            )
+        return None, labels if classes else ()
+    source = from_path(Path(d.path), needed=("test",))
+    if classes and not (labels := labels or source.names or ()):
+        raise DataError(f"{d.path}: no labels.txt, and test rows may lack a class; write one, or give data.labels")
+    place, records = source.splits.get("all") or source.splits["test"]
+    found, written = collect(place, records, settings.task, d.columns.model_dump(), d.instructions)
+    if classes:
+        ids = {label: at for at, label in enumerate(labels)}
+        found = replace(found, label=np.array([label_id(one, ids) for one in written], np.int64), client=None)
+    return limit(found, d.test_limit, settings.seed, "test"), labels if classes else ()
+
+
 def limit(rows: Rows, count: int | None, seed: int, split: str) -> Rows:
     """A random subset of ``count`` rows, in the original order."""
     if count is None or count >= len(rows):

@@ -47,7 +47,7 @@ def from_hub(name: str, columns: Mapping[str, str]) -> Source:
     return Source(name, records, tuple(names) if names else None, ignored(name, set(splits) - set(SPLITS)))
 
 
-def from_path(path: Path) -> Source:
+def from_path(path: Path, needed: Sequence[str] = ("train", "test")) -> Source:
     if not path.exists():
         siblings = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
         raise DataError(f"{path}: no such file or folder{nearest(path.name, siblings)}")
@@ -61,7 +61,7 @@ def from_path(path: Path) -> Source:
         if split in files:
             raise DataError(f"{file}: {files[split].name} is there too; keep one file for {split}")
         files[split] = file
-    for split in ("train", "test"):
+    for split in needed:
         if split not in files:
             held = ", ".join(f.name for f in files.values()) or "no data files"
             raise DataError(f"{path}: no file {split}.jsonl (or .csv, .tsv, .parquet); it holds {held}")

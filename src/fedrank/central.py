@@ -1,0 +1,91 @@
+"""The parts of a run whose clients are elsewhere: the server's model, its own test rows, and a Flower grid."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedrank import config as settings
+from fedrank import fleet, hello, machine, parts, resolve
+from fedrank.config import Config, ConfigError
+from fedrank.engines import flower
+from fedrank.engines.local import fails
+from fedrank.frame import Refused
+from fedrank.hello import Setup
+from fedrank.parts import Parts
+from fedrank.protocol import Device, Engine, Method
+from fedrank.store import Store
+from fedrank.training import data as rows
+from fedrank.training.data import ClientData
+from fedrank.wire import Wire
+
+TOLD = ("task", "rounds", "local", "adapter", "method", "wire", "server", "generation", "seed", "device")
+ENGINE = ("kind", "threads", "compute", "products", "timing", "stack", "offload")
+
+
+@machine.uncollected()
+def prepare(
+    config: Config, method: Method | None = None, data: ClientData | None = None, *, grid: flower.Grid
+) -> Parts:
+    """What the server of a Flower run needs; on the simulation runtime, what a run on this machine does."""
+    if config.engine.kind == "flower-simulation":
+        engine = config.engine.model_copy(update={"stack": 1})
+        return _carried(parts.prepare(config.model_copy(update={"engine": engine}), method, data), grid)
+    config, chosen = resolve.resolve(config, method)
+    if "object" in config.method:
+        raise ConfigError("method: the sites build it by its name; publish it under the entry point fedrank.methods")
+    machine.start(config)
+    from fedrank.training import clients
+
+    engine = config.engine.model_copy(update={"stack": 1})
+    config = config.model_copy(update={"engine": engine})
+    test, labels = rows.central(config)
+    people = partial(clients.elsewhere, "sites", labels, test)
+    made = machine.build(config, chosen, labels, people, prefixes=False)
+    begin, _, kept = resolve.first(made.config, chosen, made.spec, {"site": Device("site", 1)})
+    everywhere = made.judge.everywhere if len(made.population.test) else None
+    facts = made.facts(kept) | {"fleet": {"kinds": {}, "hash": ""}}
+    nobody = fleet.build(None, {}, config.seed)
+    return Parts(
+        made, begin, partial(_sites, grid=grid), everywhere, nobody, {}, None, facts, made.about | {"clients": None}
+    )
+
+
+def _sites(made: Parts, wire: Wire, store: Store, grid: flower.Grid) -> Engine:
+    config = made.config
+    own = made.method.begin(made.spec, config.rounds.count, config.seed).adapter
+    start = hello.begun(made.begin.adapter)
+    imported = None if hello.begun(own) == start else made.begin.adapter
+    setup = Setup(
+        made.run_id, told(config), tuple(made.machine.population.labels), made.spec.fingerprint, start, imported
+    )
+
+    def admit(frame: bytes) -> Device:
+        found = hello.read_registration(frame, made.run_id)
+        if found.fingerprint != made.spec.fingerprint:
+            raise Refused(f"client {found.device.id} has base model {found.fingerprint}, not {made.spec.fingerprint}")
+        return found.device
+
+    return flower.Sites(grid, hello.write_setup(setup), admit, config.rounds.minimum, config.rounds.deadline)
+
+
+def told(config: Config) -> dict[str, Any]:
+    """What a site is told of the config: nothing of where the server's data and model are."""
+    raw = config.model_dump(mode="json")
+    name = raw["model"]["name"]
+    local = name not in settings.OWN_MODELS and Path(name).is_dir()
+    return {key: raw[key] for key in TOLD} | {
+        "model": raw["model"] | {"name": "" if local else name, "trust_remote_code": False},
+        "data": {"instructions": raw["data"]["instructions"]},
+        "engine": {key: raw["engine"][key] for key in ENGINE},
+    }
+
+
+def _carried(made: Parts, grid: flower.Grid) -> Parts:
+    """A run on this machine, with Flower's simulation runtime as the carrier."""
+    rate, seed = made.config.engine.failure_rate, made.config.seed
+
+    def carrier(parts: Parts, wire: Wire, store: Store) -> Engine:
+        return flower.Simulated(grid, parts.devices, partial(fails, rate=rate, seed=seed))
+
+    return replace(made, carrier=carrier)

@@ -1,0 +1,218 @@
+"""The Flower engine: frames as messages of a Flower grid, each to the SuperNode of its client."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid as Grid
+from flwr.serverapp import ServerApp
+
+from fedrank.frame import Refused
+from fedrank.hello import UNKNOWN
+from fedrank.protocol import ClientId, Device
+
+log = logging.getLogger(__name__)
+
+ASK = "query.frame"  # the type of all messages: what a frame asks for is said in the frame
+KEPT = 30 * 86_400.0  # seconds that a message and its answer are kept, where no deadline ends the wait
+SKEW = 300.0  # seconds by which machines' clocks may be apart, by which Flower says what is too old
+POLL, SLOWEST = 0.05, 1.0  # seconds between looks for answers, at first and after a while
+WORD = 60.0  # seconds after which the log names who is awaited
+AGAIN = 60.0  # seconds after which a site that could not take part is asked again
+
+
+# A frame, the run's settings, its SuperNode's, and the deadline of the round on the client's own clock -> the frame that
+# answers it, None where the client stays silent; Refused says why not.
+Answer = Callable[[bytes, Mapping[str, Any], Mapping[str, Any], float | None], bytes | None]
+
+
+def server_app(play: Callable[[Grid, Mapping[str, Any]], None]) -> ServerApp:
+    """The Flower component of a run's server. play: a grid, and the run's settings."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        play(grid, dict(context.run_config))
+
+    return app
+
+
+def client_app(answer: Answer) -> ClientApp:
+    """The Flower component of a client."""
+    app = ClientApp()
+
+    @app.query("frame")
+    def query(message: Message, context: Context) -> Message:
+        told: dict[str, Any] = {}
+        try:
+            asked = message.content.config_records["frame"]
+            frame, seconds = asked.get("frame"), asked.get("seconds")
+            if not isinstance(frame, bytes) or not isinstance(seconds, float):
+                raise Refused("a message that holds no frame")
+            reply = answer(frame, dict(context.run_config), dict(context.node_config), seconds or None)
+            if reply is not None:
+                told["frame"] = reply
+        except Refused as error:
+            told["refused"] = str(error)
+        return Message(RecordDict({"frame": ConfigRecord(told)}), reply_to=message)
+
+    return app
+
+
+def converse(
+    grid: Grid, asked: Iterable[tuple[ClientId, int, bytes]], seconds: float | None, clock: float | None = None
+) -> Iterator[tuple[ClientId, bytes | str]]:
+    """Send each frame to its node, and yield what comes back: a frame, or why there is none.
+
+    seconds: after which nobody waits any longer. clock: a deadline on the clients' own clocks, which they keep.
+    """
+    sent: dict[str, tuple[ClientId, int]] = {}
+    started = time.monotonic()
+    for client, node, frame in asked:
+        kept = KEPT if seconds is None else seconds + SKEW
+        if (number := _send(grid, node, frame, kept, clock)) is not None:
+            sent[number] = (client, node)
+        else:
+            yield client, "its SuperLink did not take the message; is it too large?"
+    pause, word = POLL, WORD
+    while sent:
+        waited = time.monotonic() - started
+        if seconds is not None and waited > seconds:
+            here = set(grid.get_node_ids())
+            for client, node in sent.values():
+                state = "though its node is connected" if node in here else "and its node is gone"
+                yield client, f"no answer within {seconds:g} s, {state}"
+            return
+        found = list(grid.pull_messages(list(sent)))
+        for message in found:
+            one, content = sent.pop(message.metadata.reply_to_message_id, None), _content(message)
+            if one is not None and content is not None:
+                yield one[0], content
+        if waited > word:
+            names = sorted(client for client, _ in sent.values())
+            log.warning("awaited for %.0f s: %s", waited, ", ".join(names[:20]))
+            word += WORD
+        pause = POLL if found else min(SLOWEST, pause * 1.5)
+        if sent:
+            time.sleep(pause)
+
+
+def _send(grid: Grid, node: int, frame: bytes, kept: float, clock: float | None = None) -> str | None:
+    """The message's number, by which its answer is found."""
+    content = RecordDict({"frame": ConfigRecord({"frame": frame, "seconds": clock or 0.0})})
+    return next(iter(grid.push_messages([Message(content, node, ASK, ttl=kept)])), None) or None
+
+
+def _content(message: Message) -> bytes | str | None:
+    """What a message of another machine says, None for nothing; its sender may have written anything."""
+    if message.has_error():
+        return f"Flower error {message.error.code}: {str(message.error.reason)[:300]}"
+    try:
+        record = message.content.config_records["frame"]
+    except (KeyError, AttributeError, ValueError):
+        return "a message that holds no frame"
+    frame, refused = record.get("frame"), record.get("refused")
+    if isinstance(frame, bytes):
+        return frame
+    if isinstance(refused, str):
+        return "".join(c for c in refused[:300] if c.isprintable())
+    return "a message that holds no frame" if record else None
+
+
+@dataclass(eq=False)
+class Sites:
+    """The engine on which every client is a site with a SuperNode of its own.
+
+    hello: the frame that tells a site of the run. admit: its answer -> the device that it registers; Refused where it
+    cannot take part. minimum: how many there must be before a round begins. seconds: of the wait where a round has none.
+    known: client -> its node and device. barred: node -> when it was last told, and why it takes no part.
+    """
+
+    grid: Grid
+    hello: bytes
+    admit: Callable[[bytes], Device]
+    minimum: int
+    seconds: float | None
+    known: dict[ClientId, tuple[int, Device]] = field(default_factory=dict)
+    barred: dict[int, tuple[float, str]] = field(default_factory=dict)
+    told: dict[str, int] = field(default_factory=dict)
+
+    def fleet(self) -> dict[ClientId, Device]:
+        """Every site whose node is connected, in the order of their ids; waits for as many as a round needs."""
+        started, word = time.monotonic(), WORD
+        while True:
+            here = self._greet()
+            found = {client: device for client, (node, device) in sorted(self.known.items()) if node in here}
+            if len(found) >= self.minimum:
+                return found
+            if (waited := time.monotonic() - started) > word:
+                why = "; ".join(reason for _, reason in self.barred.values())
+                log.warning("%d sites are here after %.0f s, and a round needs %d. %s", len(found), waited, self.minimum, why)  # fmt: skip
+                word += WORD
+            time.sleep(SLOWEST if self.told else 5 * SLOWEST)
+
+    def exchange(
+        self, requests: Iterable[tuple[ClientId, Callable[[], bytes]]], seconds: float | None
+    ) -> Iterator[tuple[ClientId, bytes | str]]:
+        asked = ((client, self.known[client][0], build()) for client, build in requests)
+        for client, reply in converse(self.grid, asked, seconds or self.seconds):
+            if reply == UNKNOWN:  # its store is gone: it is told again before the next round
+                self.known.pop(client, None)
+            yield client, reply
+
+    def _greet(self) -> set[int]:
+        """Tell new nodes of the run, and take in what has been answered; the nodes that are connected."""
+        here, now = set(self.grid.get_node_ids()), time.monotonic()
+        at_work = {node for node, _ in self.known.values()} | set(self.told.values())
+        for node in here - at_work:
+            due = node not in self.barred or now - self.barred[node][0] > AGAIN
+            if due and (number := _send(self.grid, node, self.hello, KEPT)) is not None:
+                self.told[number] = node
+        for message in self.grid.pull_messages(list(self.told)) if self.told else ():
+            if (told := self.told.pop(message.metadata.reply_to_message_id, None)) is not None:
+                self._take(told, _content(message), here)
+        return here
+
+    def _take(self, node: int, told: bytes | str | None, here: set[int]) -> None:
+        try:
+            if not isinstance(told, bytes):
+                raise Refused(told or "a message that holds no frame")
+            device = self.admit(told)
+            other = self.known.get(device.id, (node, device))[0]
+            if other != node and other in here:
+                raise Refused(f"client {device.id} is there already, as another node")
+        except Refused as error:
+            self.barred[node] = (time.monotonic(), str(error))
+            log.warning("a site takes no part: %s", error)
+        else:
+            self.barred.pop(node, None)
+            self.known[device.id] = (node, device)
+            log.info("client %s is there: %d examples, %s", device.id, device.examples, device.kind)
+
+
+@dataclass(eq=False)
+class Simulated:
+    """The engine on Flower's simulation runtime, where every node can be any client of this machine.
+
+    fails: whether a request gets no answer.
+    """
+
+    grid: Grid
+    devices: Mapping[ClientId, Device]
+    fails: Callable[[bytes], bool]
+
+    def fleet(self) -> Mapping[ClientId, Device]:
+        return self.devices
+
+    def exchange(
+        self, requests: Iterable[tuple[ClientId, Callable[[], bytes]]], seconds: float | None
+    ) -> Iterator[tuple[ClientId, bytes | str]]:
+        nodes = sorted(self.grid.get_node_ids())
+        frames = ((client, build()) for client, build in requests)
+        asked = (one for one in frames if not self.fails(one[1]))
+        placed = ((client, nodes[at % len(nodes)], frame) for at, (client, frame) in enumerate(asked))
+        return converse(self.grid, placed, None, seconds)

@@ -1,0 +1,130 @@
+"""The two frames before a site's first round: what the server tells it of the run, and what it tells of itself."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from fedrank import increments
+from fedrank.adapter import Adapter, from_arrays, to_arrays
+from fedrank.frame import SCHEMA, Refused, pack, unpack
+from fedrank.protocol import Device, Load
+from fedrank.store import CLIENT
+
+RUN = 16  # hexadecimal digits
+UNKNOWN = "this site has not been told of the run"
+_COUNTS = ("examples", *(f"load.{field.name}" for field in fields(Load)))
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """A run, to a site.
+
+    config: the run's, resolved, less where the server's own data and model are. labels: the class names. fingerprint: of
+    the base model. start: a hash of the adapter that the run starts from; imported: that adapter, where it is not as the
+    method makes it.
+    """
+
+    run: str
+    config: Mapping[str, Any]
+    labels: tuple[str, ...]
+    fingerprint: str
+    start: str
+    imported: Adapter | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Registration:
+    """A site, to the server."""
+
+    run: str
+    device: Device
+    fingerprint: str
+    numerics: Mapping[str, Any]
+
+
+def write_setup(setup: Setup) -> bytes:
+    imported = setup.imported
+    meta = {
+        "schema": SCHEMA, "kind": "setup", "run": setup.run, "config": dict(setup.config), "labels": list(setup.labels),
+        "fingerprint": setup.fingerprint, "start": setup.start, "scale": None if imported is None else imported.scale,
+    }  # fmt: skip
+    return pack(meta, {} if imported is None else to_arrays(imported))
+
+
+def read_setup(frame: bytes) -> Setup:
+    """Refused where it is none."""
+    meta, tensors = unpack(frame)
+    match meta:
+        case {
+            "kind": "setup", "run": str(run), "config": dict(config), "labels": [*labels], "fingerprint": str(fingerprint),
+            "start": str(start), "scale": None | float() as scale,
+        } if _is_run(run) and all(type(label) is str for label in labels):  # fmt: skip
+            try:
+                imported = None if scale is None else from_arrays(tensors, scale)
+            except (ValueError, IndexError) as error:
+                raise Refused(f"not an adapter to start from: {error}") from None
+            return Setup(run, config, tuple(labels), fingerprint, start, imported)
+    raise Refused("not the setup of a run")
+
+
+def write_registration(registration: Registration) -> bytes:
+    device = asdict(registration.device)
+    meta = {
+        "schema": SCHEMA, "kind": "registration", "run": registration.run, "device": device,
+        "fingerprint": registration.fingerprint, "numerics": dict(registration.numerics),
+    }  # fmt: skip
+    return pack(meta, {})
+
+
+def read_registration(frame: bytes, run: str) -> Registration:
+    """Refused where it is none, of another run, or says of a device what none can be."""
+    meta, tensors = unpack(frame)
+    match meta:
+        case {
+            "kind": "registration", "run": str(of), "device": dict(device), "fingerprint": str(fingerprint),
+            "numerics": dict(numerics),
+        } if of == run and not tensors:  # fmt: skip
+            return Registration(of, _device(device), fingerprint, numerics)
+    raise Refused("not a registration for this run")
+
+
+def kind(frame: bytes) -> tuple[str, str]:
+    """The kind of a checked frame, and the run that it belongs to; Refused where it names none."""
+    meta, _ = unpack(frame)
+    found, run = meta.get("kind"), meta.get("run")
+    if type(found) is not str or type(run) is not str or not _is_run(run):
+        raise Refused(f"a frame of kind {found!r} of run {run!r}")
+    return found, run
+
+
+def begun(adapter: Adapter) -> str:
+    """A hash of an adapter, by which both ends know that they start from the same."""
+    return increments.digest((adapter,))
+
+
+def _is_run(run: str) -> bool:
+    """It becomes a folder's name."""
+    return len(run) == RUN and set(run) <= set("0123456789abcdef")
+
+
+def _device(record: dict[str, Any]) -> Device:
+    load = record.get("load")
+    if not isinstance(load, dict) or load.keys() != {field.name for field in fields(Load)}:
+        raise Refused("a device must say what load it expects")
+    if record.keys() != {field.name for field in fields(Device)}:
+        raise Refused(f"a device is told by other fields than {sorted(map(str, record))[:20]}")
+    flat = {**record, **{f"load.{name}": value for name, value in load.items()}}
+    for name in _COUNTS:
+        if type(flat[name]) is not int or not 0 <= flat[name] < 1 << 53:
+            raise Refused(f"a device's {name} must be a whole number from 0 on, got {flat[name]!r}")
+    rates = [field.name for field in fields(Device) if field.type is float]
+    for name in rates:
+        if type(flat[name]) is not float or not 0 <= flat[name] < math.inf:
+            raise Refused(f"a device's {name} must be a finite number of at least 0, got {flat[name]!r}")
+    rank, named = record["rank"], (record["id"], record["kind"])
+    if not (rank is None or (type(rank) is int and rank > 0)) or not all(type(word) is str for word in named):
+        raise Refused(f"a device of id and kind {named!r} and rank {rank!r}")
+    if not CLIENT.fullmatch(record["id"]) or len(record["kind"]) > 64 or not record["examples"]:
+        raise Refused(f"a device of id and kind {named!r} with {record['examples']} examples")
+    return Device(**{**record, "load": Load(**load)})

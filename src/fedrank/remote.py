@@ -1,0 +1,233 @@
+"""A run that Flower plays: handed to a SuperLink as a Flower app, and followed from here."""
+
+import importlib.util
+import json
+import os
+import queue
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Listener
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import fedrank
+from fedrank import config as settings
+from fedrank import resolve
+from fedrank.config import Config, ConfigError
+from fedrank.server import Event
+from fedrank.store import Store
+
+APP = Path("fedrank_app", "app.py")
+NAME = "fedrank"  # of the connection in Flower's own config
+LOOK = 10.0  # seconds between looks at a run that has not been heard of
+UP = 60.0  # seconds in which a SuperLink of one's own is up
+POLL = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05"}  # seconds; Flower's default of 1 is waited for in every message
+QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+
+
+class RemoteError(ValueError):
+    """A run that Flower did not take, or that ended there: what it said."""
+
+
+def start(config: Config, path: Path) -> Iterator[Event]:
+    """Play a new run on the SuperLink that the config names, in this directory; the SuperLink must be able to reach it."""
+    resolved, _ = resolve.resolve(config)
+    Store.create(path)
+    yield from _play(resolved, path, {"overrides": "[]"})
+
+
+def go_on(config: Config, path: Path, overrides: Iterable[str]) -> Iterator[Event]:
+    """Go on with a run there."""
+    yield from _play(config, path, {"overrides": json.dumps(list(overrides))})
+
+
+def write_app(folder: Path, told: Mapping[str, Any]) -> None:
+    """The Flower app of a run: its components are fedrank's own. told: its settings."""
+    (folder / APP).parent.mkdir(parents=True, exist_ok=True)
+    (folder / APP.parent / "__init__.py").write_text('"""fedrank, as a Flower app."""\n')
+    (folder / APP).write_text(
+        '"""The components of the app, which are fedrank\'s."""\n\nfrom fedrank import apps\n\n'
+        "server = apps.server\nclient = apps.client\n"
+    )
+    lines = "".join(f"{key} = {json.dumps(value)}\n" for key, value in told.items())
+    (folder / "pyproject.toml").write_text(
+        "[build-system]\n"
+        'requires = ["hatchling"]\nbuild-backend = "hatchling.build"\n\n'
+        "[project]\n"
+        f'name = "fedrank-app"\nversion = "{fedrank.__version__}"\n'
+        'description = "A federated run of fedrank"\nlicense = "Apache-2.0"\n'
+        "# fedrank itself is installed beside Flower: runtime dependency installation has to be off\n"
+        "dependencies = []\n\n"
+        "[tool.hatch.build.targets.wheel]\n"
+        'packages = ["fedrank_app"]\n\n'
+        '[tool.flwr.app]\npublisher = "fedrank"\n\n'
+        "[tool.flwr.app.components]\n"
+        'serverapp = "fedrank_app.app:server"\nclientapp = "fedrank_app.app:client"\n\n'
+        f"[tool.flwr.app.config]\n{lines}"
+    )
+
+
+def write_connection(home: Path, address: str, certificate: Path | None) -> None:
+    """Flower's own config in its home: how the SuperLink is reached, in plain text where there is no certificate."""
+    how = "insecure = true" if certificate is None else f"root-certificates = {json.dumps(str(certificate.absolute()))}"
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "{NAME}"\n\n[superlink.{NAME}]\naddress = {json.dumps(address)}\n{how}\n'
+    )
+
+
+def check() -> None:
+    """ConfigError where Flower is not there."""
+    if importlib.util.find_spec("flwr") is None:
+        raise ConfigError("engine.kind: it needs flwr; pip install 'fedrank[flower]'")
+
+
+def tool(name: str) -> str:
+    """One of Flower's programs: that of this Python."""
+    own = Path(sys.executable).with_name(name)
+    found = str(own) if own.exists() else shutil.which(name)
+    if found is None:
+        raise ConfigError(f"{name} is not there; pip install 'fedrank[flower]'")
+    return found
+
+
+def environment(home: Path) -> dict[str, str]:
+    """Flower's programs find each other on the path; what they keep is in this home."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**os.environ, **QUIET, **POLL, "PATH": path, "FLWR_HOME": str(home)}
+
+
+def _play(config: Config, path: Path, told: dict[str, Any]) -> Iterator[Event]:
+    check()
+    engine = config.engine
+    with TemporaryDirectory(prefix="fedrank-") as folder:
+        place = Path(folder)
+        home = place / "home"
+        (place / "config.yaml").write_text(settings.dump(config))
+        told |= {
+            "out": str(path.absolute()), "config": str(place / "config.yaml"), "watch": str(place / "watch"),
+            "simulation": engine.kind == "flower-simulation",
+        }  # fmt: skip
+        write_app(place / "app", told)
+        certificate = None if engine.root_certificate is None else Path(engine.root_certificate)
+        if engine.kind == "flower":
+            if not engine.insecure and certificate is None:
+                raise ConfigError(
+                    "engine.root_certificate: a file with the certificate of the CA that signed the SuperLink's; or "
+                    "engine.insecure=true, for plain text"
+                )
+            write_connection(home, engine.superlink, certificate)
+            yield from _follow(place, path, [])
+            return
+        with _superlink(home, path) as address:
+            write_connection(home, address, None)
+            nodes = f"num-supernodes={config.rounds.cohort} client-resources-num-cpus={engine.threads}"
+            yield from _follow(place, path, ["--federation-config", nodes])
+
+
+def _follow(place: Path, path: Path, more: list[str]) -> Iterator[Event]:
+    """Submit the app, and yield what its server tells until it ends."""
+    heard = queue.Queue[Event | None]()
+    with Listener(str(place / "watch"), "AF_UNIX") as listener:
+        threading.Thread(target=_listen, args=(listener, heard), daemon=True).start()
+        run = _flwr(place / "home", "run", str(place / "app"), NAME, *more)["run-id"]
+        ended = False
+        try:
+            while (event := _next(heard, place / "home", str(run))) is not None:
+                if event["event"] == "error":
+                    ended = True
+                    raise RemoteError(str(event["error"]))
+                ended = ended or event["event"] == "end"
+                yield event
+            if not ended:
+                raise RemoteError(f"the server app ended before the run did; fedrank resume {path}")
+        finally:
+            if not ended:
+                with suppress(RemoteError):
+                    _flwr(place / "home", "stop", str(run), NAME)
+            _last(heard)
+
+
+def _listen(listener: Listener, heard: "queue.Queue[Event | None]") -> None:
+    with suppress(OSError, EOFError), listener.accept() as line:
+        while True:
+            heard.put(json.loads(line.recv_bytes()))
+    heard.put(None)
+
+
+def _next(heard: "queue.Queue[Event | None]", home: Path, run: str) -> Event | None:
+    """The next event, None where the server is gone. Where nothing is heard, it is looked whether the run is still there."""
+    while True:
+        try:
+            return heard.get(timeout=LOOK)
+        except queue.Empty:
+            (found,) = _flwr(home, "list", NAME, "--run-id", run)["runs"]
+            if str(found["status"]).startswith("finished") and heard.empty():
+                raise RemoteError(
+                    f"Flower ended the run before its server was heard of ({found['status']}): {found.get('details') or ''}"
+                ) from None
+
+
+def _last(heard: "queue.Queue[Event | None]") -> None:
+    """Wait for the server to end, so that its directory is free."""
+    with suppress(queue.Empty):
+        while heard.get(timeout=LOOK) is not None:
+            pass
+
+
+def _flwr(home: Path, *words: str) -> dict[str, Any]:
+    """What one of the `flwr` commands says as JSON; RemoteError with its words where it failed."""
+    done = subprocess.run(
+        [tool("flwr"), *words, "--format", "json"], env=environment(home), stdin=subprocess.DEVNULL, text=True, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    begin = done.stdout.find("{")
+    try:
+        said = json.loads(done.stdout[begin:]) if begin >= 0 else {}
+    except ValueError:
+        said = {}
+    if done.returncode or not said.get("success", bool(said)):
+        words_ = " ".join(str(said.get("error-message") or done.stdout).split())
+        raise RemoteError(f"flwr {words[0]}: {words_[-1000:]}")
+    return dict(said)
+
+
+@contextmanager
+def _superlink(home: Path, path: Path) -> Iterator[str]:
+    """A SuperLink of one's own for a simulation, on a free port of this machine; it goes with all that it started."""
+    home.mkdir(parents=True)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = ["--simulation", "--insecure", "--disable-runtime-dependency-installation", "--port", str(port)]
+    with (path / "flower.log").open("ab") as log:
+        process = subprocess.Popen(
+            [tool("flower-superlink"), *words], env=environment(home), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        until = time.monotonic() + UP
+        while not _open(port):
+            if process.poll() is not None or time.monotonic() > until:
+                raise RemoteError(f"Flower's SuperLink does not come up; see {path / 'flower.log'}")
+            time.sleep(0.1)
+        yield f"127.0.0.1:{port}"
+    finally:
+        for end in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, end)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+
+
+def _open(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
