@@ -13,12 +13,14 @@ from fedrank import central, experiment, resident, sites
 from fedrank import config as settings
 from fedrank.client import Late, handle
 from fedrank.engines import flower
+from fedrank.engines.workers import quieten
 from fedrank.frame import Refused
 from fedrank.server import Event
 from fedrank.store import Store
 from fedrank.wire import Wire
 
 log = logging.getLogger(__name__)
+quieten()
 
 
 def _play(grid: flower.Grid, told: Mapping[str, Any]) -> None:
@@ -26,6 +28,7 @@ def _play(grid: flower.Grid, told: Mapping[str, Any]) -> None:
     out = Path(str(told["out"]))
     prepare = partial(central.prepare, grid=grid)
     with _listener(str(told.get("watch", ""))) as tell:
+        logging.getLogger("fedrank").addHandler(_Told(tell))
         try:
             if (out / "config.yaml").exists():
                 events = experiment.go_on(out, json.loads(str(told.get("overrides") or "[]")), prepare=prepare)
@@ -36,6 +39,17 @@ def _play(grid: flower.Grid, told: Mapping[str, Any]) -> None:
         except Exception as error:
             tell({"event": "error", "kind": type(error).__name__, "error": str(error)})
             raise
+
+
+class _Told(logging.Handler):
+    """Warnings reach who follows the run: the log of a server app is on another machine's disk."""
+
+    def __init__(self, tell: Callable[[Event], None]) -> None:
+        super().__init__(logging.WARNING)
+        self.tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.tell({"event": "log", "level": record.levelno, "logger": record.name, "text": record.getMessage()})
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import signal
 import sys
 from collections import deque
@@ -22,6 +21,7 @@ import fedrank
 from fedrank import config as settings
 from fedrank import methods as registry
 from fedrank import tables, views
+from fedrank.engines.workers import quieten
 from fedrank.protocol import About
 from fedrank.store import Store, StoreError
 
@@ -201,14 +201,7 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
     if version:
         print(fedrank.__version__)
         raise typer.Exit
-    # Loading bars and advice of the libraries below are not a run's output; they read this when they are imported.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for library in (
-        "torchao",
-        "torch.utils._pytree",
-    ):  # transformers imports it where it is installed; it warns of kernels
-        logging.getLogger(library).setLevel(logging.ERROR)
+    quieten()
 
 
 # ---- following a run

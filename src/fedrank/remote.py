@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import os
 import queue
 import shutil
@@ -139,9 +140,13 @@ def _follow(place: Path, path: Path, more: list[str]) -> Iterator[Event]:
     with Listener(str(place / "watch"), "AF_UNIX") as listener:
         threading.Thread(target=_listen, args=(listener, heard), daemon=True).start()
         run = _flwr(place / "home", "run", str(place / "app"), NAME, *more)["run-id"]
-        ended = False
+        ended, early = False, True  # until it is heard of, it may have ended without a word
         try:
-            while (event := _next(heard, place / "home", str(run))) is not None:
+            while (event := _next(heard, place / "home", str(run) if early else None)) is not None:
+                early = False
+                if event["event"] == "log":
+                    logging.getLogger(event["logger"]).log(event["level"], "%s", event["text"])
+                    continue
                 if event["event"] == "error":
                     ended = True
                     raise RemoteError(str(event["error"]))
@@ -163,12 +168,14 @@ def _listen(listener: Listener, heard: "queue.Queue[Event | None]") -> None:
     heard.put(None)
 
 
-def _next(heard: "queue.Queue[Event | None]", home: Path, run: str) -> Event | None:
-    """The next event, None where the server is gone. Where nothing is heard, it is looked whether the run is still there."""
+def _next(heard: "queue.Queue[Event | None]", home: Path, run: str | None) -> Event | None:
+    """The next event, None where the server is gone. run: it is looked whether that has ended, while nothing is heard."""
     while True:
         try:
             return heard.get(timeout=LOOK)
         except queue.Empty:
+            if run is None:
+                continue
             (found,) = _flwr(home, "list", NAME, "--run-id", run)["runs"]
             if str(found["status"]).startswith("finished") and heard.empty():
                 raise RemoteError(

@@ -131,6 +131,14 @@ def keep_few_kernels() -> None:
         os.environ.setdefault(name, count)
 
 
+def quieten() -> None:
+    """Loading bars and advice of the libraries below are not a run's output. In vain after they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for library in ("torchao", "torch.utils._pytree"):  # transformers imports it where it is; it warns of kernels
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
 def keep_memory() -> None:
     """Let this process keep freed memory: with glibc's defaults every step gets its activations from the kernel anew."""
     libc = ctypes.CDLL(None)

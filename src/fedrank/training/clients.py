@@ -139,7 +139,7 @@ def own(config: Config, data: ClientData, encode: Encode) -> Population:
     return Population(
         data.name,
         tuple(data.labels),
-        Names(data.clients),
+        data.names or Names(data.clients),
         held,
         typical,
         test,
