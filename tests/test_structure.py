@@ -29,7 +29,19 @@ FLOORS = [
     {"client"},
     {"server", "export"},
     {"engines"},
-    {"apps", "central", "experiment", "forecast", "machine", "parts", "profile", "remote", "resident", "resolve", "sites"},
+    {
+        "apps",
+        "central",
+        "experiment",
+        "forecast",
+        "machine",
+        "parts",
+        "profile",
+        "remote",
+        "resident",
+        "resolve",
+        "sites",
+    },
     {"cli", "tables", "units", "views"},
 ]
 HEAVY = {"torch", "transformers", "tokenizers", "peft", "sklearn", "flwr", "datasets"}

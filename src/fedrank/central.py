@@ -52,21 +52,23 @@ def prepare(
 
 
 def _sites(made: Parts, wire: Wire, store: Store, grid: flower.Grid) -> Engine:
-    config = made.config
-    own = made.method.begin(made.spec, config.rounds.count, config.seed).adapter
-    start = hello.begun(made.begin.adapter)
-    imported = None if hello.begun(own) == start else made.begin.adapter
-    setup = Setup(
-        made.run_id, told(config), tuple(made.machine.population.labels), made.spec.fingerprint, start, imported
-    )
-
     def admit(frame: bytes) -> Device:
         found = hello.read_registration(frame, made.run_id)
         if found.fingerprint != made.spec.fingerprint:
             raise Refused(f"client {found.device.id} has base model {found.fingerprint}, not {made.spec.fingerprint}")
         return found.device
 
-    return flower.Sites(grid, hello.write_setup(setup), admit, config.rounds.minimum, config.rounds.deadline)
+    rounds = made.config.rounds
+    return flower.Sites(grid, hello.write_setup(setup(made)), admit, rounds.minimum, rounds.deadline)
+
+
+def setup(made: Parts) -> Setup:
+    """What a site is told of the run."""
+    config, start = made.config, made.begin.adapter
+    own = made.method.begin(made.spec, config.rounds.count, config.seed).adapter
+    imported = None if hello.begun(own) == hello.begun(start) else start
+    labels = tuple(made.machine.population.labels)
+    return Setup(made.run_id, told(config), labels, made.spec.fingerprint, hello.begun(start), imported)
 
 
 def told(config: Config) -> dict[str, Any]:

@@ -78,7 +78,8 @@ def handle(frame: bytes, site: Site, deadline: float | None = None) -> bytes:
                     Path(where.filename).name, where.lineno)  # fmt: skip
             # Other libraries' messages may quote the client's own text, which must not leave it.
             ours = type(error).__module__.startswith("fedrank")
-            text = f"{type(error).__name__}: {error if ours else 'the message stays with the client'}"
+            said = str(error).replace(str(site.private.root), "the client's store")  # where that is stays here too
+            text = f"{type(error).__name__}: {said if ours else 'the message stays with the client'}"
             return site.wire.error(request.round, request.client, request.digest, text)
 
 

@@ -72,7 +72,7 @@ class SiteFile(BaseModel, extra="forbid", frozen=True):
     trust_remote_code: of its model; a server cannot ask for it.
     """
 
-    client: Annotated[str, Field(pattern=CLIENT.pattern)]
+    client: Annotated[str, Field(pattern=f"^{CLIENT.pattern}$")]
     data: Rows
     store: Path
     model: str | None = None

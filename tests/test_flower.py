@@ -1,0 +1,550 @@
+"""The Flower engine on a grid in this process: parity, faults, and what travels before the first round."""
+
+import json
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr import serverapp
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+import fedrank
+from fedrank import central, config, experiment, hello, resident, sites
+from fedrank.config import ConfigError
+from fedrank.engines import flower
+from fedrank.frame import Refused, pack, unpack
+from fedrank.protocol import Device, Load
+
+WORDS = {"colour": ("red", "green", "blue"), "animal": ("dog", "cat", "cow"), "motion": ("run", "walk", "jump")}
+LABELS = tuple(WORDS)
+NAMES = ("north", "south", "west")
+
+
+@pytest.fixture(autouse=True)
+def a_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Flower's own processes know of themselves, without which no message is made."""
+    for name in ("run_id", "node_id", "task_id"):
+        monkeypatch.setattr(TaskIdentity, f"_{name}", 1, raising=False)
+
+
+def rows(seed: int, count: int) -> list[dict[str, str]]:
+    random = np.random.default_rng(seed)
+    labels = [LABELS[at] for at in random.integers(len(LABELS), size=count)]
+    return [{"text": " ".join(random.choice([*WORDS[label], "the", "of"], 8)), "label": label} for label in labels]
+
+
+def written(path: Path, found: list[dict[str, str]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return path
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    """A site file by name, each with rows and a store of its own."""
+    found = {}
+    for at, name in enumerate(NAMES):
+        written(tmp_path / name / "rows" / "train.jsonl", rows(at, 30 + at))
+        found[name] = tmp_path / name / "site.yaml"
+        found[name].write_text(f"client: {name}\ndata: {{path: rows}}\nstore: store\n")
+    return found
+
+
+def settings(**sections: Any) -> dict[str, Any]:
+    raw: dict[str, Any] = {
+        "model": {"name": "tiny-encoder"}, "data": {"labels": list(LABELS)}, "adapter": {"rank": 4},
+        "local": {"lr": 0.01, "steps": 2, "batch_size": 8}, "method": {"name": "fedavg"},
+        "rounds": {"count": 2, "cohort": 3, "evaluate_every": 1, "minimum": 3},
+        "engine": {"kind": "flower", "insecure": True, "compute": "float32", "products": "torch"},
+    }  # fmt: skip
+    for name, section in sections.items():
+        raw[name] = {**raw.get(name, {}), **section} if isinstance(section, dict) else section
+    return raw
+
+
+class Grid(serverapp.Grid):
+    """Nodes in this process. answers: node -> what its site makes of a frame; None: the node is silent."""
+
+    def __init__(self, answers: dict[int, Callable[[bytes], bytes] | None]) -> None:
+        self.answers, self.replies, self.sent = answers, dict[str, Message](), list[tuple[int, bytes]]()
+
+    run = None  # type: ignore[assignment]
+
+    def set_run(self, run: Any) -> None: ...
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        raise NotImplementedError
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        raise NotImplementedError
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.answers)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        found = []
+        for message in messages:
+            number, node = f"message {len(self.sent)}", message.metadata.dst_node_id
+            message.metadata.__dict__["_message_id"] = number
+            self.sent.append((node, message.content.config_records["frame"]["frame"]))
+            if (answer := self.answers.get(node)) is not None:
+                app = flower.client_app(lambda frame, told, own, seconds, answer=answer: answer(frame))
+                context = Context(run_id=1, node_id=node, node_config={}, state=RecordDict(), run_config={})
+                self.replies[number] = app(message, context)
+            found.append(number)
+        return found
+
+    def pull_messages(self, numbers: Iterable[str]) -> list[Message]:
+        # The last asked answers first: nothing may hang on the order.
+        return [self.replies.pop(number) for number in reversed(list(numbers)) if number in self.replies]
+
+
+def grid_of(files: dict[str, Path]) -> Grid:
+    return Grid({at: sites.Desk(sites.read(path)).answer for at, path in enumerate(files.values(), 1)})
+
+
+def play(raw: dict[str, Any], out: Path, grid: Any) -> list[dict[str, Any]]:
+    return list(experiment.start(config.load(raw), out, prepare=partial(central.prepare, grid=grid)))
+
+
+def ledger(path: Path, name: str) -> list[dict[str, Any]]:
+    """Its rows, in an order that is not that of arrival, without what a clock on the wall says."""
+    found = [json.loads(line) for line in (path / f"{name}.jsonl").read_text().splitlines()]
+    timed = ("seconds", "wall_seconds", "evaluation_seconds", "train_seconds")
+    return sorted(
+        ({k: v for k, v in row.items() if k not in timed} for row in found),
+        key=lambda row: (row["round"], row.get("client", "")),
+    )
+
+
+def state(path: Path, round: int) -> bytes:
+    return (path / "states" / f"{round:04d}.safetensors").read_bytes()
+
+
+# ---- parity
+
+
+@pytest.mark.parametrize("method", ["fedara", "pf2lora"])
+@pytest.mark.parametrize("tested", [False, True], ids=["no test here", "a test here"])
+def test_on_flower_a_run_is_the_local_one(method: str, tested: bool, files: dict[str, Path], tmp_path: Path) -> None:
+    """The same State, bit for bit, and the same ledgers, whatever order the answers come in."""
+    test, data = rows(9, 20), {}
+    if tested:
+        written(tmp_path / "held" / "test.jsonl", test)
+        (tmp_path / "held" / "labels.txt").write_text("\n".join(LABELS))
+        data = {"path": str(tmp_path / "held"), "labels": []}
+    raw = settings(method={"name": method}, data=data)
+    play(raw, tmp_path / "flower", grid_of(files))
+    here = {**raw, "data": {"name": "sites"}, "engine": {"compute": "float32", "products": "torch", "stack": 1}}
+    own = replace(sites.together(files.values(), LABELS), test=test if tested else ())
+    fedrank.run(here, out=tmp_path / "local", data=own)
+    for round in (1, 2):
+        assert state(tmp_path / "flower", round) == state(tmp_path / "local", round)
+    for name in ("rounds", "clients"):
+        assert ledger(tmp_path / "flower", name) == ledger(tmp_path / "local", name)
+    last = ledger(tmp_path / "flower", "rounds")[-1]
+    assert last["clients_ok"] == 3
+    assert 0 < last["personal_accuracy"] <= 1
+    assert 0 < last["accuracy"] <= 1
+
+
+@pytest.mark.slow
+def test_a_fresh_process_for_every_frame_changes_no_bit(files: dict[str, Path], tmp_path: Path) -> None:
+    """As Flower starts one; what a site knows is in its store."""
+    raw = settings(method={"name": "pf2lora"})
+    play(raw, tmp_path / "warm", grid_of(files))
+    other = {name: path.parent / "again.yaml" for name, path in files.items()}
+    for name, path in other.items():
+        path.write_text(files[name].read_text().replace("store: store", "store: other"))
+    cold = Grid({at: lambda frame, path=path: sites.Desk(sites.read(path)).answer(frame) for at, path in enumerate(other.values())})  # fmt: skip
+    play(raw, tmp_path / "cold", cold)
+    assert state(tmp_path / "warm", 2) == state(tmp_path / "cold", 2)
+
+
+def test_what_differs_is_named(
+    files: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = grid_of(files)
+    answer = grid.answers[2]
+    assert answer is not None
+
+    def elsewhere(frame: bytes) -> bytes:
+        meta, tensors = unpack(answer(frame))
+        if meta["kind"] == "update":
+            meta["numerics"] = {**meta["numerics"], "cpu": "ABACUS"}
+        return pack(meta, {name: array.copy() for name, array in tensors.items()})
+
+    grid.answers[2] = elsewhere
+    play(settings(rounds={"count": 1}), tmp_path / "run", grid)
+    assert "client south computes otherwise than the server" in caplog.text
+    assert "'cpu'" in caplog.text
+    assert "ABACUS" in caplog.text
+
+
+# ---- what travels
+
+
+def test_no_path_travels(files: dict[str, Path], tmp_path: Path) -> None:
+    """Neither the sites' nor the server's; also where something goes wrong."""
+    written(tmp_path / "secret" / "test.jsonl", rows(9, 20))
+    (tmp_path / "secret" / "labels.txt").write_text("\n".join(LABELS))
+    grid, heard = grid_of(files), list[bytes]()
+
+    def listened(answer: Callable[[bytes], bytes], frame: bytes) -> bytes:
+        try:
+            heard.append(answer(frame))
+        except Refused as error:
+            heard.append(str(error).encode())
+            raise
+        return heard[-1]
+
+    grid.answers = {node: partial(listened, answer) for node, answer in grid.answers.items() if answer is not None}
+    play(settings(data={"path": str(tmp_path / "secret"), "labels": []}, method={"name": "pf2lora"}), tmp_path / "run", grid)  # fmt: skip
+    (files["north"].parent / "rows" / "train.jsonl").unlink()  # what it says of that is for its own log
+    desk = sites.Desk(sites.read(files["north"]))
+    setup = next(frame for _, frame in grid.sent if unpack(frame)[0]["kind"] == "setup")
+    with pytest.raises(Refused, match="client north: DataError: what is wrong is said in the site's own log") as error:
+        desk.answer(setup)
+    everything = b"".join([*heard, *(frame for _, frame in grid.sent), str(error.value).encode()])
+    assert len(heard) > 6
+    assert str(tmp_path).encode() not in everything
+    assert b"secret" not in everything
+
+
+def test_lost_private_state_is_told_without_its_place(files: dict[str, Path], tmp_path: Path) -> None:
+    grid = grid_of(files)
+    raw = settings(method={"name": "pf2lora"}, rounds={"count": 1})
+    play(raw, tmp_path / "run", grid)
+    for path in (files["south"].parent / "store").glob("*/private/south/*.safetensors"):
+        path.unlink()
+    list(experiment.go_on(tmp_path / "run", ["rounds.count=+1"], prepare=partial(central.prepare, grid=grid)))
+    row = next(row for row in ledger(tmp_path / "run", "clients") if (row["round"], row["client"]) == (2, "south"))
+    assert "do not travel" in row["error"]
+    assert str(tmp_path) not in row["error"]
+
+
+# ---- faults
+
+
+def node(grid: Grid, name: str) -> int:
+    return 1 + NAMES.index(name)
+
+
+def test_a_site_that_is_silent_or_sends_garbage_ends_no_round(files: dict[str, Path], tmp_path: Path) -> None:
+    grid = grid_of(files)
+    south = grid.answers[2]
+    assert south is not None
+
+    def garbled(frame: bytes) -> bytes:
+        return south(frame) if unpack(frame)[0]["kind"] == "setup" else b"garbage" * 100
+
+    grid.answers[2] = garbled
+    play(settings(rounds={"minimum": 2, "count": 1}), tmp_path / "run", grid)
+    found = {row["client"]: row for row in ledger(tmp_path / "run", "clients")}
+    assert [found[name]["ok"] for name in NAMES] == [True, False, True]
+    assert "too short" in found["south"]["error"]
+    assert ledger(tmp_path / "run", "rounds")[0]["clients_failed"] == 1
+
+
+def test_too_few_answers_are_not_merged(files: dict[str, Path], tmp_path: Path) -> None:
+    grid = grid_of(files)
+    south = grid.answers[2]
+    assert south is not None
+    grid.answers[2] = lambda frame: south(frame) if unpack(frame)[0]["kind"] == "setup" else b"garbage"
+    play(settings(rounds={"count": 1}), tmp_path / "run", grid)
+    found = {row["client"]: row.get("error") for row in ledger(tmp_path / "run", "clients")}
+    assert found["north"] == found["west"] == "not merged: fewer answered than rounds.minimum"
+    run = fedrank.Run(tmp_path / "run").state
+    assert run.seen == {}
+
+
+def test_late_sites_are_told_apart_from_those_that_are_gone(files: dict[str, Path]) -> None:
+    grid = Grid({1: None, 2: lambda frame: frame})
+    asked = [("a", 1, b"x"), ("b", 2, b"y"), ("c", 3, b"z")]
+    found = dict(flower.converse(grid, asked, 0.3))  # type: ignore[arg-type]
+    assert found == {
+        "b": b"y",
+        "a": "no answer within 0.3 s, though its node is connected",
+        "c": "no answer within 0.3 s, and its node is gone",
+    }
+
+
+def test_who_is_awaited_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A deadline must not be all that tells of a hang."""
+    monkeypatch.setattr(flower, "WORD", 0.1)
+    list(flower.converse(Grid({1: None}), [("north", 1, b"x")], 0.4))  # type: ignore[arg-type]
+    assert "awaited for 0 s: north" in caplog.text
+
+
+@pytest.mark.parametrize("content", [
+    RecordDict({}), RecordDict({"frame": ConfigRecord({"frame": "text"})}), RecordDict({"frame": ConfigRecord({"frame": 3})}),
+    RecordDict({"other": ConfigRecord({"frame": b"x"})}),
+])  # fmt: skip
+def test_messages_that_hold_no_frame(content: RecordDict) -> None:
+    grid = Grid({1: lambda frame: frame})
+    original = grid.pull_messages
+
+    def changed(numbers: Iterable[str]) -> list[Message]:
+        for message in original(numbers):
+            asked = Message(RecordDict({}), 1, flower.ASK)
+            asked.metadata.__dict__["_message_id"] = message.metadata.reply_to_message_id
+            return [Message(content, reply_to=asked)]
+        return []
+
+    grid.pull_messages = changed  # type: ignore[method-assign]
+    assert dict(flower.converse(grid, [("a", 1, b"x")], 5.0)) == {"a": "a message that holds no frame"}  # type: ignore[arg-type]
+
+
+def test_flowers_own_errors_are_reasons() -> None:
+    grid = Grid({1: None})
+    asked = Message(RecordDict({}), 1, flower.ASK)
+
+    def failed(numbers: Iterable[str]) -> list[Message]:
+        (asked.metadata.__dict__["_message_id"],) = numbers
+        return [Message(Error(3, "gone"), reply_to=asked)]
+
+    grid.pull_messages = failed  # type: ignore[method-assign]
+    assert dict(flower.converse(grid, [("a", 1, b"x")], None)) == {"a": "Flower error 3: gone"}  # type: ignore[arg-type]
+
+
+class Admitted:
+    """An engine whose sites register by their name alone."""
+
+    def __init__(self, minimum: int = 1, **answers: Callable[[bytes], bytes] | None) -> None:
+        self.grid = Grid({at: answer for at, answer in enumerate(answers.values(), 1)})
+        self.engine = flower.Sites(self.grid, b"hello", self.admit, minimum, None)  # type: ignore[arg-type]
+
+    def admit(self, frame: bytes) -> Device:
+        if frame == b"stranger":
+            raise Refused("another base model")
+        return Device(frame.decode(), 5)
+
+
+def test_sites_that_join_late_leave_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Admitted(a=lambda frame: b"a", b=lambda frame: b"b")
+    assert list(made.engine.fleet()) == ["a", "b"]
+    made.grid.answers[7] = lambda frame: b"aa"
+    made.engine.fleet()
+    assert list(made.engine.fleet()) == ["a", "aa", "b"]
+    b = made.grid.answers.pop(2)
+    assert list(made.engine.fleet()) == ["a", "aa"]
+    made.grid.answers[2] = b
+    assert list(made.engine.fleet()) == ["a", "aa", "b"]
+    assert [frame for _, frame in made.grid.sent] == [b"hello"] * 3  # who comes back as the same node is known
+
+
+def test_a_round_waits_for_as_many_as_it_needs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
+    monkeypatch.setattr(flower, "SLOWEST", 0.01)
+    monkeypatch.setattr(flower, "WORD", 0.1)
+    made = Admitted(minimum=2, a=lambda frame: b"a", b=lambda frame: b"stranger")
+    thread = threading.Timer(0.5, lambda: made.grid.answers.update({3: lambda frame: b"c"}))
+    thread.start()
+    assert list(made.engine.fleet()) == ["a", "c"]
+    assert "1 sites are here after 0 s, and a round needs 2. another base model" in caplog.text
+    assert "a site takes no part: another base model" in caplog.text
+
+
+def test_one_client_is_one_node(caplog: pytest.LogCaptureFixture) -> None:
+    made = Admitted(a=lambda frame: b"a", b=lambda frame: b"a")
+    made.engine.fleet()
+    assert list(made.engine.fleet()) == ["a"]
+    first = made.engine.known["a"][0]
+    assert "client a is there already, as another node" in caplog.text
+    del made.grid.answers[first]
+    made.engine.barred.clear()
+    made.engine.fleet()
+    assert made.engine.known["a"][0] == 3 - first
+
+
+def test_a_site_that_lost_its_store_is_told_again(files: dict[str, Path], tmp_path: Path) -> None:
+    import shutil
+
+    grid = grid_of(files)
+    raw = settings(rounds={"count": 3, "minimum": 2, "evaluate_every": 3, "personal": 0})
+    events = experiment.start(config.load(raw), tmp_path / "run", prepare=partial(central.prepare, grid=grid))
+    for event in events:
+        if event["event"] == "round" and event["round"] == 1:
+            shutil.rmtree(files["south"].parent / "store")
+            grid.answers[2] = sites.Desk(sites.read(files["south"])).answer
+    found = {(row["round"], row["client"]): row for row in ledger(tmp_path / "run", "clients")}
+    assert found[2, "south"]["error"] == hello.UNKNOWN
+    assert found[3, "south"]["ok"]
+
+
+def test_a_resumed_run_is_the_same(files: dict[str, Path], tmp_path: Path) -> None:
+    """Its server starts anew, with an engine that knows no site."""
+    raw, grid = settings(method={"name": "fedara"}, rounds={"count": 3}), grid_of(files)
+    play(raw, tmp_path / "whole", grid_of(files))
+    for event in experiment.start(config.load(raw), tmp_path / "cut", prepare=partial(central.prepare, grid=grid)):
+        if event["event"] == "client" and event["round"] == 2:
+            break
+    list(experiment.go_on(tmp_path / "cut", prepare=partial(central.prepare, grid=grid)))
+    assert state(tmp_path / "cut", 3) == state(tmp_path / "whole", 3)
+    assert ledger(tmp_path / "cut", "clients") == ledger(tmp_path / "whole", "clients")
+
+
+# ---- the two frames of a greeting
+
+
+SETUP = hello.Setup("0123456789abcdef", {"task": "classify"}, LABELS, "print", "start")
+DEVICE = Device("north", 5, "laptop", None, Load(1, 2, 3, 4, 5, 6, 7), 1.0, 0.0, 2.0, 2.0, 1.0, 3.0)
+REGISTRATION = hello.Registration(SETUP.run, DEVICE, "print", {"cpu": "x"})
+
+
+def test_a_greeting_comes_as_it_was() -> None:
+    found = hello.read_setup(hello.write_setup(SETUP))
+    assert (found.run, found.config, found.labels, found.fingerprint, found.start) == (
+        SETUP.run, SETUP.config, SETUP.labels, SETUP.fingerprint, SETUP.start)  # fmt: skip
+    assert found.imported is None
+    answer = hello.read_registration(hello.write_registration(REGISTRATION), SETUP.run)
+    assert (answer.device, answer.fingerprint, answer.numerics) == (DEVICE, "print", {"cpu": "x"})
+
+
+@pytest.mark.parametrize("change", [
+    {"id": "../north"}, {"id": ""}, {"id": "a/b"}, {"id": "a\0"}, {"id": "x" * 200}, {"id": 3}, {"examples": 0},
+    {"examples": -1}, {"examples": 1 << 60}, {"examples": 2.0}, {"examples": True}, {"rank": 0}, {"rank": "4"}, {"load": None},
+    {"load": {}}, {"kind": "k" * 100}, {"flops_per_second": -1.0}, {"flops_per_second": 1e400}, {"idle_watts": "1"},
+    {"more": 1}, {"load": {"steps": -1, "tokens": 2, "pairs": 3, "peak_tokens": 4, "peak_pairs": 5, "rows": 6, "peak_rows": 7}},
+])  # fmt: skip
+def test_what_no_device_is(change: dict[str, Any]) -> None:
+    meta, _ = unpack(hello.write_registration(REGISTRATION))
+    with pytest.raises(Refused):
+        hello.read_registration(pack(meta | {"device": meta["device"] | change}, {}), SETUP.run)
+
+
+@pytest.mark.parametrize("change", [
+    {"run": "../../../../etc/x"}, {"run": "0123"}, {"run": "0123456789ABCDEF"}, {"run": 5}, {"config": []}, {"labels": [1]},
+    {"labels": "abc"}, {"kind": "train"}, {"fingerprint": None}, {"scale": "1"},
+])  # fmt: skip
+def test_what_no_setup_is(change: dict[str, Any], files: dict[str, Path]) -> None:
+    meta, _ = unpack(hello.write_setup(SETUP))
+    frame = pack(meta | change, {})
+    with pytest.raises(Refused):
+        hello.read_setup(frame)
+    before = sorted(files["north"].parent.rglob("*"))
+    with pytest.raises(Refused):
+        sites.Desk(sites.read(files["north"])).answer(frame)
+    assert sorted(files["north"].parent.rglob("*")) == before
+
+
+def test_a_registration_of_another_run_is_refused() -> None:
+    with pytest.raises(Refused, match="not a registration for this run"):
+        hello.read_registration(hello.write_registration(REGISTRATION), "f" * 16)
+
+
+def setup_of(raw: dict[str, Any]) -> hello.Setup:
+    """What a server of this config tells its sites, as they read it."""
+    return hello.read_setup(hello.write_setup(central.setup(central.prepare(config.load(raw), grid=Grid({})))))
+
+
+def test_another_base_model_is_refused(files: dict[str, Path], tmp_path: Path) -> None:
+    setup = setup_of(settings())
+    desk = sites.Desk(sites.read(files["north"]))
+    with pytest.raises(
+        Refused, match=r"client north: the base model here is .*, the run's is other; give the site the same"
+    ):
+        desk.answer(hello.write_setup(replace(setup, fingerprint="other")))
+    with pytest.raises(Refused, match="client north: the adapter here does not start as the run's does"):
+        desk.answer(hello.write_setup(replace(setup, start="other")))
+    assert not list((files["north"].parent / "store").glob("*/setup.frame"))
+
+
+def test_a_server_cannot_have_a_site_run_a_model_s_code(files: dict[str, Path], tmp_path: Path) -> None:
+    setup = setup_of(settings())
+    told = {**setup.config, "model": {"name": "tiny-encoder", "trust_remote_code": True}}
+    mine = sites._config(sites.read(files["north"]), replace(setup, config=told))
+    assert not mine.model.trust_remote_code
+
+
+# ---- site files
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("client: north\ndata: {path: rows}\nstoer: s\n", "unknown key 'stoer'; did you mean 'store'?"),
+    ("client: a/b\ndata: {path: rows}\nstore: s\n", "client: "),
+    ("client: north\nstore: s\n", "data: field required"),
+    ("client: north\ndata: {path: rows}\nstore: s\nhardware: {kind: lapdog}\n", "is no preset; did you mean 'laptop'?"),
+    ("client: [", "not YAML"),
+    ("- a", "a site file is a mapping of keys, this is list"),
+])  # fmt: skip
+def test_site_files_say_what_is_wrong(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        sites.read(tmp_path / "site.yaml")
+    assert says in str(error.value)
+    assert str(tmp_path / "site.yaml") in str(error.value)
+
+
+def test_a_site_file_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no site file"):
+        sites.read(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(("changes", "says"), [
+    ({"data": {"labels": []}}, "data.labels: task classify needs the class names"),
+    ({"engine": {"failure_rate": 0.1}}, "engine.failure_rate: with engine.kind=flower it is as the sites are"),
+    ({"engine": {"stack": 2}}, "each client trains alone"),
+    ({"rounds": {"minimum": 4}}, "it is never reached"),
+])  # fmt: skip
+def test_configs_that_no_site_can_play(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=says):
+        play(settings(**changes), tmp_path / "run", Grid({}))
+    assert not (tmp_path / "run").exists()
+
+
+# ---- the resident worker
+
+
+@pytest.fixture
+def worker(files: dict[str, Path]) -> sites.SiteFile:
+    """North's, in a thread of this process."""
+    file, up = sites.read(files["north"]), threading.Event()
+    threading.Thread(target=resident.serve, args=(file, up.set), daemon=True).start()
+    assert up.wait(10)
+    return file
+
+
+def test_a_worker_answers_as_the_site_does(worker: sites.SiteFile, files: dict[str, Path], tmp_path: Path) -> None:
+    grid = grid_of(files)
+    play(settings(), tmp_path / "cold", grid)
+    warm = grid_of(files)
+    warm.answers[1] = partial(resident.ask, worker)
+    play(settings(), tmp_path / "warm", warm)
+    assert state(tmp_path / "warm", 2) == state(tmp_path / "cold", 2)
+
+
+def test_a_worker_says_why_it_refuses(worker: sites.SiteFile) -> None:
+    with pytest.raises(Refused, match="too short"):
+        resident.ask(worker, b"garbage")
+    with pytest.raises(Refused, match="too short"):
+        resident.ask(worker, b"garbage")  # and goes on
+
+
+def test_a_worker_s_socket_is_its_owner_s(worker: sites.SiteFile) -> None:
+    assert worker.socket.stat().st_mode & 0o077 == 0
+    assert worker.store.stat().st_mode & 0o077 == 0
+
+
+def test_two_workers_of_one_site(worker: sites.SiteFile) -> None:
+    with pytest.raises(fedrank.store.StoreError, match="another worker of this site is running"):
+        resident.serve(worker)
+
+
+def test_a_socket_that_a_killed_worker_left(files: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
+    import socket
+
+    file = sites.read(files["north"])
+    file.store.mkdir()
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(file.socket))
+    with pytest.raises(Refused, match="too short"):
+        resident.ask(file, b"garbage")  # worked out here
+    assert "nobody listens there any more" in caplog.text
+    resident._free(file)
+    assert not file.socket.exists()
