@@ -317,7 +317,7 @@ class Admitted:
     """An engine whose sites register by their name alone."""
 
     def __init__(self, minimum: int = 1, **answers: Callable[[bytes], bytes] | None) -> None:
-        self.grid = Grid({at: answer for at, answer in enumerate(answers.values(), 1)})
+        self.grid = Grid(dict(enumerate(answers.values(), 1)))
         self.engine = flower.Sites(self.grid, b"hello", self.admit, minimum, None)  # type: ignore[arg-type]
 
     def admit(self, frame: bytes) -> Device:
