@@ -1,0 +1,206 @@
+"""A federation of real programs on loopback: a SuperLink with TLS and node authentication, and sites with SuperNodes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from fedrank import remote
+from fedrank.deploy import keys
+
+WORDS = {"colour": ("red", "green", "blue"), "animal": ("dog", "cat", "cow"), "motion": ("run", "walk", "jump")}
+LABELS = tuple(WORDS)
+
+
+def rows(seed: int, count: int) -> list[dict[str, str]]:
+    random = np.random.default_rng(seed)
+    labels = [LABELS[at] for at in random.integers(len(LABELS), size=count)]
+    return [{"text": " ".join(random.choice([*WORDS[label], "the", "of"], 8)), "label": label} for label in labels]
+
+
+def write_rows(path: Path, found: Sequence[Mapping[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def until(true: Callable[[], Any], seconds: float, what: str) -> Any:
+    """What this gives once it is something; TimeoutError says what was waited for."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := true():
+            return found
+        time.sleep(0.1)
+    raise TimeoutError(f"{what}: not within {seconds:g} s")
+
+
+@dataclass
+class Federation:
+    """folder: all that it has. programs: those that it started, by name; each keeps running until it is stopped."""
+
+    folder: Path
+    names: tuple[str, ...]
+    port: int = field(default_factory=free_port)
+    programs: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        keys.make(self.keys, ["127.0.0.1"], [*self.names, "stranger"])
+        for at, name in enumerate(self.names):
+            write_rows(self.folder / name / "rows" / "train.jsonl", rows(at, 60 + at))
+            self.site(name).write_text(f"client: {name}\ndata: {{path: rows}}\nstore: store\n")
+        remote.write_connection(self.home("cli"), f"127.0.0.1:{self.port}", self.keys / "ca.crt")
+
+    @property
+    def keys(self) -> Path:
+        return self.folder / "keys"
+
+    def home(self, name: str) -> Path:
+        return self.folder / "homes" / name
+
+    def site(self, name: str) -> Path:
+        return self.folder / name / "site.yaml"
+
+    def config(self, **sections: Any) -> dict[str, Any]:
+        """Of a run here."""
+        raw: dict[str, Any] = {
+            "model": {"name": "tiny-encoder"}, "data": {"labels": list(LABELS)}, "adapter": {"rank": 4},
+            "local": {"lr": 0.01, "batch_size": 8}, "method": {"name": "fedara"},
+            "rounds": {"count": 5, "cohort": len(self.names), "evaluate_every": 5, "minimum": len(self.names)},
+            "engine": {
+                "kind": "flower", "superlink": f"127.0.0.1:{self.port}", "root_certificate": str(self.keys / "ca.crt"),
+                "compute": "float32", "products": "torch",
+            },
+        }  # fmt: skip
+        for name, section in sections.items():
+            raw[name] = {**raw.get(name, {}), **section} if isinstance(section, dict) else section
+        return raw
+
+    def start(self, name: str, words: Sequence[str], home: str) -> subprocess.Popen[bytes]:
+        """A program in a group of its own, whose words go to a log."""
+        with (self.folder / f"{name}.log").open("ab") as log:
+            environment = remote.environment(self.home(home)) | {"OMP_NUM_THREADS": "1"}
+            made = subprocess.Popen(
+                words, env=environment, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )  # fmt: skip
+        self.programs[name] = made
+        return made
+
+    def start_link(self) -> None:
+        k = self.keys
+        self.start("link", [
+            remote.tool("flower-superlink"), "--port", str(self.port), "--database", str(self.folder / "state.db"),
+            "--ssl-ca-certfile", str(k / "ca.crt"), "--ssl-certfile", str(k / "server.crt"), "--ssl-keyfile", str(k / "server.key"),
+            "--enable-supernode-auth", "--disable-runtime-dependency-installation",
+        ], "link")  # fmt: skip
+        until(self.answers, 120, "the SuperLink")
+
+    def answers(self) -> bool:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+            return True
+        return False
+
+    def register(self, name: str) -> None:
+        self.flwr("supernode", "register", str(self.keys / f"{name}.pub"), remote.NAME)
+
+    def flwr(self, *words: str) -> str:
+        done = subprocess.run(
+            [remote.tool("flwr"), *words], env=remote.environment(self.home("cli")), text=True, capture_output=True, check=False
+        )
+        assert not done.returncode, done.stdout + done.stderr
+        return done.stdout
+
+    def start_worker(self, name: str) -> None:
+        self.start(f"{name}.worker", [sys.executable, "-m", "fedrank.cli", "site", "serve", str(self.site(name))], name)
+        until((self.folder / name / "store" / "site.sock").exists, 120, f"the worker of {name}")
+
+    def start_node(self, name: str, key: str | None = None, insecure: bool = False, site: str | None = None) -> None:
+        """A SuperNode that is started again until it stays, as a service manager does."""
+        how = ["--insecure"] if insecure else [
+            "--root-certificates", str(self.keys / "ca.crt"), "--auth-supernode-private-key", str(self.keys / f"{key or name}.key")
+        ]  # fmt: skip
+        words = [
+            remote.tool("flower-supernode"), "--superlink", f"127.0.0.1:{self.port}", "--port", str(free_port()),
+            "--node-config", f'site="{self.site(site or name)}"', *how,
+        ]  # fmt: skip
+        loop = 'while :; do "$@"; sleep 5; done'
+        self.start(f"{name}.node", ["bash", "-c", loop, "bash", *words], name)
+
+    def run(self, out: Path, *words: str) -> subprocess.Popen[bytes]:
+        """`fedrank run` or `resume`, whose events go to a log."""
+        return self.start("run", [sys.executable, "-m", "fedrank.cli", *words, "-o", "json"], "run")
+
+    def play(self, raw: Mapping[str, Any], out: Path, seconds: float) -> None:
+        """A whole run."""
+        path = self.folder / f"{out.name}.yaml"
+        path.write_text(json.dumps(raw))
+        self.wait(self.run(out, "run", str(path), "--out", str(out)), seconds)
+
+    def wait(self, process: subprocess.Popen[bytes], seconds: float, code: int = 0) -> None:
+        try:
+            ended = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"a run took more than {seconds:g} s; {self.tail('run')}") from None
+        assert ended == code, f"code {ended}: {self.tail('run')}"
+
+    def tail(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text(errors="replace")[-3000:]
+
+    def found(self, word: str, home: str) -> list[psutil.Process]:
+        """The processes of this home whose command holds this word."""
+        result = []
+        for process in psutil.process_iter(["environ", "cmdline"]):
+            mine = (process.info["environ"] or {}).get("FLWR_HOME") == str(self.home(home))
+            if mine and any(word in part for part in process.info["cmdline"] or ()):
+                result.append(process)
+        return result
+
+    def kill(self, word: str, home: str) -> list[int]:
+        """kill -9; what they started lives on, as it does on a machine."""
+        killed = []
+        for process in self.found(word, home):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+                killed.append(process.pid)
+        return killed
+
+    def stop(self) -> None:
+        for process in self.programs.values():
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        homes = {str(path) for path in (self.folder / "homes").iterdir()}
+        for process in psutil.process_iter(["environ"]):
+            if (process.info["environ"] or {}).get("FLWR_HOME") in homes:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+
+@contextmanager
+def federation(folder: Path, names: tuple[str, ...] = ("north", "south", "west"), warm: bool = True) -> Iterator[Federation]:
+    """Up and running; all of it ends with the block."""
+    made = Federation(folder, names)
+    try:
+        made.start_link()
+        for name in names:
+            made.register(name)
+            if warm:
+                made.start_worker(name)
+            made.start_node(name)
+        yield made
+    finally:
+        made.stop()
