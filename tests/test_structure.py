@@ -29,8 +29,21 @@ FLOORS = [
     {"client"},
     {"server", "export"},
     {"engines"},
-    {"apps", "central", "experiment", "forecast", "machine", "parts", "profile", "remote", "resident", "resolve", "sites"},
-    {"cli", "tables", "units", "views"},
+    {
+        "apps",
+        "central",
+        "deploy",
+        "experiment",
+        "forecast",
+        "machine",
+        "parts",
+        "profile",
+        "remote",
+        "resident",
+        "resolve",
+        "sites",
+    },
+    {"cli", "cli_deploy", "exits", "tables", "units", "views"},
 ]
 HEAVY = {"torch", "transformers", "tokenizers", "peft", "sklearn", "flwr", "datasets"}
 
