@@ -119,7 +119,11 @@ class Federation:
 
     def flwr(self, *words: str) -> str:
         done = subprocess.run(
-            [remote.tool("flwr"), *words], env=remote.environment(self.home("cli")), text=True, capture_output=True, check=False
+            [remote.tool("flwr"), *words],
+            env=remote.environment(self.home("cli")),
+            text=True,
+            capture_output=True,
+            check=False,
         )
         assert not done.returncode, done.stdout + done.stderr
         return done.stdout
@@ -191,7 +195,9 @@ class Federation:
 
 
 @contextmanager
-def federation(folder: Path, names: tuple[str, ...] = ("north", "south", "west"), warm: bool = True) -> Iterator[Federation]:
+def federation(
+    folder: Path, names: tuple[str, ...] = ("north", "south", "west"), warm: bool = True
+) -> Iterator[Federation]:
     """Up and running; all of it ends with the block."""
     made = Federation(folder, names)
     try:

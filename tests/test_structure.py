@@ -32,6 +32,7 @@ FLOORS = [
     {
         "apps",
         "central",
+        "deploy",
         "experiment",
         "forecast",
         "machine",
@@ -42,7 +43,7 @@ FLOORS = [
         "resolve",
         "sites",
     },
-    {"cli", "tables", "units", "views"},
+    {"cli", "cli_deploy", "exits", "tables", "units", "views"},
 ]
 HEAVY = {"torch", "transformers", "tokenizers", "peft", "sklearn", "flwr", "datasets"}
 

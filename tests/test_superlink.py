@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 import fedrank
-from fedrank import config, experiment, ledger, parts, sites
 from federation import LABELS, Federation, federation, until
+from fedrank import config, experiment, ledger, parts, sites
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 PLAYED = {"compute": "float32", "products": "torch", "stack": 1}
@@ -67,7 +67,10 @@ def silenced(made: parts.Parts, wire: Any, store: Any, answered: Mapping[int, se
 
 def answered(path: Path) -> dict[int, set[str]]:
     rows = ledger.read(path / "clients.jsonl")
-    return {round: {row["client"] for row in rows if row["round"] == round and row["ok"]} for round in {row["round"] for row in rows}}
+    return {
+        round: {row["client"] for row in rows if row["round"] == round and row["ok"]}
+        for round in {row["round"] for row in rows}
+    }
 
 
 @pytest.mark.parametrize("method", ["fedara", "pf2lora"])
@@ -146,7 +149,8 @@ KILLED = {
 @pytest.mark.parametrize("what", KILLED)
 def test_what_is_killed_loses_no_round(what: str, running: Federation, tmp_path: Path) -> None:
     raw = running.config(
-        method={"name": "pf2lora"}, rounds={"count": 3, "minimum": 1, "deadline": 150.0, "evaluate_every": 3, "personal": 0}
+        method={"name": "pf2lora"},
+        rounds={"count": 3, "minimum": 1, "deadline": 150.0, "evaluate_every": 3, "personal": 0},
     )
     path, out = tmp_path / "run.yaml", tmp_path / "run"
     path.write_text(json.dumps(raw))

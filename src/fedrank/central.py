@@ -2,10 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
-from fedrank import config as settings
 from fedrank import fleet, hello, machine, parts, resolve
 from fedrank.config import Config, ConfigError
 from fedrank.engines import flower
@@ -18,9 +15,6 @@ from fedrank.store import Store
 from fedrank.training import data as rows
 from fedrank.training.data import ClientData
 from fedrank.wire import Wire
-
-TOLD = ("task", "rounds", "local", "adapter", "method", "wire", "server", "generation", "seed", "device")
-ENGINE = ("kind", "threads", "compute", "products", "timing", "stack", "offload")
 
 
 @machine.uncollected()
@@ -68,19 +62,7 @@ def setup(made: Parts) -> Setup:
     own = made.method.begin(made.spec, config.rounds.count, config.seed).adapter
     imported = None if hello.begun(own) == hello.begun(start) else start
     labels = tuple(made.machine.population.labels)
-    return Setup(made.run_id, told(config), labels, made.spec.fingerprint, hello.begun(start), imported)
-
-
-def told(config: Config) -> dict[str, Any]:
-    """What a site is told of the config: nothing of where the server's data and model are."""
-    raw = config.model_dump(mode="json")
-    name = raw["model"]["name"]
-    local = name not in settings.OWN_MODELS and Path(name).is_dir()
-    return {key: raw[key] for key in TOLD} | {
-        "model": raw["model"] | {"name": "" if local else name, "trust_remote_code": False},
-        "data": {"instructions": raw["data"]["instructions"]},
-        "engine": {key: raw["engine"][key] for key in ENGINE},
-    }
+    return Setup(made.run_id, hello.told(config), labels, made.spec.fingerprint, hello.begun(start), imported)
 
 
 def _carried(made: Parts, grid: flower.Grid) -> Parts:

@@ -1,12 +1,10 @@
-"""The command line: run, resume, cost, profile, import, export, show, methods."""
+"""The command line: run, resume, cost, profile, import, export, show, methods; and cli_deploy's."""
 
 import json
 import logging
-import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
@@ -18,20 +16,21 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 import fedrank
+from fedrank import cli_deploy, tables, views
 from fedrank import config as settings
 from fedrank import methods as registry
-from fedrank import tables, views
 from fedrank.engines.workers import quieten
+from fedrank.exits import errors, mistakes, stoppable
 from fedrank.protocol import About
-from fedrank.store import Store, StoreError
+from fedrank.store import Store
 
 app = typer.Typer(
     help="Federated fine-tuning of language models with adaptive-rank LoRA.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     epilog="Exit codes: 0 done, 1 the run failed, 2 a mistake in what was asked, 130 stopped (resume goes on).",
 )  # fmt: skip
-errors = Console(stderr=True)
-
+app.add_typer(cli_deploy.deploy, name="deploy")
+app.add_typer(cli_deploy.site, name="site")
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys to set, such as local.lr=0.01.")
@@ -56,7 +55,7 @@ def run(
     """Play a whole federated run and leave a PEFT adapter."""
     from fedrank import experiment
 
-    with _mistakes():
+    with mistakes():
         resolved = settings.load(config, overrides or [])
         where = experiment.default_out(resolved) if out is None else out
         if baselines:
@@ -87,7 +86,7 @@ def cost(
     """Say what a run will cost before anything runs: bytes, time, energy and memory, by kind of device."""
     from fedrank.forecast import forecast
 
-    with _stoppable(), _mistakes():
+    with stoppable(), mistakes():
         resolved = settings.load(config, overrides or [])
         with views.rounds(errors) as watch:
             found = forecast(resolved, watch=watch)
@@ -118,7 +117,7 @@ def profile(
     """Play a few rounds in one process and say where the time goes."""
     from fedrank.profile import profile as measure
 
-    with _stoppable(), _mistakes():
+    with stoppable(), mistakes():
         found = measure(settings.load(config, overrides or []), rounds, trace)
     if as_json:
         print(json.dumps(found, indent=1))
@@ -136,7 +135,7 @@ def import_(
     from fedrank import experiment
     from fedrank.export import adopt, read_peft
 
-    with _mistakes():
+    with mistakes():
         resolved = settings.load(config, overrides or [])
         found = read_peft(adapter)
         where = experiment.default_out(resolved) if out is None else out
@@ -153,7 +152,7 @@ def export(
     """Write a run's adapter in PEFT's format."""
     from fedrank.export import export as write
 
-    with _mistakes():
+    with mistakes():
         print(write(path, to or path / ("adapter" if client is None else f"adapter-{client}"), round, client))
 
 
@@ -162,7 +161,7 @@ def show(path: Annotated[Path, typer.Argument(help="A run directory.")]) -> None
     """Print a run's rounds and what it came to."""
     from fedrank.experiment import Run
 
-    with _mistakes():
+    with mistakes():
         Store.open(path)
         found = Run(path)
         rows = found.rounds
@@ -207,33 +206,6 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 # ---- following a run
 
 
-class _mistakes:
-    """What the user can mend is one line on stderr and exit code 2; anything else keeps its traceback."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        ours = isinstance(error, ValueError | StoreError) and type(error).__module__.startswith("fedrank")
-        if ours or isinstance(error, OSError | ImportError):
-            errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-            raise typer.Exit(2) from None
-
-
-@contextmanager
-def _stoppable(word: Callable[[], str] = lambda: "stopped.") -> Iterator[None]:
-    """Ctrl-C is this word and exit code 130; so is SIGTERM, as SIGINT may be ignored (in the background of a script)."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    except KeyboardInterrupt:
-        errors.print(f"\n{word()}", highlight=False, soft_wrap=True)
-        raise typer.Exit(130) from None
-
-
 def _follow(start: Callable[[], Iterator[dict[str, Any]]], path: Path, output: views.Output, baselines: bool) -> None:
     level = logging.ERROR if output is views.Output.quiet else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False, show_time=False)])  # fmt: skip
@@ -243,7 +215,7 @@ def _follow(start: Callable[[], Iterator[dict[str, Any]]], path: Path, output: v
     def begun() -> bool:
         return (path / "config.yaml").exists()
 
-    with _stoppable(lambda: f"stopped; {go_on if begun() else 'nothing had begun.'}"), _mistakes():
+    with stoppable(lambda: f"stopped; {go_on if begun() else 'nothing had begun.'}"), mistakes():
         try:
             last = deque(views.VIEWS[output](start()), maxlen=1).pop()
         except OSError as error:  # a full disk, a closed pipe

@@ -31,7 +31,8 @@ Prepare = Callable[[Config, Method | None, ClientData | None], Parts]
 # What does not touch the bits of a round already played; other data or another model is noticed by its hash.
 CHANGEABLE = ("rounds.count", "rounds.cohort", "rounds.evaluate_every", "rounds.personal", "rounds.deadline", "rounds.minimum",
               "rounds.exactness",
-              "engine.failure_rate", "engine.workers", "engine.fleet.csv", "data.path", "model.name",
+              "engine.failure_rate", "engine.workers", "engine.fleet.csv", "engine.superlink", "engine.root_certificate",
+              "engine.insecure", "data.path", "model.name",
               *(f"generation.{key}" for key in settings.Generation.model_fields))  # fmt: skip
 
 

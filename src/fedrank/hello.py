@@ -3,16 +3,21 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
+from fedrank import config as settings
 from fedrank import increments
 from fedrank.adapter import Adapter, from_arrays, to_arrays
+from fedrank.config import Config
 from fedrank.frame import SCHEMA, Refused, pack, unpack
 from fedrank.protocol import Device, Load
 from fedrank.store import CLIENT
 
 RUN = 16  # hexadecimal digits
 UNKNOWN = "this site has not been told of the run"
+_TOLD = ("task", "rounds", "local", "adapter", "method", "wire", "server", "generation", "seed", "device")
+_ENGINE = ("kind", "threads", "compute", "products", "timing", "stack", "offload")
 _COUNTS = ("examples", *(f"load.{field.name}" for field in fields(Load)))
 
 
@@ -87,6 +92,18 @@ def read_registration(frame: bytes, run: str) -> Registration:
         } if of == run and not tensors:  # fmt: skip
             return Registration(of, _device(device), fingerprint, numerics)
     raise Refused("not a registration for this run")
+
+
+def told(config: Config) -> dict[str, Any]:
+    """What a site is told of the config: nothing of where the server's data and model are."""
+    raw = config.model_dump(mode="json")
+    name = raw["model"]["name"]
+    local = name not in settings.OWN_MODELS and Path(name).is_dir()
+    return {key: raw[key] for key in _TOLD} | {
+        "model": raw["model"] | {"name": "" if local else name, "trust_remote_code": False},
+        "data": {"instructions": raw["data"]["instructions"]},
+        "engine": {key: raw["engine"][key] for key in _ENGINE},
+    }
 
 
 def kind(frame: bytes) -> tuple[str, str]:

@@ -120,6 +120,8 @@ def _play(config: Config, path: Path, told: dict[str, Any]) -> Iterator[Event]:
         write_app(place / "app", told)
         certificate = None if engine.root_certificate is None else Path(engine.root_certificate)
         if engine.kind == "flower":
+            if certificate is not None and not certificate.is_file():
+                raise ConfigError(f"engine.root_certificate: no file {str(certificate)!r}")
             if not engine.insecure and certificate is None:
                 raise ConfigError(
                     "engine.root_certificate: a file with the certificate of the CA that signed the SuperLink's; or "

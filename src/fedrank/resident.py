@@ -4,12 +4,12 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Callable
+import time
 from multiprocessing.connection import Client, Connection, Listener
 
-from fedrank.frame import Refused
+from fedrank.frame import Refused, unpack
 from fedrank.sites import Desk, SiteFile
-from fedrank.store import StoreError
+from fedrank.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -40,51 +40,55 @@ def ask(file: SiteFile, frame: bytes) -> bytes:
     return answer[1:]
 
 
-def serve(file: SiteFile, ready: Callable[[], None] = lambda: None) -> None:
+def serve(file: SiteFile) -> None:
     """Answer frames, one after the other, until it is interrupted. StoreError where another worker is at it."""
     file.store.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _free(file)
-    before = os.umask(0o177)  # nobody else may connect
-    try:
-        listener = Listener(str(file.socket), "AF_UNIX", backlog=16)
-    finally:
-        os.umask(before)
-    desk = Desk(file)
-    try:
-        ready()
-        while True:
-            with listener.accept() as line:
-                _serve(desk, line)
-    finally:
-        listener.close()
-
-
-def _free(file: SiteFile) -> None:
-    """Clear away the socket of a worker that was killed."""
-    try:
-        Client(str(file.socket), "AF_UNIX").close()
-    except FileNotFoundError:
-        return
-    except ConnectionRefusedError:
-        file.socket.unlink()
-        return
-    raise StoreError(f"{file.socket}: another worker of this site is running")
+    with Store(file.store).locked():
+        file.socket.unlink(missing_ok=True)  # of a worker that was killed
+        before = os.umask(0o177)  # nobody else may connect
+        try:
+            listener = Listener(str(file.socket), "AF_UNIX", backlog=16)
+        finally:
+            os.umask(before)
+        desk = Desk(file)
+        with listener:
+            log.info("client %s is ready, at %s", file.client, file.socket)
+            while True:
+                with listener.accept() as line:
+                    _serve(desk, line)
 
 
 def _serve(desk: Desk, line: Connection) -> None:
+    if (user := _peer(line)) not in (os.getuid(), 0):
+        log.error("user %d may not connect to this site", user)
+        return
     try:
-        if (user := _peer(line)) not in (os.getuid(), 0):
-            log.error("user %d may not connect to this site", user)
-            return
         frame = line.recv_bytes(LARGEST)
-        try:
-            answer = FRAME + desk.answer(frame)
-        except Refused as error:
-            log.warning("a frame is refused: %s", error)
-            answer = REFUSED + str(error).encode()
-        line.send_bytes(answer)
-    except (EOFError, OSError) as error:  # who asked is gone; the answer is kept for who asks again
+    except (EOFError, OSError):  # someone who only looked whether it is there
+        return
+    try:
+        line.send_bytes(_answer(desk, frame))
+    except OSError as error:  # the answer is kept for who asks again
         log.warning("whoever asked is gone: %s", error)
+
+
+def _answer(desk: Desk, frame: bytes) -> bytes:
+    """What goes back, whatever happens: one bad frame does not end the worker."""
+    started = time.perf_counter()
+    try:
+        meta, _ = unpack(frame)
+        answer = desk.answer(frame)
+    except Refused as error:
+        log.warning("a frame is refused: %s", error)
+        return REFUSED + str(error).encode()
+    except Exception:
+        log.exception("a frame could not be answered")
+        return REFUSED + f"client {desk.file.client}: what is wrong is said in the site's own log".encode()
+    log.info(
+        "run %s, round %s, %s: %d bytes down, %d up, %.1f s", meta["run"], meta.get("round", "-"), meta["kind"], len(frame),
+        len(answer), time.perf_counter() - started,
+    )  # fmt: skip
+    return FRAME + answer
 
 
 def _peer(line: Connection) -> int:

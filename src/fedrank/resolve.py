@@ -53,6 +53,9 @@ def _written_out(config: Config, method: Method) -> Config:
     if engine.fleet is not None and engine.fleet.csv is not None:
         csv = str(Path(engine.fleet.csv).expanduser().absolute())
         engine = engine.model_copy(update={"fleet": engine.fleet.model_copy(update={"csv": csv})})
+    if engine.root_certificate is not None:
+        certificate = str(Path(engine.root_certificate).expanduser().absolute())
+        engine = engine.model_copy(update={"root_certificate": certificate})
     if "object" not in chosen:
         chosen |= methods.values(method)
     parts = {"local": local, "adapter": adapter, "data": data, "model": model, "engine": engine, "method": chosen}

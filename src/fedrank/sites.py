@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,6 +26,7 @@ from fedrank.training.sources import from_path
 from fedrank.wire import Wire
 
 log = logging.getLogger(__name__)
+SOCKET_BYTES = 103  # of its path: macOS's limit, which is lower than Linux's
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -118,7 +120,10 @@ def read(path: str | Path) -> SiteFile:
     if model is not None and whole(Path(model)).is_dir():
         model = str(whole(Path(model)))
     data = found.data.model_copy(update={"path": whole(found.data.path)})
-    return found.model_copy(update={"data": data, "store": whole(found.store), "model": model})
+    found = found.model_copy(update={"data": data, "store": whole(found.store), "model": model})
+    if (size := len(os.fsencode(found.socket))) > SOCKET_BYTES:
+        raise ConfigError(f"{path}: store: {found.socket} has {size} bytes, and a socket's path at most {SOCKET_BYTES}")
+    return found
 
 
 def together(files: Iterable[str | Path], labels: tuple[str, ...] = ()) -> ClientData:
@@ -149,7 +154,7 @@ class Mismatch(ValueError):
 
 def open_session(file: SiteFile, setup: Setup) -> Session:
     """Load the model and the rows, and put together what answers this run's requests."""
-    config, method = resolve.resolve(_config(file, setup))
+    config, method = resolve.resolve(joined(file, setup))
     machine.start(config)
     from fedrank.training import clients
 
@@ -180,7 +185,7 @@ def open_session(file: SiteFile, setup: Setup) -> Session:
     return Session(site, hello.write_registration(registration))
 
 
-def _config(file: SiteFile, setup: Setup) -> settings.Config:
+def joined(file: SiteFile, setup: Setup) -> settings.Config:
     """The run's config, on this site's rows and model: nothing of where these are is the server's to say."""
     told = dict(setup.config)
     model = {**told.get("model", {}), "trust_remote_code": file.trust_remote_code}
@@ -218,6 +223,7 @@ class Desk:
         kind, run = hello.kind(frame)
         if kind == "setup":
             session = self._open(hello.read_setup(frame))
+            self.file.store.mkdir(parents=True, exist_ok=True, mode=0o700)
             write(_folder(self.file, run) / "setup.frame", frame)  # it is there when a fresh process is asked
             return session.registration
         if run not in self.sessions:

@@ -29,6 +29,11 @@ class Compute(NamedTuple):
     products: str
 
 
+def free_bytes(device: str) -> int:
+    """Of a GPU's memory."""
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
 def onednn(dtype: str = "float32") -> bool:
     """Whether torch's own entry to oneDNN's linear layer is here for this type; Inductor uses the same one."""
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]

@@ -1,0 +1,41 @@
+"""How commands end: what the user can mend is one line and exit code 2, a stop is a word and exit code 130."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from fedrank.store import StoreError
+
+errors = Console(stderr=True)
+
+
+class mistakes:
+    """What the user can mend is one line on stderr and exit code 2; anything else keeps its traceback."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        ours = isinstance(error, ValueError | StoreError) and type(error).__module__.startswith("fedrank")
+        if ours or isinstance(error, OSError | ImportError):
+            errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+            raise typer.Exit(2) from None
+
+
+@contextmanager
+def stoppable(word: Callable[[], str] = lambda: "stopped.", code: int = 130) -> Iterator[None]:
+    """Ctrl-C is this word and exit code; so is SIGTERM, as SIGINT may be ignored (in the background of a script)."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        errors.print(f"\n{word()}", highlight=False, soft_wrap=True)
+        raise typer.Exit(code) from None
