@@ -6,6 +6,7 @@ import logging
 import platform
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fedrank import config as settings
 from fedrank import ledger
 from fedrank.config import Config, ConfigError
 from fedrank.export import export, obstacle
+from fedrank.observe.watching import watching
 from fedrank.parts import Parts, prepare
 from fedrank.protocol import Method, State
 from fedrank.server import OF_TEXTS, Event, Server
@@ -29,7 +31,8 @@ log = logging.getLogger(__name__)
 # What does not touch the bits of a round already played; other data or another model is noticed by its hash.
 CHANGEABLE = ("rounds.count", "rounds.cohort", "rounds.evaluate_every", "rounds.personal", "rounds.deadline", "rounds.exactness",
               "engine.failure_rate", "engine.workers", "engine.fleet.csv", "data.path", "model.name",
-              *(f"generation.{key}" for key in settings.Generation.model_fields))  # fmt: skip
+              *(f"generation.{key}" for key in settings.Generation.model_fields),
+              *(f"observe.{key}" for key in settings.Observe.model_fields))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,19 +107,20 @@ def start(
     data: ClientData | None = None,
 ) -> Iterator[Event]:
     """Set up a new run directory and play. first: what to make of the method's first state (an import)."""
-    with span("loading"):
-        parts = prepare(config, method, data)  # before anything is written: most mistakes show here
-    parts = replace(parts, begin=first(parts.method, parts.begin))
-    store = Store.create(path)
-    with store.locked():
-        store.save_state(parts.begin, parts.numerics)
-        store.write("data.json", json.dumps(parts.facts, indent=1))
-        (path / "drawn.safetensors").unlink(missing_ok=True)  # of a start that was cut short
-        if parts.drawn:
-            store.write("drawn.safetensors", save(parts.drawn))
-        store.write("config.yaml", settings.dump(parts.config))  # last: where it is, a run has begun
-        yield {"event": "start", "path": str(path), **parts.about}
-        yield from _play(parts.server(store), parts.begin, parts)
+    with watching(config.observe, path) as told:
+        with span("loading"):
+            parts = prepare(config, method, data)  # before anything is written: most mistakes show here
+        parts = replace(parts, begin=first(parts.method, parts.begin))
+        store = Store.create(path)
+        with store.locked():
+            store.save_state(parts.begin, parts.numerics)
+            store.write("data.json", json.dumps(parts.facts, indent=1))
+            (path / "drawn.safetensors").unlink(missing_ok=True)  # of a start that was cut short
+            if parts.drawn:
+                store.write("drawn.safetensors", save(parts.drawn))
+            store.write("config.yaml", settings.dump(parts.config))  # last: where it is, a run has begun
+            yield told({"event": "start", "path": str(path), **parts.about})
+            yield from _play(parts.server(store), parts.begin, parts, told)
 
 
 def go_on(
@@ -124,9 +128,10 @@ def go_on(
 ) -> Iterator[Event]:
     """Resume from the last committed state; what came after it is cut from the ledgers and played again."""
     store = Store.open(path)
-    with store.locked():
+    with store.locked(), ExitStack() as stack:
         before = settings.load(path / "config.yaml")
         config = _changed(before, overrides)
+        told = stack.enter_context(watching(config.observe, path))
         state, numerics = store.state()
         if config.rounds.count < state.round:
             raise ConfigError(f"rounds.count={config.rounds.count}: {path} has played {state.round} rounds already")
@@ -161,16 +166,16 @@ def go_on(
             shutil.rmtree(path / "adapter", ignore_errors=True)
         state = replace(state, rounds=config.rounds.count)
         store.save_state(state, numerics)  # and older ones go, which a kill may have left
-        yield {"event": "resume", "path": str(path), "round": state.round, **parts.about}
-        yield from _play(parts.server(store), state, parts)
+        yield told({"event": "resume", "path": str(path), "round": state.round, **parts.about})
+        yield from _play(parts.server(store), state, parts, told)
 
 
-def _play(server: Server, state: State, parts: Parts) -> Iterator[Event]:
+def _play(server: Server, state: State, parts: Parts, told: Callable[[Event], Event]) -> Iterator[Event]:
     last: Event = {}
     with parts.workers:
         for event in server.play(state):
             if event["event"] != "end":
-                yield event
+                yield told(event)
             last = event
     summary = summarise(server.store.path, parts, last)
     server.store.write("summary.json", json.dumps(summary, indent=1))
@@ -178,7 +183,7 @@ def _play(server: Server, state: State, parts: Parts) -> Iterator[Event]:
         log.warning("no adapter is exported: %s", why)
     else:
         export(server.store.path, server.store.path / "adapter")
-    yield {"event": "end", **summary}
+    yield told({"event": "end", **summary})
 
 
 def _changed(config: Config, overrides: Iterable[str]) -> Config:

@@ -392,6 +392,6 @@ def _identity(config: Config) -> Config:
     data, model = config.data.model_copy(update={"path": None}), config.model.model_copy(update={"name": ""})
     fixed: dict[str, Any] = {
         "rounds": settings.Rounds(), "engine": settings.EngineSettings(), "data": data, "model": model,
-        "generation": settings.Generation(),
+        "generation": settings.Generation(), "observe": settings.Observe(),
     }  # fmt: skip
     return config.model_copy(update=fixed)

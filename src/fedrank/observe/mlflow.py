@@ -1,0 +1,96 @@
+"""An MLflow run: the config as parameters, every number of a round's row as a metric of that step."""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import fedrank
+from fedrank import config as settings
+from fedrank.config import ConfigError, Observe
+from fedrank.observe.rows import GROWN, Watch, added, numbers, timed
+from fedrank.server import Event
+from fedrank.store import write
+
+# By itself it tells its makers how it is used, and waits for minutes for a server that is gone.
+ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING",
+               "MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}  # fmt: skip
+MOST_PARAMS, MOST_METRICS = 100, 1000  # of one request
+
+
+@contextmanager
+def opened(given: Observe, path: Path) -> Iterator[Watch]:
+    """What it is called over there stays in the run directory, so that a resumed run goes on with it, from the last row
+    that has arrived. The summary's numbers are metrics too, under ``summary.``."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Param, RunTag
+
+    assert given.mlflow is not None
+    if given.mlflow.startswith("http") and urlsplit(given.mlflow).password is not None:
+        raise ConfigError("observe.mlflow: a password would stay in the run directory; give it as MLFLOW_TRACKING_PASSWORD")  # fmt: skip
+    client, place = MlflowClient(given.mlflow), {"uri": given.mlflow, "experiment": given.mlflow_experiment}
+    found = client.get_experiment_by_name(given.mlflow_experiment)
+    experiment = client.create_experiment(given.mlflow_experiment) if found is None else found.experiment_id
+    note = path / "mlflow.json"
+    kept = json.loads(note.read_text()) if note.exists() else {}
+    run: str | None = kept["run"] if {**kept, **place} == kept else None
+    known = {} if run is None else client.get_run(run).data.params
+    arrived = 0 if run is None else max((m.step for m in client.get_metric_history(run, "wall_seconds")), default=0)
+    rows, waiting, begun, status = added(path / "rounds.jsonl"), list[Any](), False, "FINISHED"
+
+    def begin() -> None:
+        nonlocal run, begun
+        if run is None:
+            run = client.create_run(experiment, run_name=path.name).info.run_id
+            write(note, json.dumps({**place, "run": run}).encode())
+        config = _flat(settings.load(path / "config.yaml").model_dump(mode="json", exclude={"observe"}))
+        fresh = [Param(key, value) for key, value in config.items() if key not in known]
+        for at in range(0, len(fresh), MOST_PARAMS):
+            client.log_batch(run, params=fresh[at : at + MOST_PARAMS])
+        tags = {key: value for key, value in config.items() if known.get(key, value) != value}  # no parameter changes
+        tags |= {"fedrank.version": fedrank.__version__, "fedrank.path": str(path.absolute())}
+        client.log_batch(run, tags=[RunTag(key, value) for key, value in tags.items()])
+        client.update_run(run, status="RUNNING")
+        begun = True
+
+    def watch(event: Event) -> None:
+        if event["event"] in GROWN:
+            for row, seconds in timed(row for row in rows() if row["round"] > arrived):
+                now = int(1000 * seconds)
+                waiting.extend(Metric(name, value, now, row["round"]) for name, value in numbers(row).items())
+        if event["event"] == "end":
+            now, step = int(1000 * time.time()), event["rounds"]
+            waiting.extend(Metric(f"summary.{name}", value, now, step) for name, value in numbers(event).items())
+        if not begun:
+            begin()
+        while waiting:  # those that could not be sent before, too
+            client.log_batch(run, metrics=waiting[:MOST_METRICS])
+            del waiting[:MOST_METRICS]
+        if event["event"] == "end" and given.mlflow_adapter and (path / "adapter").is_dir():
+            client.log_artifacts(run, str(path / "adapter"), "adapter")
+
+    try:
+        yield watch
+    except BaseException as error:
+        status = "KILLED" if isinstance(error, KeyboardInterrupt | GeneratorExit) else "FAILED"
+        raise
+    finally:
+        if begun:
+            client.set_terminated(run, status)
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted keys, and values as text."""
+    found = dict[str, str]()
+    for key, value in section.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value)
+    return found
