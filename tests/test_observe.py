@@ -17,6 +17,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -28,7 +29,7 @@ from fedrank.engines.workers import Workers
 from fedrank.methods.fedavg import FedAvg
 from fedrank.observe import watching
 from fedrank.observe.prometheus import reason
-from fedrank.protocol import ClientId, Job, Plan, State, Update, Updates
+from fedrank.protocol import Job, State, Update, Updates
 from fedrank.store import Store
 
 SECRET = "what a client wrote"
@@ -98,9 +99,6 @@ class Quoting(FedAvg):
         if state.round + 1 >= self.breaks:
             raise RuntimeError("it broke")
         return super().merge(state, updates)
-
-    def plan(self, state: State, cohort: Any, seed: int) -> dict[ClientId, Plan]:
-        return super().plan(state, cohort, seed)
 
 
 # ---- Prometheus
@@ -290,16 +288,20 @@ def expected(run: Path) -> dict[str, dict[int, float]]:
     return found
 
 
+def single(found: dict[str, dict[int, float]]) -> dict[str, dict[int, float]]:
+    """In the precision that TensorBoard keeps."""
+    return {tag: {step: float(np.float32(value)) for step, value in steps.items()} for tag, steps in found.items()}
+
+
 def test_event_files_hold_the_ledger_also_of_rounds_before_a_resume(texts: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     fedrank.run(settings(texts, tensorboard=True), out=run)
-    assert curves(run / "tensorboard") == expected(run)
+    assert curves(run / "tensorboard") == single(expected(run))
     fedrank.resume(run, "rounds.count=+2")
-    assert curves(run / "tensorboard") == expected(run)
-    assert expected(run)["train_loss"].keys() == set(range(1, ROUNDS + 3))
-    assert max(expected(run)["bytes_down"].values()) > 1 << 16
+    assert curves(run / "tensorboard") == single(expected(run))
+    assert expected(run)["bytes_down"].keys() == set(range(1, ROUNDS + 3))
     fedrank.resume(run, "rounds.count=+1", f"observe.tensorboard={tmp_path / 'boards'}")
-    assert curves(tmp_path / "boards" / "run") == expected(run)
+    assert curves(tmp_path / "boards" / "run") == single(expected(run))
 
 
 def test_the_folder_of_another_run_is_not_written_to(texts: Path, tmp_path: Path) -> None:
@@ -378,7 +380,7 @@ def test_what_mlflow_missed_while_it_was_away_comes_later(
     away = Counter[str]()
 
     def fail(self: Any, run: str, metrics: Any = (), **rest: Any) -> None:
-        if metrics and metrics[-1].step in (1, 2) and away["times"] < 2:
+        if metrics and metrics[-1].step < ROUNDS:
             away["times"] += 1
             raise ConnectionError("the server is away")
         send(self, run, metrics=metrics, **rest)
@@ -386,7 +388,7 @@ def test_what_mlflow_missed_while_it_was_away_comes_later(
     monkeypatch.setattr(MlflowClient, "log_batch", fail)
     run = tmp_path / "run"
     fedrank.run(settings(texts, mlflow=folder, mlflow_experiment="away"), out=run)
-    assert away["times"] == 2
+    assert away["times"] == ROUNDS - 1  # once a round
     said = [record.getMessage() for record in caplog.records if record.name == "fedrank.observe.watching"]
     assert said == ["observe.mlflow has failed, and the run goes on: ConnectionError: the server is away"]
     assert arrived(folder, run) == expected(run)
@@ -394,9 +396,8 @@ def test_what_mlflow_missed_while_it_was_away_comes_later(
 
 @pytest.mark.slow
 def test_how_a_run_ended_is_its_status_and_the_adapter_comes_along_where_asked(
-    texts: Path, tmp_path: Path, tracking: str, monkeypatch: pytest.MonkeyPatch
+    texts: Path, tmp_path: Path, tracking: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # MLflow keeps the files of a database's runs here
     given = settings(texts, mlflow=tracking, mlflow_experiment="status", mlflow_adapter=True)
     with pytest.raises(RuntimeError, match="it broke"):
         fedrank.run(given, "engine.failure_rate=0", out=tmp_path / "a", method=Quoting(breaks=2))
@@ -413,12 +414,13 @@ def test_how_a_run_ended_is_its_status_and_the_adapter_comes_along_where_asked(
     assert found.info.status == "FINISHED"
     sent = {entry.path for entry in client.list_artifacts(found.info.run_id, "adapter")}
     assert {f"adapter/{name}" for name in ("adapter_config.json", "adapter_model.safetensors")} <= sent
+    beside = Path(tracking.removeprefix("sqlite:///")).parent / "mlruns"
+    assert found.info.artifact_uri == str(beside / found.info.run_id / "artifacts")
 
 
 def test_a_tracking_server_that_cannot_be_used_is_told_before_anything_is_written(
-    texts: Path, tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch
+    texts: Path, tmp_path: Path, folder: str
 ) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(ConfigError, match=r"observe\.mlflow: .*Connection refused"):
         fedrank.run(settings(texts, mlflow=f"http://127.0.0.1:{port()}"), out=tmp_path / "run")
     with pytest.raises(ConfigError, match=r"observe\.mlflow: .*MLFLOW_TRACKING_PASSWORD") as told:
@@ -460,7 +462,7 @@ def test_a_log_on_a_full_disk_does_not_end_the_run(
     assert [record.getMessage() for record in said] == [
         "observe.log has failed, and the run goes on: OSError: [Errno 28] No space left on device"
     ]
-    assert curves(run.path / "tensorboard") == expected(run.path)  # the others go on, too
+    assert curves(run.path / "tensorboard") == single(expected(run.path))  # the others go on, too
 
 
 def test_a_missing_package_is_told_by_its_extra(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -519,5 +521,5 @@ def test_a_killed_run_goes_on_at_the_same_port_and_its_log_reaches_stderr(texts:
     assert [line["event"] for line in found if line.get("event") != "client"] == [
         "resume", *["cohort", "round"] * 2, "end",
     ]  # fmt: skip
-    assert curves(run / "tensorboard") == expected(run)
+    assert curves(run / "tensorboard") == single(expected(run))
     fedrank.resume(run, "rounds.count=+1", watch=lambda event: equals(scrape(at), run))

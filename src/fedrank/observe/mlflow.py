@@ -16,9 +16,10 @@ from fedrank.observe.rows import GROWN, Watch, added, numbers, timed
 from fedrank.server import Event
 from fedrank.store import write
 
-# By itself it tells its makers how it is used, and waits for minutes for a server that is gone.
+# By itself it tells its makers how it is used, prints among a run's events, and waits minutes for a server that is gone.
 ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING",
-               "MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}  # fmt: skip
+               "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+               "MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}  # fmt: skip
 MOST_PARAMS, MOST_METRICS = 100, 1000  # of one request
 
 
@@ -35,8 +36,10 @@ def opened(given: Observe, path: Path) -> Iterator[Watch]:
     if given.mlflow.startswith("http") and urlsplit(given.mlflow).password is not None:
         raise ConfigError("observe.mlflow: a password would stay in the run directory; give it as MLFLOW_TRACKING_PASSWORD")  # fmt: skip
     client, place = MlflowClient(given.mlflow), {"uri": given.mlflow, "experiment": given.mlflow_experiment}
+    file = Path(given.mlflow.removeprefix("sqlite:///"))
+    files = str(file.parent / "mlruns") if given.mlflow.startswith("sqlite:") else None  # else where this process is
     found = client.get_experiment_by_name(given.mlflow_experiment)
-    experiment = client.create_experiment(given.mlflow_experiment) if found is None else found.experiment_id
+    experiment = found.experiment_id if found else client.create_experiment(given.mlflow_experiment, files)
     note = path / "mlflow.json"
     kept = json.loads(note.read_text()) if note.exists() else {}
     run: str | None = kept["run"] if {**kept, **place} == kept else None
@@ -60,6 +63,8 @@ def opened(given: Observe, path: Path) -> Iterator[Watch]:
         begun = True
 
     def watch(event: Event) -> None:
+        if event["event"] not in (*GROWN, "end"):  # a server that is gone is tried once a round
+            return
         if event["event"] in GROWN:
             for row, seconds in timed(row for row in rows() if row["round"] > arrived):
                 now = int(1000 * seconds)

@@ -35,8 +35,8 @@ def opened(given: Observe, path: Path) -> Iterator[Watch]:
                 writer.add_text("config", _code((path / "config.yaml").read_text()), 0)
             if event["event"] in GROWN:
                 for row, seconds in timed(rows()):
-                    for name, value in numbers(row).items():  # as a double: bytes are more than a float holds
-                        writer.add_scalar(name, value, row["round"], seconds, new_style=True, double_precision=True)
+                    for name, value in numbers(row).items():  # 32 bits of it: doubles are not shown by its fast loader
+                        writer.add_scalar(name, value, row["round"], seconds)
                 writer.flush()
             if event["event"] == "end":
                 writer.add_text("summary", _code(json.dumps(event, indent=1)), event["rounds"])
