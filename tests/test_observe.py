@@ -108,6 +108,8 @@ def equals(found: Mapping[tuple[str, str], float], run: Path) -> None:
     """Counters are the sums of the ledgers as they are now, gauges the last values."""
     rows = ledger.read(run / "rounds.jsonl")
     assert found["fedrank_rounds_total", ""] == len(rows)
+    if not rows:
+        return
     assert found["fedrank_round_seconds_count", ""] == len(rows)
     assert found["fedrank_round_seconds_sum", ""] == pytest.approx(sum(row["wall_seconds"] for row in rows))
     assert found["fedrank_clients_answered_total", ""] == sum(row["clients_ok"] for row in rows)
@@ -377,17 +379,21 @@ def test_what_mlflow_missed_while_it_was_away_comes_later(
     from mlflow import MlflowClient
 
     send: Callable[..., Any] = MlflowClient.log_batch
-    away = Counter[str]()
+    away, back = Counter[str](), list[int]()
 
     def fail(self: Any, run: str, metrics: Any = (), **rest: Any) -> None:
-        if metrics and metrics[-1].step < ROUNDS:
+        if metrics and not back:
             away["times"] += 1
             raise ConnectionError("the server is away")
         send(self, run, metrics=metrics, **rest)
 
+    def watch(event: dict[str, Any]) -> None:
+        if (event["event"], event.get("round")) == ("cohort", ROUNDS):
+            back.append(ROUNDS)
+
     monkeypatch.setattr(MlflowClient, "log_batch", fail)
     run = tmp_path / "run"
-    fedrank.run(settings(texts, mlflow=folder, mlflow_experiment="away"), out=run)
+    fedrank.run(settings(texts, mlflow=folder, mlflow_experiment="away"), out=run, watch=watch)
     assert away["times"] == ROUNDS - 1  # once a round
     said = [record.getMessage() for record in caplog.records if record.name == "fedrank.observe.watching"]
     assert said == ["observe.mlflow has failed, and the run goes on: ConnectionError: the server is away"]
@@ -449,6 +455,35 @@ def test_with_watchers_a_run_is_the_same_to_the_bit(texts: Path, tmp_path: Path,
     assert watched.config.observe == Observe()
     fedrank.resume(plain.path, "rounds.count=+1", f"observe.prometheus={port()}")
     assert toy.equal(plain.state, watched.state)
+
+
+def test_what_a_run_does_not_tell_is_not_watched(
+    texts: Path, tmp_path: Path, folder: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a private run, whose rows have null for most of what comes from clients."""
+    run, at, out = tmp_path / "run", port(), tmp_path / "lines"
+    fedrank.run(settings(texts), out=run)
+    told = {"round", "components", "modules_alive", "accuracy"}
+    first, *rest = ledger.read(run / "rounds.jsonl")
+    rows = [{name: value if name in told else None for name, value in row.items()} for row in (first, *rest)]
+    (run / "rounds.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows[:-1]))
+    given = Observe(log=str(out), prometheus=at, tensorboard=True, mlflow=folder)
+    with watching.watching(given, run) as tell:
+        tell({"event": "resume", "round": ROUNDS - 1})
+        ledger.append(run / "rounds.jsonl", rows[-1:])
+        tell({"event": "round", "rounds": ROUNDS, **rows[-1]})
+        found = scrape(at)
+        tell({"event": "end", "rounds": ROUNDS, "evaluation_bytes": None})
+    assert not [record for record in caplog.records if record.name.startswith("fedrank.observe")]
+    names = {name.removeprefix("fedrank_") for name, _ in found if not name.endswith("_created")}
+    assert names == {
+        "build_info", "rounds_total", "round", "rounds_planned", "clients_awaited", "components", "modules_alive",
+        "accuracy", "evaluation_bytes_total",
+    }  # fmt: skip
+    assert (found["fedrank_rounds_total", ""], found["fedrank_evaluation_bytes_total", ""]) == (ROUNDS, 0)
+    assert curves(run / "tensorboard") == single(expected(run))
+    assert arrived(folder, run) == expected(run)
+    assert lines(out)[-2]["message"] == f"round {ROUNDS} of {ROUNDS} is played"
 
 
 def test_a_log_on_a_full_disk_does_not_end_the_run(

@@ -86,8 +86,10 @@ def said(event: Event) -> str:
             return f"client {client} failed: {error}"
         case {"event": "client", "client": client}:
             return f"client {client} answered"
-        case {"event": "round", "round": at, "rounds": count, "clients_ok": ok, "clients_failed": failed}:
+        case {"event": "round", "round": at, "rounds": count, "clients_ok": int(ok), "clients_failed": int(failed)}:
             return f"round {at} of {count} is played: {ok} of {ok + failed} clients answered"
+        case {"event": "round", "round": at, "rounds": count}:
+            return f"round {at} of {count} is played"
         case {"event": "end", "rounds": count}:
             return f"the run has ended after {count} rounds"
     return str(event["event"])

@@ -20,7 +20,7 @@ from fedrank.store import write
 ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING",
                "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
                "MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}  # fmt: skip
-MOST_PARAMS, MOST_METRICS = 100, 1000  # of one request
+MOST_PARAMS = 100  # of one request
 
 
 @contextmanager
@@ -44,8 +44,8 @@ def opened(given: Observe, path: Path) -> Iterator[Watch]:
     kept = json.loads(note.read_text()) if note.exists() else {}
     run: str | None = kept["run"] if {**kept, **place} == kept else None
     known = {} if run is None else client.get_run(run).data.params
-    arrived = 0 if run is None else max((m.step for m in client.get_metric_history(run, "wall_seconds")), default=0)
-    rows, waiting, begun, status = added(path / "rounds.jsonl"), list[Any](), False, "FINISHED"
+    arrived = 0 if run is None else max((m.step for m in client.get_metric_history(run, "round")), default=0)
+    rows, waiting, begun, status = added(path / "rounds.jsonl"), list[list[Metric]](), False, "FINISHED"
 
     def begin() -> None:
         nonlocal run, begun
@@ -68,15 +68,15 @@ def opened(given: Observe, path: Path) -> Iterator[Watch]:
         if event["event"] in GROWN:
             for row, seconds in timed(row for row in rows() if row["round"] > arrived):
                 now = int(1000 * seconds)
-                waiting.extend(Metric(name, value, now, row["round"]) for name, value in numbers(row).items())
+                waiting.append([Metric(name, value, now, row["round"]) for name, value in numbers(row).items()])
         if event["event"] == "end":
             now, step = int(1000 * time.time()), event["rounds"]
-            waiting.extend(Metric(f"summary.{name}", value, now, step) for name, value in numbers(event).items())
+            waiting.append([Metric(f"summary.{name}", value, now, step) for name, value in numbers(event).items()])
         if not begun:
             begin()
-        while waiting:  # those that could not be sent before, too
-            client.log_batch(run, metrics=waiting[:MOST_METRICS])
-            del waiting[:MOST_METRICS]
+        while waiting:  # what could not be sent before, too; a row goes whole or not at all
+            client.log_batch(run, metrics=waiting[0])
+            del waiting[0]
         if event["event"] == "end" and given.mlflow_adapter and (path / "adapter").is_dir():
             client.log_artifacts(run, str(path / "adapter"), "adapter")
 

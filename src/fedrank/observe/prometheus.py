@@ -1,8 +1,9 @@
 """Metrics for Prometheus, served over HTTP while a run is played."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import fedrank
 from fedrank import config as settings
@@ -41,38 +42,45 @@ def opened(given: Observe, path: Path) -> Iterator[Watch]:
     every = CollectorRegistry()
     build = Info("fedrank_build", "What plays which run.", registry=every)
     rounds = Counter("fedrank_rounds", "Rounds played.", registry=every)
-    seconds = Histogram("fedrank_round_seconds", "Wall time of a round.", registry=every, buckets=BUCKETS)
-    answered = Counter("fedrank_clients_answered", "Client updates that were merged.", registry=every)
-    failed = Counter("fedrank_clients_failed", "Clients that were asked in vain.", ["reason"], registry=every)
-    sent = Counter("fedrank_bytes", "Bytes of training frames, all parts.", ["direction", "part"], registry=every)
-    scored = Counter("fedrank_evaluation_bytes", "Bytes of evaluation frames, both ways.", registry=every)
     current = Gauge("fedrank_round", "The round that is played, or was last.", registry=every)
     planned = Gauge("fedrank_rounds_planned", "Rounds of the whole run.", registry=every)
     awaited = Gauge("fedrank_clients_awaited", "Clients whose answer this round still waits for.", registry=every)
-    for name in REASONS:
-        failed.labels(name)
-    for way in ("up", "down"):
-        for part in ("adapter", "head", "overhead"):
-            sent.labels(way, part)
-    gauges = dict[str, Gauge]()  # of what rows have had so far
+    told = dict[str, Any]()  # what rows have had so far
     played, clients, evaluation_bytes = added(path / "rounds.jsonl"), added(path / "clients.jsonl"), 0
+
+    def metric(kind: Callable[..., Any], name: str, text: str, **more: Any) -> Any:
+        if name not in told:
+            told[name] = kind(f"fedrank_{name}", text, registry=every, **more)
+        return told[name]
 
     def count(row: Row) -> None:
         rounds.inc()
-        seconds.observe(row["wall_seconds"])
-        answered.inc(row["clients_ok"])
+        if row["wall_seconds"] is not None:
+            metric(Histogram, "round_seconds", "Wall time of a round.", buckets=BUCKETS).observe(row["wall_seconds"])
+        if row["clients_ok"] is not None:
+            metric(Counter, "clients_answered", "Client updates that were merged.").inc(row["clients_ok"])
         for way in ("up", "down"):
             adapter, head, whole = (row[f"{part}bytes_{way}"] for part in ("adapter_", "head_", ""))
+            if whole is None:
+                continue
+            sent = metric(Counter, "bytes", "Bytes of training frames, all parts.", labelnames=["direction", "part"])
             for part, size in (("adapter", adapter), ("head", head), ("overhead", whole - adapter - head)):
                 sent.labels(way, part).inc(size)
         for name, text in GAUGES.items():
             if row.get(name) is not None:
-                if name not in gauges:
-                    gauges[name] = Gauge(f"fedrank_{name}", text, registry=every)
-                gauges[name].set(row[name])
+                metric(Gauge, name, text).set(row[name])
+
+    def fail(rows: list[Row], counted: set[int]) -> None:
+        """counted: the rounds of which it is told how many failed."""
+        if counted:
+            failed = metric(Counter, "clients_failed", "Clients that were asked in vain.", labelnames=["reason"])
+            found = [reason(row) for row in rows if not row["ok"] and row["round"] in counted]
+            for name in REASONS:
+                failed.labels(name).inc(found.count(name))
 
     def evaluated(total: int) -> None:
         nonlocal evaluation_bytes
+        scored = metric(Counter, "evaluation_bytes", "Bytes of evaluation frames, both ways.")
         scored.inc(total - evaluation_bytes)
         evaluation_bytes = total
 
@@ -91,14 +99,13 @@ def opened(given: Observe, path: Path) -> Iterator[Watch]:
             case "round":
                 awaited.set(0)
             case "end":
-                evaluated(event["evaluation_bytes"])
+                evaluated(event["evaluation_bytes"] or evaluation_bytes)
         if event["event"] in GROWN:
-            for row in played():
+            rows = played()
+            for row in rows:
                 count(row)
-                evaluated(evaluation_bytes + row.get("evaluation_bytes", 0))
-            for row in clients():
-                if not row["ok"]:
-                    failed.labels(reason(row)).inc()
+            evaluated(evaluation_bytes + sum(row.get("evaluation_bytes") or 0 for row in rows))
+            fail(clients(), {row["round"] for row in rows if row["clients_failed"] is not None})
 
     assert given.prometheus is not None
     host, _, port = given.prometheus.rpartition(":")

@@ -1,4 +1,4 @@
-"""The ledgers as watchers read them: rows as they are added, and the numbers in one."""
+"""The ledgers as watchers read them: rows as they are added, and the numbers in one; what a run does not tell is null."""
 
 import json
 import time
@@ -38,7 +38,7 @@ def numbers(row: Mapping[str, Any]) -> dict[str, int | float]:
 def timed(rows: Iterable[Row]) -> Iterator[tuple[Row, float]]:
     """Each row with the time of its end, in seconds, as if the last had ended now and none had waited for the next."""
     rows, now = list(rows), time.time()
-    left = sum(row["wall_seconds"] for row in rows)
+    left = sum(row["wall_seconds"] or 0.0 for row in rows)
     for row in rows:
-        left -= row["wall_seconds"]
+        left -= row["wall_seconds"] or 0.0
         yield row, now - left
