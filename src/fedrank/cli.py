@@ -208,7 +208,8 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 def _follow(start: Callable[[], Iterator[dict[str, Any]]], path: Path, output: views.Output, baselines: bool) -> None:
     level = logging.ERROR if output is views.Output.quiet else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False, show_time=False)])  # fmt: skip
+    shown = RichHandler(level, console=errors, show_path=False, show_time=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[shown])  # observe.log has warnings too
     last: dict[str, Any] = {}
     go_on = f"every finished round is saved. Go on with: [bold]fedrank resume {escape(str(path))}[/]"
 

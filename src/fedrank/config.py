@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Word = Annotated[str, Field(min_length=1)]
 
 
 class ConfigError(ValueError):
@@ -285,6 +286,56 @@ class Generation(BaseModel, extra="forbid", frozen=True):
     batch_size: Positive = 32
 
 
+class Observe(BaseModel, extra="forbid", frozen=True):
+    """Who else is told of a run; nothing here changes a bit of it.
+
+    log: JSON lines, added to a file or to "stderr". prometheus: the port, of this machine alone, or host:port, at which
+    metrics are served. tensorboard: true for a folder in the run directory, or a folder in which each run has its own.
+    mlflow: a tracking server's URL, or sqlite:///file; mlflow_experiment: by name; mlflow_adapter: the exported adapter
+    goes there, too.
+    """
+
+    log: Word | None = None
+    prometheus: str | None = None
+    tensorboard: bool | Word = False
+    mlflow: Word | None = None
+    mlflow_experiment: Word = "fedrank"
+    mlflow_adapter: bool = False
+
+    @field_validator("prometheus", mode="before")
+    @classmethod
+    def _address(cls, given: Any) -> str | None:
+        if given is None:
+            return None
+        host, colon, port = str(given).rpartition(":")
+        if not port.isdecimal() or not 0 < int(port) < 1 << 16 or bool(host) != bool(colon):
+            raise ValueError("must be a port, such as 9464, or host:port, such as 0.0.0.0:9464")
+        return f"{host or '127.0.0.1'}:{port}"
+
+    @field_validator("tensorboard", mode="before")
+    @classmethod
+    def _folder(cls, given: Any) -> Any:
+        if not isinstance(given, bool | str):
+            raise ValueError("must be true, false or a folder")
+        return given
+
+    @field_validator("log", "tensorboard")
+    @classmethod
+    def _path(cls, given: Any) -> Any:
+        return _absolute(given) if isinstance(given, str) and given != "stderr" else given
+
+    @field_validator("mlflow")
+    @classmethod
+    def _uri(cls, given: str | None) -> str | None:
+        local = "sqlite:///"
+        return local + _absolute(given.removeprefix(local)) if given and given.startswith(local) else given
+
+
+def _absolute(path: str) -> str:
+    """A run can be resumed from another folder."""
+    return str(Path(path).expanduser().absolute())
+
+
 class Config(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants"):
     """Everything a run is made of; the same config and seed give the same run, once what is measured or counted on the
     machine (engine.compute, products, stack) is named, as it is in a run's own config."""
@@ -301,6 +352,7 @@ class Config(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants
     wire: WireSettings = WireSettings()
     server: ServerSettings = ServerSettings()
     generation: Generation = Generation()
+    observe: Observe = Observe()
     seed: Annotated[int, Field(ge=0)] = 0
     device: str = "cpu"
 

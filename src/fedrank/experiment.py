@@ -6,6 +6,7 @@ import logging
 import platform
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fedrank import config as settings
 from fedrank import ledger, remote
 from fedrank.config import Config, ConfigError
 from fedrank.export import export, obstacle
+from fedrank.observe.watching import watching
 from fedrank.parts import Parts
 from fedrank.parts import prepare as local
 from fedrank.protocol import Method, State
@@ -33,7 +35,8 @@ CHANGEABLE = ("rounds.count", "rounds.cohort", "rounds.evaluate_every", "rounds.
               "rounds.exactness",
               "engine.failure_rate", "engine.workers", "engine.fleet.csv", "engine.superlink", "engine.root_certificate",
               "engine.insecure", "data.path", "model.name",
-              *(f"generation.{key}" for key in settings.Generation.model_fields))  # fmt: skip
+              *(f"generation.{key}" for key in settings.Generation.model_fields),
+              *(f"observe.{key}" for key in settings.Observe.model_fields))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,19 +119,20 @@ def start(
         _named(config, method, data)
         yield from remote.start(config, path)
         return
-    with span("loading"):
-        parts = (prepare or local)(config, method, data)  # before anything is written: most mistakes show here
-    parts = replace(parts, begin=first(parts.method, parts.begin))
-    store = Store.create(path)
-    with store.locked():
-        store.save_state(parts.begin, parts.numerics)
-        store.write("data.json", json.dumps(parts.facts, indent=1))
-        (path / "drawn.safetensors").unlink(missing_ok=True)  # of a start that was cut short
-        if parts.machine.drawn:
-            store.write("drawn.safetensors", save(parts.machine.drawn))
-        store.write("config.yaml", settings.dump(parts.config))  # last: where it is, a run has begun
-        yield {"event": "start", "path": str(path), **parts.about}
-        yield from _play(parts.server(store), parts.begin, parts)
+    with watching(config.observe, path) as told:
+        with span("loading"):
+            parts = (prepare or local)(config, method, data)  # before anything is written: most mistakes show here
+        parts = replace(parts, begin=first(parts.method, parts.begin))
+        store = Store.create(path)
+        with store.locked():
+            store.save_state(parts.begin, parts.numerics)
+            store.write("data.json", json.dumps(parts.facts, indent=1))
+            (path / "drawn.safetensors").unlink(missing_ok=True)  # of a start that was cut short
+            if parts.machine.drawn:
+                store.write("drawn.safetensors", save(parts.machine.drawn))
+            store.write("config.yaml", settings.dump(parts.config))  # last: where it is, a run has begun
+            yield told({"event": "start", "path": str(path), **parts.about})
+            yield from _play(parts.server(store), parts.begin, parts, told)
 
 
 def go_on(
@@ -146,7 +150,8 @@ def go_on(
         _named(config, method, data)
         yield from remote.go_on(config, path, overrides)
         return
-    with store.locked():
+    with store.locked(), ExitStack() as stack:
+        told = stack.enter_context(watching(config.observe, path))
         state, numerics = store.state()
         if config.rounds.count < state.round:
             raise ConfigError(f"rounds.count={config.rounds.count}: {path} has played {state.round} rounds already")
@@ -183,8 +188,8 @@ def go_on(
             shutil.rmtree(path / "adapter", ignore_errors=True)
         state = replace(state, rounds=config.rounds.count)
         store.save_state(state, numerics)  # and older ones go, which a kill may have left
-        yield {"event": "resume", "path": str(path), "round": state.round, **parts.about}
-        yield from _play(parts.server(store), state, parts)
+        yield told({"event": "resume", "path": str(path), "round": state.round, **parts.about})
+        yield from _play(parts.server(store), state, parts, told)
 
 
 def _named(config: Config, method: Method | None, data: ClientData | None) -> None:
@@ -194,12 +199,12 @@ def _named(config: Config, method: Method | None, data: ClientData | None) -> No
             raise ConfigError(f"engine.kind={config.engine.kind}: {what} cannot be sent there; local")
 
 
-def _play(server: Server, state: State, parts: Parts) -> Iterator[Event]:
+def _play(server: Server, state: State, parts: Parts, told: Callable[[Event], Event]) -> Iterator[Event]:
     last: Event = {}
     with parts.workers:
         for event in server.play(state):
             if event["event"] != "end":
-                yield event
+                yield told(event)
             last = event
     summary = summarise(server.store.path, parts, last)
     server.store.write("summary.json", json.dumps(summary, indent=1))
@@ -207,7 +212,7 @@ def _play(server: Server, state: State, parts: Parts) -> Iterator[Event]:
         log.warning("no adapter is exported: %s", why)
     else:
         export(server.store.path, server.store.path / "adapter")
-    yield {"event": "end", **summary}
+    yield told({"event": "end", **summary})
 
 
 def _changed(config: Config, overrides: Iterable[str]) -> Config:

@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from fedrank import experiment, trace
-from fedrank.config import Config
+from fedrank.config import Config, Observe
 from fedrank.engines.workers import fitting
 
 
@@ -20,7 +20,7 @@ def profile(config: Config, rounds: int, to: Path) -> dict[str, Any]:
         "evaluate_every": rounds,
         "personal": 0 if config.rounds.personal == 0 else config.rounds.cohort,
     }
-    config = config.model_copy(update={"rounds": config.rounds.model_copy(update=played)})
+    config = config.model_copy(update={"rounds": config.rounds.model_copy(update=played), "observe": Observe()})
     events = list[dict[str, Any]]()
     with TemporaryDirectory(prefix="fedrank-") as folder, trace.recording() as spans:
         started = time.perf_counter()

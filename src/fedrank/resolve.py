@@ -67,7 +67,7 @@ def run_id(config: Config) -> str:
     data, model = config.data.model_copy(update={"path": None}), config.model.model_copy(update={"name": ""})
     fixed: dict[str, Any] = {
         "rounds": settings.Rounds(), "engine": settings.EngineSettings(), "data": data, "model": model,
-        "generation": settings.Generation(),
+        "generation": settings.Generation(), "observe": settings.Observe(),
     }  # fmt: skip
     identity = settings.dump(config.model_copy(update=fixed))
     return f"{rng(config.seed, 'run', identity).integers(1 << 62):016x}"

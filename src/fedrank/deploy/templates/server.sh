@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 PATH="${FEDRANK_BIN:+$FEDRANK_BIN:}$PATH"
 # The last is in seconds; Flower's default of 1 would be waited for in every message.
-export FLWR_HOME="$PWD/flower" FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_SUPEREXEC_TASK_POLL_INTERVAL=0.05
+export FLWR_HOME="$PWD/flower" FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_SUPEREXEC_TASK_POLL_INTERVAL=0.25
 command -v flower-superlink >/dev/null || { echo "server.sh: no flower-superlink on the path; set FEDRANK_BIN" >&2; exit 2; }
 umask 077
 mkdir -p flower runs

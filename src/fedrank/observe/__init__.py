@@ -1,0 +1,1 @@
+"""Who else is told of a run while it is played, one file each."""
