@@ -15,7 +15,7 @@ import numpy as np
 import fedrank
 from fedrank import config as settings
 from fedrank import cost as costs
-from fedrank import fleet, methods
+from fedrank import fleet, methods, privacy
 from fedrank.adapter import Adapter
 from fedrank.aggregation import WEIGHTS
 from fedrank.client import MIN_TEST_ROWS, Site
@@ -70,7 +70,7 @@ class Parts:
         )  # fmt: skip
         return Server(
             self.method, engine, wire, store, config.rounds, config.seed, config.adapter.head, self.evaluate,
-            config.server, self.cost if config.engine.timing == "modelled" else None,
+            config.server, self.cost if config.engine.timing == "modelled" else None, config.privacy,
         )  # fmt: skip
 
 
@@ -219,7 +219,7 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
             devices[client], chosen, wire, store.private, config.local, config.seed,
             fit=partial(trainer.fit, rows=mine.train, encoded=mine.encoded),
             evaluate=partial(judge.own, mine) if len(mine.test) >= MIN_TEST_ROWS else None, session=trainer.session,
-            cost=partial(cost, client, wire.start), measured=measured,
+            cost=partial(cost, client, wire.start), measured=measured, privacy=config.privacy,
         )  # fmt: skip
 
     def cost(client: ClientId, start: Adapter, round: int, plan: Plan, bytes_down: int) -> costs.Cost:
@@ -234,6 +234,7 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
             page_out(parameter.data_ptr(), parameter.nbytes)
 
     begin, plan, kept = _first(config, chosen, spec, devices)
+    privacy.check(config.privacy, chosen, config.method["name"], begin, devices, config.seed)
     if two == "double":
         step = partial(_step, config, chosen, plan, begin, spec, next(iter(devices.values())), trainer)
 
