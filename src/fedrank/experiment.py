@@ -218,7 +218,7 @@ def summarise(path: Path, parts: Parts, end: Event) -> dict[str, Any]:
     waits = [row["waiting_seconds"] for row in rows if row["waiting_seconds"] is not None]
     peaks = [row["peak_memory_bytes"] for row in rows]
 
-    def total(name: str) -> float | None:
+    def total(name: str) -> float | int | None:
         """None where a private run does not tell."""
         values = [row[name] for row in rows]
         return None if None in values else round(sum(values), 4)

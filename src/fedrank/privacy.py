@@ -66,10 +66,10 @@ def numbers(adapter: Adapter) -> list[np.ndarray]:
     return [*rows, *adapter.dense.values()]
 
 
-def clipped(change: Adapter, bound: float) -> Adapter:
-    """The change, shrunk to this length where it is longer: of all factors and dense tensors as one vector."""
-    length = math.sqrt(math.fsum(float(np.sum(np.square(part))) for part in numbers(change)))
-    return change if length <= bound else each(lambda part: part * (bound / length), change)
+def shrink(change: Adapter, bound: float) -> float:
+    """The factor that makes a longer change just so long: all factors and dense tensors are one vector."""
+    length = math.sqrt(math.fsum(float(np.vdot(part, part)) for part in numbers(change)))
+    return 1.0 if length <= bound else bound / length
 
 
 def noised(adapter: Adapter, std: float, key: bytes, *address: Address) -> Adapter:
@@ -103,7 +103,7 @@ class Noised:
     returns: Collection[str]
     expected: float
     settings: PrivacySettings
-    key: bytes
+    key: bytes = field(repr=False)
     round: int
     asked: set[str] = field(default_factory=set)
 
@@ -132,8 +132,9 @@ class Noised:
         def changes() -> Iterator[tuple[Adapter, float]]:
             yield each(np.zeros_like, start), 1.0
             for _, update in self.updates:
-                part = fn(update).astype(np.float64)
-                yield clipped(each(np.subtract, part, start.take(part.ids)), bound), 1.0
+                part = fn(update)
+                change = each(np.subtract, part, start.take(part.ids))
+                yield change, shrink(change, bound)
 
         sums = noised(aggregation.total(changes()).sums, bound * noise, self.key, what, self.round)
         sums = each(lambda change, at: change + self.expected * at, sums, start)
@@ -166,7 +167,9 @@ def withheld(
     sent = update.adapter.only(plan.up).astype(np.float64)
     start = received.take(sent.ids)
     bound, noise = _mechanism(settings, 0)
-    change = clipped(each(np.subtract, sent, start), bound)
+    change = each(np.subtract, sent, start)
+    factor = shrink(change, bound)
+    change = each(lambda part: factor * part, change)
     adapter = each(np.add, noised(change, bound * noise, key, "changes", round), start)
     votes = {name: _turned(mask, settings, key, name, round) for name, mask in update.arrays.items()}
     return Update(adapter.astype(np.float32), 1, {}, votes)
@@ -277,16 +280,16 @@ def _try(settings: PrivacySettings, method: Method, state: State, plan: Plan) ->
 
 
 class _Unsaid(Mapping[str, float]):
-    """The metrics of a client that tells none."""
+    """The metrics of a client that tells none: whoever asks for one by its name is refused."""
 
     def __getitem__(self, name: str) -> float:
         raise PrivacyError(f"its merge reads clients' {name!r}, which does not travel")
 
     def __iter__(self) -> Iterator[str]:
-        raise PrivacyError("its merge reads clients' metrics, which do not travel")
+        return iter(())
 
     def __len__(self) -> int:
-        raise PrivacyError("its merge reads clients' metrics, which do not travel")
+        return 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -118,9 +118,9 @@ class Server:
         return sample(clients, self.rounds.cohort, self.seed, round)
 
     @property
-    def _expected(self) -> int:
+    def _expected(self) -> float:
         """The size of a cohort, in the mean where it varies."""
-        return min(self.rounds.cohort, len(self.engine.fleet()))
+        return float(min(self.rounds.cohort, len(self.engine.fleet())))
 
     def _common(self, state: State) -> Plan:
         """What a round asks of a client, whoever is drawn."""
