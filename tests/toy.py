@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedrank import aggregation, config, methods
 from fedrank.adapter import Adapter, Block
 from fedrank.client import Site
-from fedrank.config import Config, Local, Rounds
+from fedrank.config import Config, Local, PrivacySettings, Rounds
 from fedrank.cost import Cost, most_up, predict
 from fedrank.devices import Mode
 from fedrank.engines import local as engine
@@ -191,6 +191,7 @@ def federation(
     evaluate_every: int = 100,
     seed: int = 0,
     exactness: bool = False,
+    privacy: PrivacySettings | None = None,
 ) -> Federation:
     """The parts of one run, as `experiment.prepare` puts them together. alter: what to make of a client's site.
 
@@ -198,6 +199,8 @@ def federation(
     equally many.
     """
     spec, teacher = encoder().spec, trainer(method.default_lr)
+    scored = None if privacy is None else 0
+    privacy = privacy or PrivacySettings()
     scorer = Scorer(teacher)
     shares = SHARES if shares is None else shares
     begin = method.begin(spec, rounds, seed)
@@ -223,7 +226,7 @@ def federation(
         name: alter(Site(
             replace(machines.devices[name], load=load(name, 0)), method, wire, store.private, learning, seed,
             partial(teacher.fit, rows=rows), partial(personal, np.arange(at * 10, at * 10 + 10)), teacher.session,
-            partial(price, name),
+            partial(price, name), privacy=privacy,
         ))
         for at, (name, rows) in enumerate(shares.items())
     }  # fmt: skip
@@ -233,8 +236,9 @@ def federation(
     def evaluate(adapter: Adapter, base: tuple[Adapter, ...], last: bool) -> dict[str, float]:
         return scorer.evaluate(adapter, test, np.arange(len(test)), base)
 
-    played = Rounds(count=rounds, cohort=cohort, evaluate_every=evaluate_every, exactness=exactness)
-    server = Server(method, carrier, wire, store, played, seed, head, None if head == "own" else evaluate)
+    played = Rounds(count=rounds, cohort=cohort, evaluate_every=evaluate_every, exactness=exactness, personal=scored)
+    judge = None if head == "own" else evaluate
+    server = Server(method, carrier, wire, store, played, seed, head, judge, privacy=privacy)
     return Federation(server, begin, store, sites)
 
 

@@ -166,9 +166,14 @@ def _mean(old: Block | None, new: Block, weights: np.ndarray, whole: float, abse
 
 
 def vote(updates: Updates, name: str, size: int) -> Float[np.ndarray, "n"]:
-    """The share of updates whose packed bit mask `name` (of `size` bits) holds each bit, uniform weights."""
-    counts, voters = np.zeros(size, np.int64), 0
-    for _, update in updates:
-        counts += np.unpackbits(update.arrays[name], count=size)
-        voters += 1
-    return counts / voters
+    """The share of updates whose packed bit mask `name` (of `size` bits) holds each bit, uniform weights.
+
+    A bit counts 1/2 or -1/2, so that an update without a mask stands for neither.
+    """
+
+    def ballot(update: Update) -> Adapter:
+        mask = update.arrays.get(name)
+        return Adapter({}, 1.0, {name: np.zeros(size) if mask is None else np.unpackbits(mask, count=size) - 0.5})
+
+    found = updates.total(ballot, uniform)
+    return np.asarray((found.sums.dense[name] + found.weight / 2) / found.weight)

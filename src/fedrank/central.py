@@ -26,6 +26,11 @@ def prepare(
         engine = config.engine.model_copy(update={"stack": 1})
         return _carried(parts.prepare(config.model_copy(update={"engine": engine}), method, data), grid)
     config, chosen = resolve.resolve(config, method)
+    if config.privacy.kind != "none":
+        raise ConfigError(
+            f"privacy.kind={config.privacy.kind}: with engine.kind=flower its accountant is not there yet, as sites come and "
+            "go; none, or flower-simulation"
+        )
     if "object" in config.method:
         raise ConfigError("method: the sites build it by its name; publish it under the entry point fedrank.methods")
     machine.start(config)

@@ -98,6 +98,8 @@ def cost(
     if len(found["kinds"]) > 1:
         console.print("In all rounds, clients added up:", tables.kinds(found), "", sep="\n")
     console.print(tables.totals(found), "", sep="\n")
+    if "epsilon" in found:
+        console.print(f"Privacy of a client, in the end: {views.budget(found)}.", "", sep="\n", highlight=False)
     console.print(
         f"Every round was played on the model of the devices, in cohorts of {found['cohort']} of {found['clients']} "
         "clients, with nothing trained: exact, unless what is sent or trained hangs on what was learnt. Evaluation and "

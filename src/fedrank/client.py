@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from fedrank import privacy
 from fedrank.adapter import Adapter, below, from_arrays, to_arrays
+from fedrank.config import PrivacySettings
 from fedrank.cost import Cost, up
 from fedrank.frame import Refused
 from fedrank.protocol import Device, Fit, Job, Method, Plan, Update
@@ -38,7 +40,8 @@ class Site:
     evaluate: adapter, base updates, and whether the run ends here -> metrics on the client's own test rows; None where it
     has too few of them.
     session: entered for every frame, sets the worker's threads. cost: round, plan and bytes down -> what that round
-    costs this client's device; None where no device is modelled. measured: its training is timed here instead.
+    costs this client's device; None where no device is modelled. measured: its training is timed here instead. privacy:
+    where it is local, nothing of the rows leaves this place unless it is clipped and noised.
     """
 
     device: Device
@@ -52,6 +55,11 @@ class Site:
     session: Callable[[], AbstractContextManager[None]]
     cost: Callable[[int, Plan, int], Cost] | None = None
     measured: bool = False
+    privacy: PrivacySettings = PrivacySettings()
+
+    @property
+    def withholds(self) -> bool:
+        return self.privacy.kind == "local"
 
 
 def handle(frame: bytes, site: Site, deadline: float | None = None) -> bytes:
@@ -77,9 +85,10 @@ def handle(frame: bytes, site: Site, deadline: float | None = None) -> bytes:
             log.log(level, "client %s failed: %s: %s (%s, line %s)", request.client, type(error).__name__, error,
                     Path(where.filename).name, where.lineno)  # fmt: skip
             # Other libraries' messages may quote the client's own text, which must not leave it.
-            ours = type(error).__module__.startswith("fedrank")
+            ours = type(error).__module__.startswith("fedrank") and not site.withholds
+            kind = "Error" if site.withholds else type(error).__name__
             said = str(error).replace(str(site.private.root), "the client's store")  # where that is stays here too
-            text = f"{type(error).__name__}: {said if ours else 'the message stays with the client'}"
+            text = f"{kind}: {said if ours else 'the message stays with the client'}"
             return site.wire.error(request.round, request.client, request.digest, text)
 
 
@@ -107,6 +116,9 @@ def _train(request: Request, site: Site, size: int, deadline: float | None) -> b
     # Even an empty version is written where later rounds will ask for one, so that a lost one is missed.
     needed = arrays or _staying(request.plan, site.wire.start)
     site.private.save(site.device.id, request.round, request.plan.since, arrays if needed else None)
+    if site.withholds:
+        key = site.private.key(site.device.id)
+        update = privacy.withheld(update, job.adapter, request.plan, site.privacy, key, request.round)
     return site.wire.update(request, update)
 
 
@@ -121,7 +133,7 @@ def _answering(cost: Cost, deadline: float | None) -> Cost:
 
 
 def _evaluate(request: Request, site: Site) -> dict[str, float]:
-    if site.evaluate is None:
+    if site.evaluate is None or site.withholds:
         return {"rows": 0.0}
     job = _job(request, site, _load(request, site))
     adapt = getattr(site.method, "adapt", None)

@@ -269,6 +269,31 @@ class ServerSettings(BaseModel, extra="forbid", frozen=True):
         return {"lr": 0.01, **raw} if adaptive else raw
 
 
+class PrivacySettings(BaseModel, extra="forbid", frozen=True):
+    """Client-level differential privacy. kind: the server clips what arrives and noises the sum (central), or each client
+    its own update before anything leaves it (local).
+
+    clip: the largest L2 norm of all that one client changes in a round, factors and head as one vector. noise: the
+    standard deviation on every number of the sum (or of the update), as a multiple of clip; 0 clips only and protects
+    nobody. votes_noise: the same on clients' votes, as a multiple of their norm. delta: for which epsilon is told.
+    """
+
+    kind: Literal["none", "central", "local"] = "none"
+    clip: Above0 | None = None
+    noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    votes_noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    delta: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> "PrivacySettings":
+        given = {name: value for name, value in self if name != "kind" and value is not None}
+        if self.kind == "none" and given:
+            raise ValueError(f"{', '.join(given)}: with kind none nothing is clipped or noised; central or local")
+        if self.kind != "none" and (missing := [name for name in ("clip", "noise", "delta") if name not in given]):
+            raise ValueError(f"kind={self.kind} needs {', '.join(missing)} too")
+        return self
+
+
 class Generation(BaseModel, extra="forbid", frozen=True):
     """Texts that task generate writes and scores (exact match, BLEU, ROUGE-L): never, at the end, or at every evaluation.
 
@@ -351,6 +376,7 @@ class Config(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants
     engine: EngineSettings = EngineSettings()
     wire: WireSettings = WireSettings()
     server: ServerSettings = ServerSettings()
+    privacy: PrivacySettings = PrivacySettings()
     generation: Generation = Generation()
     observe: Observe = Observe()
     seed: Annotated[int, Field(ge=0)] = 0
@@ -380,6 +406,21 @@ class Config(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants
             raise ValueError(
                 "local.max_length=1: a token is predicted after another one; with task generate, 2 or more"
             )
+        if self.privacy.kind != "none":
+            if self.rounds.personal != 0:
+                raise ValueError(
+                    f"rounds.personal: clients' own scores would leave them without noise; with privacy.kind="
+                    f"{self.privacy.kind}, 0"
+                )
+            if self.rounds.exactness:
+                raise ValueError(
+                    f"rounds.exactness: it tells of single updates; with privacy.kind={self.privacy.kind}, false"
+                )
+            if self.data.split == "validation" and self.data.partition.kind == "natural":
+                raise ValueError(
+                    f"data.split=validation: of natural clients these may be their own rows; with privacy.kind="
+                    f"{self.privacy.kind}, test"
+                )
         if not isinstance(self.method.get("name"), str):
             raise ValueError("method.name must name a method; `fedrank methods` lists them")
         return self

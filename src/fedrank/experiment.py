@@ -221,6 +221,8 @@ def _changed(config: Config, overrides: Iterable[str]) -> Config:
         key, _, value = item.partition("=")
         if key not in CHANGEABLE and (key in settings.known_keys() or key.startswith(("method.", "engine.fleet."))):
             raise ConfigError(f"{key!r} cannot be changed in a run that has begun; these can: {', '.join(CHANGEABLE)}")
+        if key == "rounds.cohort" and config.privacy.kind != "none":
+            raise ConfigError("rounds.cohort: epsilon hangs on it, so it cannot be changed in a private run")
         if key == "rounds.count" and value.startswith("+") and value[1:].isdigit():
             item = f"{key}={config.rounds.count + int(value[1:])}"
         settings.override(raw, item)
@@ -248,6 +250,13 @@ def summarise(path: Path, parts: Parts, end: Event) -> dict[str, Any]:
     sums = ("bytes_up", "bytes_down", "adapter_bytes_up", "adapter_bytes_down", "head_bytes_up", "head_bytes_down",
             "clients_ok", "clients_failed", "wall_seconds", "train_seconds", "device_joules")  # fmt: skip
     waits = [row["waiting_seconds"] for row in rows if row["waiting_seconds"] is not None]
+    peaks = [row["peak_memory_bytes"] for row in rows]
+
+    def total(name: str) -> float | int | None:
+        """None where a private run does not tell."""
+        values = [row[name] for row in rows]
+        return None if None in values else round(sum(values), 4)
+
     return {
         "path": str(path), "version": fedrank.__version__, "method": parts.config.method["name"],
         "rounds": rows[-1]["round"] if rows else 0,
@@ -257,10 +266,11 @@ def summarise(path: Path, parts: Parts, end: Event) -> dict[str, Any]:
         "majority": parts.about["majority"],
         **{name: last[name] for name in OF_TEXTS if name in last},
         **{name: end[name] for name in (f"personal_{score}" for score in OF_TEXTS) if name in end},
-        **{name: round(sum(row[name] for row in rows), 4) for name in sums},
+        **{name: total(name) for name in sums},
+        **{name: rows[-1][name] for name in ("epsilon", "delta") if rows and name in rows[-1]},
         "clock_seconds": rows[-1]["clock_seconds"] if rows else 0.0,
         "waiting_seconds": sum(waits) / len(waits) if waits else None,
-        "peak_memory_bytes": max((row["peak_memory_bytes"] for row in rows), default=0.0),
+        "peak_memory_bytes": None if None in peaks else max(peaks, default=0.0),
         "evaluation_bytes": sum(row.get("evaluation_bytes", 0) for row in rows) + end.get("evaluation_bytes", 0),
         "components": rows[-1]["components"] if rows else parts.begin.adapter.components,
         "components_at_start": parts.begin.adapter.components,

@@ -9,8 +9,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from fedrank import privacy
 from fedrank.client import Site
-from fedrank.config import Config
+from fedrank.config import Config, PrivacySettings
 from fedrank.cost import Cost
 from fedrank.parts import Parts, here, prepare
 from fedrank.protocol import ClientId, Device, Method, Plan, State
@@ -40,7 +41,8 @@ def forecast(
 
     By the model of the devices, whatever `engine.timing` says: the ledger's numbers, unless the method's plans hang on
     what its clients learn. Failures and evaluation are left out. A kind's means are over the clients of it that were
-    asked to train, None where none was; its `run` adds up what they spent. watch: called with every event of the rounds.
+    asked to train, None where none was; its `run` adds up what they spent. Of a private run also the epsilon that it
+    comes to. watch: called with every event of the rounds.
     """
     engine = config.engine.model_copy(
         update={"failure_rate": 0.0, "timing": "modelled", "threads": 1, "workers": 1, "stack": 1}
@@ -49,10 +51,12 @@ def forecast(
     parts = prepare(config.model_copy(update={"engine": engine, "rounds": rounds}), method, data)
     devices = parts.fleet.devices
     drawn, asked, played = Counter[str](), dict[str, list[Event]](), list[Event]()
+    cohorts = list[list[ClientId]]()
     for event in rehearse(parts):
         match event["event"]:
             case "cohort":
                 drawn.update(devices[client].kind for client in event["clients"])
+                cohorts.append(event["clients"])
             case "client":
                 asked.setdefault(devices[event["client"]].kind, []).append(event)
             case "round":
@@ -70,11 +74,16 @@ def forecast(
         "waiting_seconds": _mean([row["waiting_seconds"] for row in played if row["waiting_seconds"] is not None]),
         "peak_memory_bytes": max((kind["peak_memory_bytes"] or 0.0 for kind in kinds), default=0.0),
     }
-    return {
-        "method": parts.config.method["name"], "clients": len(parts.devices),
-        "cohort": min(config.rounds.cohort, len(parts.devices)), "rounds": config.rounds.count, "kinds": kinds,
-        "round": round, "run": run,
+    cohort = min(config.rounds.cohort, len(parts.devices))
+    found = {
+        "method": parts.config.method["name"], "clients": len(parts.devices), "cohort": cohort,
+        "rounds": config.rounds.count, "kinds": kinds, "round": round, "run": run,
     }  # fmt: skip
+    if config.privacy.kind == "none":
+        return found
+    told = zip((row["noise_multiplier"] for row in played), cohorts, strict=True)
+    spent = privacy.epsilon(config.privacy, cohort / len(parts.devices), told)
+    return found | {"epsilon": spent if math.isfinite(spent) else None, "delta": config.privacy.delta}
 
 
 def _kind(kind: str, machines: Sequence[tuple[Device, int]], drawn: int, asked: Sequence[Event]) -> dict[str, Any]:
@@ -109,7 +118,7 @@ def rehearse(parts: Parts) -> Iterator[Event]:
             costs[client] = parts.cost(client, wire.start, round, plan, bytes_down)
             return costs[client]
 
-        return replace(real, fit=rehearsal.fit, cost=cost)
+        return replace(real, fit=rehearsal.fit, cost=cost, privacy=PrivacySettings())  # there is nothing to protect
 
     with TemporaryDirectory(prefix="fedrank-") as folder:
         played = replace(parts, carrier=partial(here, site=site)).server(Store.create(Path(folder)))

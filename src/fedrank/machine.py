@@ -111,7 +111,7 @@ class Machine:
             device, self.method, wire, private, config.local, config.seed,
             fit=partial(self.trainer.fit, rows=mine.train, encoded=mine.encoded),
             evaluate=partial(self.judge.own, mine) if len(mine.test) >= MIN_TEST_ROWS else None,
-            session=self.trainer.session, cost=cost, measured=config.engine.timing == "measured",
+            session=self.trainer.session, cost=cost, measured=config.engine.timing == "measured", privacy=config.privacy,
         )  # fmt: skip
 
     @property

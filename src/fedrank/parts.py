@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedrank import cost as costs
-from fedrank import fleet, machine, resolve
+from fedrank import fleet, machine, privacy, resolve
 from fedrank.adapter import Adapter
 from fedrank.client import Site
 from fedrank.config import Config
@@ -94,7 +94,7 @@ class Parts:
         wire = Wire(self.spec, self.begin.adapter, config.wire.dtype, self.run_id, config.seed, self.numerics)
         return Server(
             self.method, self.carrier(self, wire, store), wire, store, config.rounds, config.seed, config.adapter.head,
-            self.evaluate, config.server, self.cost if timed else None,
+            self.evaluate, config.server, self.cost if timed else None, config.privacy,
         )  # fmt: skip
 
 
@@ -123,6 +123,7 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
     machines = fleet.build(config.engine.fleet, sizes, config.seed)
     devices = Roster(names, lambda at: made.registered(machines.devices[names[at]]), kept=2 * config.rounds.cohort)
     begin, plan, kept = resolve.first(config, chosen, made.spec, devices)
+    privacy.check(config.privacy, chosen, config.method["name"], begin, devices, config.seed)
     made = made.counted(plan, begin, next(iter(devices.values())))
 
     spec = made.spec

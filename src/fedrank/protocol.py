@@ -335,7 +335,8 @@ class Updates(Protocol):
     def __iter__(self) -> Iterator[tuple[ClientId, Update]]: ...
 
     def total(self, fn: Callable[[Update], Adapter], weight: Callable[[Update], float]) -> Total:
-        """The weighted sum of ``fn(update)``; a method that uses nothing else can be securely aggregated."""
+        """The weighted sum of ``fn(update)``; a method that uses nothing else can be securely aggregated, and one that takes
+        a single sum of what changed (and of votes) be made private."""
         ...
 
 

@@ -30,7 +30,9 @@ APP = Path("fedrank_app", "app.py")
 NAME = "fedrank"  # of the connection in Flower's own config
 LOOK = 10.0  # seconds between looks at a run that has not been heard of
 UP = 60.0  # seconds in which a SuperLink of one's own is up
-POLL = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25"}  # seconds, of 1 by default, that every message waits for; less costs a core
+POLL = {
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25"
+}  # seconds, of 1 by default, that every message waits for; less costs a core
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
 

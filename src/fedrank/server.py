@@ -4,19 +4,19 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from fedrank import exactness, ledger, optimizer, roster
+from fedrank import exactness, ledger, optimizer, privacy, roster
 from fedrank import frame as frames
 from fedrank.adapter import Adapter
-from fedrank.config import Rounds, ServerSettings
+from fedrank.config import PrivacySettings, Rounds, ServerSettings
 from fedrank.cost import Cost
 from fedrank.frame import EXACT, Refused, Sizes
-from fedrank.protocol import ClientId, Device, Engine, Method, Plan, State, Update, rng
+from fedrank.protocol import ClientId, Device, Engine, Method, Plan, State, Update, Updates, rng
 from fedrank.selection import everything
 from fedrank.store import Store
 from fedrank.trace import span
@@ -52,21 +52,28 @@ class Server:
     evaluate: Evaluate | None
     optimizer: ServerSettings = ServerSettings()
     cost: Callable[[ClientId, Adapter, int, Plan, int], Cost] | None = None
+    privacy: PrivacySettings = PrivacySettings()
 
     def play(self, state: State) -> Iterator[Event]:
         """Play the rounds that are left, one event per client and round; each round is committed by its State."""
         self.store.clear_spool()  # of a round that a kill left unfinished
-        played = reversed(ledger.read(self.store.path / "rounds.jsonl"))
-        clock = next((row["clock_seconds"] for row in played if row["round"] <= state.round), 0.0)
+        played = [row for row in ledger.read(self.store.path / "rounds.jsonl") if row["round"] <= state.round]
+        clock = next((row["clock_seconds"] or 0.0 for row in reversed(played)), 0.0)
+        told = [] if self.privacy.kind == "none" else [self._told(row) for row in played]
         while state.round < state.rounds:
             started = time.perf_counter()
             cohort = self.cohort(state.round + 1)
             state, row, rows = yield from self.train(state, clock, cohort)
             clock = row["clock_seconds"]
             trained = time.perf_counter()
-            row |= self._scores(state, cohort)
+            scores = self._scores(state, cohort)
             ended = time.perf_counter()
+            row |= scores
             row |= {"wall_seconds": round(ended - started, 4), "evaluation_seconds": round(ended - trained, 4)}
+            if self.privacy.kind != "none":
+                told.append(self._told(row))
+                row = self._released(row, {*state.metrics, *scores}, told)
+                rows = [{name: row[name] for name in (*privacy.WHO, *BYTES) if name in row} for row in rows]
             ledger.append(self.store.path / "clients.jsonl", rows)
             ledger.append(self.store.path / "rounds.jsonl", [row])
             self.store.save_state(state, self.wire.numerics)
@@ -99,15 +106,35 @@ class Server:
                 if row["ok"]:
                     row |= {"ok": False, "error": "not merged: fewer answered than rounds.minimum"}
         arrived = tuple(sorted(row["client"] for row in rows if row["ok"]))
-        merged = self._merge(state, plans, arrived) if arrived else replace(state, metrics={})
+        always = self.privacy.kind == "central"  # that nobody came is not to be seen
+        merged = self._merge(state, plans, arrived) if arrived or always else replace(state, metrics={})
         after = replace(merged, round=t, seen={**merged.seen, **dict.fromkeys(arrived, t)})
-        out = {"clients_out": len(cohort) - len(plans)}
-        return after, self._row(t, rows, after) | self._clock(rows, clock) | out, rows
+        row = self._row(t, rows, after) | self._clock(rows, clock) | {"clients_out": len(cohort) - len(plans)}
+        if self.privacy.kind != "none":
+            row["noise_multiplier"] = privacy.multiplier(self.privacy, self._common(state))
+        return after, row, rows
 
     def cohort(self, round: int) -> dict[ClientId, Device]:
         """Who is asked in a round of 1..."""
         fleet = self.engine.fleet()
-        return {client: fleet[client] for client in sample(roster.names(fleet), self.rounds.cohort, self.seed, round)}
+        return {client: fleet[client] for client in self._drawn(round)}
+
+    def _drawn(self, round: int) -> list[ClientId]:
+        clients = roster.names(self.engine.fleet())
+        if self.privacy.kind == "central":  # of the seed, who took part would be known, and sampling hide nobody
+            return privacy.poisson(clients, self._expected / len(clients), self.store.key, round)
+        return sample(clients, self.rounds.cohort, self.seed, round)
+
+    @property
+    def _expected(self) -> float:
+        """The size of a cohort, in the mean where it varies."""
+        return float(min(self.rounds.cohort, len(self.engine.fleet())))
+
+    def _common(self, state: State) -> Plan:
+        """What a round asks of a client, whoever is drawn."""
+        fleet = self.engine.fleet()
+        first = roster.names(fleet)[0]
+        return self._plans(state, {first: fleet[first]})[first]
 
     @span("planning")
     def _plans(self, state: State, cohort: Mapping[ClientId, Device], training: bool = False) -> dict[ClientId, Plan]:
@@ -196,7 +223,19 @@ class Server:
             assert update is not None  # it was checked on arrival
             return update
 
-        updates = self.store.spooled(arrived, read)
+        updates: Updates = self.store.spooled(arrived, read)
+        if self.privacy.kind == "central":
+            plan = self._common(state)
+            updates = privacy.Noised(
+                updates,
+                state.adapter,
+                plan.up,
+                plan.returns,
+                self._expected,
+                self.privacy,
+                self.store.key,
+                state.round + 1,
+            )
         merged = self.method.merge(state, updates)
         if self.rounds.exactness:  # of the method's own mean
             merged = exactness.noted(self.method, state, merged, plans, updates)
@@ -214,6 +253,21 @@ class Server:
             log.warning("client %s computes otherwise than the server, bit equality is not claimed: %s", client, odd)
 
     # ---- what goes into the ledger
+
+    def _told(self, row: Mapping[str, Any]) -> tuple[float, list[ClientId]]:
+        """What the accountant must know of a round."""
+        return row["noise_multiplier"], self._drawn(row["round"])
+
+    def _released(self, row: Event, known: Collection[str], told: Sequence[tuple[float, list[ClientId]]]) -> Event:
+        """The row of a round whose clients are protected. known: what follows from noised sums, and the server's scores.
+
+        Where they protect themselves, who took part and what travelled is no secret of theirs.
+        """
+        if self.privacy.kind == "local":
+            known = {*known, *BYTES, "clients_ok", "clients_failed", "clients_out"}
+        spent = privacy.epsilon(self.privacy, self._expected / len(self.engine.fleet()), told)
+        found = {"epsilon": spent if math.isfinite(spent) else None, "delta": self.privacy.delta}
+        return privacy.released(row, known) | found
 
     def _row(self, t: int, rows: list[dict[str, Any]], after: State) -> dict[str, Any]:
         ok = [row for row in rows if row["ok"]]
@@ -269,7 +323,8 @@ class Server:
         if after.round % self.rounds.evaluate_every and after.round != after.rounds:
             return {}
         scores: dict[str, Any] = {}
-        mine = any(self.head == "own" or set(plan.own) & set("BeA") for plan in self._plans(after, cohort).values())
+        asked = self._plans(after, cohort).values() or [self._common(after)]  # a cohort may be empty
+        mine = any(self.head == "own" or set(plan.own) & set("BeA") for plan in asked)
         if self.evaluate is not None and not mine:  # with private parts there is no one global model
             scores = dict(self.evaluate(after.adapter, tuple(after.base_updates.values()), after.round == after.rounds))
             scores.pop("rows", None)

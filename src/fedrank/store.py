@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fedrank.protocol import ClientId, State, Total, Update
 from fedrank.trace import span
 
 KEEP_LAST, KEEP_EVERY = 3, 10
+KEY = "noise.key"
 RETRIES = 20  # of the lock, a tenth of a second apart
 CLIENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
@@ -30,15 +32,22 @@ class StoreError(Exception):
     """A run directory that is missing, taken, in use or damaged."""
 
 
-def write(path: Path, data: bytes) -> None:
+def write(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Beside, to disk, then renamed: the file is the old one or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".new")
-    with beside.open("wb") as file:
+    with open(beside, "wb", opener=partial(os.open, mode=mode)) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
+
+
+def secret(path: Path) -> bytes:
+    """A key of the system's own entropy: drawn when it is first asked for, and kept for this user's eyes."""
+    if not path.exists():
+        write(path, os.urandom(32), 0o600)
+    return path.read_bytes()
 
 
 def _numbered(folder: Path) -> dict[int, Path]:
@@ -63,6 +72,10 @@ class Private:
         if not CLIENT.fullmatch(client):
             raise ValueError(f"client id {client!r} must be letters, digits, '_', '-' or '.', at most 128")
         return self.root / client
+
+    def key(self, client: ClientId) -> bytes:
+        """What this client's noise is made of."""
+        return secret(self._folder(client) / KEY)
 
     def _base(self, round: int) -> Path:
         return self.root / ".base" / f"{round:04d}.safetensors"  # no client is called so
@@ -144,7 +157,17 @@ class Store:
         """A new directory; StoreError where something is in it already, but for a start that was cut short."""
         held = {entry.name.removesuffix(".new") for entry in path.iterdir()} if path.is_dir() else set()
         begun = (path / "config.yaml").exists()
-        left = {"states", "clients", "spool", ".lock", "data.json", "drawn.safetensors", "config.yaml", "flower.log"}
+        left = {
+            "states",
+            "clients",
+            "spool",
+            ".lock",
+            "data.json",
+            "drawn.safetensors",
+            "config.yaml",
+            "flower.log",
+            KEY,
+        }
         if begun or path.is_file() or held - left:
             hint = f", or go on with: fedrank resume {path}" if begun else ""
             raise StoreError(f"{path} is not an empty folder; choose another --out{hint}")
@@ -158,6 +181,13 @@ class Store:
         if not (path / "config.yaml").is_file():
             raise StoreError(f"{path} is no run directory: it has no config.yaml")
         return cls(path)
+
+    @property
+    def key(self) -> bytes:
+        """What the server's noise and its private cohorts are made of; no frame, state or config holds it."""
+        if not (self.path / KEY).exists() and max(_numbered(self.path / "states"), default=0):
+            raise StoreError(f"{self.path / KEY} is gone: without it the run cannot go on to the same bits")
+        return secret(self.path / KEY)
 
     @property
     def private(self) -> Private:

@@ -9,8 +9,10 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def size(count: int | float) -> str:
+def size(count: int | float | None) -> str:
     """Bytes for people: 1.5 MB."""
+    if count is None:
+        return "–"
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -37,11 +39,11 @@ def scaled(value: float | int, *units: str) -> str:
     raise AssertionError
 
 
-def energy(joules: float) -> str:
+def energy(joules: float | None) -> str:
     """Joules for people: 1.5 kJ."""
-    return scaled(1000 * joules, "mJ", "J", "kJ", "MJ", "GJ")
+    return "–" if joules is None else scaled(1000 * joules, "mJ", "J", "kJ", "MJ", "GJ")
 
 
-def memory(count: float | int) -> str:
+def memory(count: float | int | None) -> str:
     """Bytes for people, shorter: 226 MB."""
-    return scaled(count, "B", "kB", "MB", "GB", "TB")
+    return "–" if count is None else scaled(count, "B", "kB", "MB", "GB", "TB")

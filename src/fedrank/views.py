@@ -38,7 +38,7 @@ def _plain(events: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         if event["event"] in ("start", "resume"):
             console.print(_about(event), markup=False, highlight=False, soft_wrap=True)
         elif event["event"] == "round":
-            values = zip(COLUMNS, cells(event), strict=True)
+            values = zip(columns([event]), cells(event), strict=True)
             console.print("  ".join(f"{name} {value}" for name, value in values), highlight=False, soft_wrap=True)
         elif event["event"] == "end":
             console.print(summary(event))
@@ -109,19 +109,33 @@ COLUMNS = (
 def table(rows: list[dict[str, Any]]) -> Table:
     """The rounds of a ledger."""
     result = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in COLUMNS:
+    for name in columns(rows):
         result.add_column(name.replace(" ", "\n").replace("/", "/\n"), justify="right", no_wrap=True)  # fits 80 columns
     for row in rows:
         result.add_row(*cells(row))
     return result
 
 
+def columns(rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    """What is shown of rounds; of private ones also what they have told."""
+    return COLUMNS + ("epsilon",) * any("epsilon" in row for row in rows)
+
+
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    answered = "–" if row["clients_ok"] is None else f"{row['clients_ok']}/{row['clients_failed']}"
     return (
         str(row["round"]), share(row["accuracy"]), share(row["personal_accuracy"]), number(row["train_loss"]),
         str(row["components"]), str(row["modules_alive"]), size(row["adapter_bytes_up"]), size(row["adapter_bytes_down"]),
-        f"{row['clients_ok']}/{row['clients_failed']}", f"{row['wall_seconds']:.1f}",
+        answered, "–" if row["wall_seconds"] is None else f"{row['wall_seconds']:.1f}",
+        *(("–" if row["epsilon"] is None else f"{row['epsilon']:.3g}",) if "epsilon" in row else ()),
     )  # fmt: skip
+
+
+def budget(spent: dict[str, Any]) -> str:
+    """A run's epsilon and delta, in words."""
+    if spent["epsilon"] is None:
+        return "none: without noise there is no bound"
+    return f"epsilon {spent['epsilon']:.3g} at delta {spent['delta']:g}"
 
 
 def _about(event: dict[str, Any]) -> str:
@@ -155,8 +169,8 @@ def summary(summary: dict[str, Any]) -> Table:
         ("all bytes up / down", f"{size(summary['bytes_up'])} / {size(summary['bytes_down'])}"),
         ("components, start and end", f"{summary['components_at_start']} and {summary['components']}"),
         ("modules alive", f"{summary['modules_alive']} of {summary['modules']}"),
-        ("client updates merged / failed", f"{summary['clients_ok']} / {summary['clients_failed']}"),
-        ("seconds; training, all workers added up", f"{summary['wall_seconds']:.0f}, {summary['train_seconds']:.0f}"),
+        *([("privacy of a client", budget(summary))] if "epsilon" in summary else []),
+        *_unless_private(summary),
         (
             "simulated time, energy",
             f"{duration(summary['clock_seconds'])}, {energy(summary['device_joules'])}",
@@ -168,6 +182,17 @@ def summary(summary: dict[str, Any]) -> Table:
     for name, value in rows:
         table.add_row(name, value)
     return table
+
+
+def _unless_private(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """How many answered and how long it took: what a private run may not tell is left out."""
+    rows = []
+    if summary["clients_ok"] is not None:
+        rows.append(("client updates merged / failed", f"{summary['clients_ok']} / {summary['clients_failed']}"))
+    if summary["wall_seconds"] is not None:
+        both = f"{summary['wall_seconds']:.0f}, {summary['train_seconds']:.0f}"
+        rows.append(("seconds; training, all workers added up", both))
+    return rows
 
 
 @contextmanager
