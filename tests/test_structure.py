@@ -22,7 +22,7 @@ ROOT = Path(fedrank.__file__).parent
 FLOORS = [
     {"adapter", "roster", "together", "trace"},
     {"protocol"},
-    {"aggregation", "exactness", "levels", "optimizer", "products", "selection"}
+    {"aggregation", "exactness", "levels", "optimizer", "products", "robust", "selection"}
     | {"cost", "devices", "fleet", "frame", "increments", "layout", "wire", "config", "store", "ledger"},
     {"training"},
     {"methods"},

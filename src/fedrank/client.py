@@ -39,6 +39,7 @@ class Site:
     has too few of them.
     session: entered for every frame, sets the worker's threads. cost: round, plan and bytes down -> what that round
     costs this client's device; None where no device is modelled. measured: its training is timed here instead.
+    attack: what a simulated hostile client sends in the place of its update.
     """
 
     device: Device
@@ -52,6 +53,7 @@ class Site:
     session: Callable[[], AbstractContextManager[None]]
     cost: Callable[[int, Plan, int], Cost] | None = None
     measured: bool = False
+    attack: Callable[[Job, Update], Update] | None = None
 
 
 def handle(frame: bytes, site: Site, deadline: float | None = None) -> bytes:
@@ -106,7 +108,7 @@ def _train(request: Request, site: Site, size: int, deadline: float | None) -> b
     # Even an empty version is written where later rounds will ask for one, so that a lost one is missed.
     needed = arrays or _staying(request.plan, site.wire.start)
     site.private.save(site.device.id, request.round, request.plan.since, arrays if needed else None)
-    return site.wire.update(request, update)
+    return site.wire.update(request, update if site.attack is None else site.attack(job, update))
 
 
 def _answering(cost: Cost, deadline: float | None) -> Cost:

@@ -175,9 +175,27 @@ class FleetSettings(BaseModel, extra="forbid", frozen=True):
         return self
 
 
+class AttackSettings(BaseModel, extra="forbid", frozen=True):
+    """Simulated clients that train and then send something else. share: of all clients, drawn once by address.
+
+    kind: of what would have travelled, the change to what was received is sent with its sign turned (sign_flip) or as it
+    is (scale), times factor.
+    """
+
+    share: Annotated[float, Field(gt=0, le=1)]
+    kind: Literal["sign_flip", "scale"]
+    factor: Above0 = 1.0
+
+    @model_validator(mode="after")
+    def _attacks(self) -> "AttackSettings":
+        if (self.kind, self.factor) == ("scale", 1.0):
+            raise ValueError("factor: scaled by 1 an update is honest; give another one, such as 100")
+        return self
+
+
 class EngineSettings(BaseModel, extra="forbid", frozen=True):
     """threads: of each worker. workers: processes that share the work; null for as many as fill this machine's cores.
-    failure_rate: share of requests that get no answer, drawn by address.
+    failure_rate: share of requests that get no answer, drawn by address. attack: what hostile clients send, for research.
 
     stack: clients that are trained together, over one pass of the frozen model; null: by the length of the rows, the cohort
     and the workers.
@@ -201,6 +219,7 @@ class EngineSettings(BaseModel, extra="forbid", frozen=True):
     prefix_bytes: Annotated[int, Field(ge=0)] = 4_000_000_000
     offload: bool = False
     failure_rate: Share = 0.0
+    attack: AttackSettings | None = None
     fleet: FleetSettings | None = None
     timing: Literal["modelled", "measured"] = "modelled"
 
@@ -222,6 +241,11 @@ class ServerSettings(BaseModel, extra="forbid", frozen=True):
 
     lr: where it is not given, 1 for fedavgm (Hsu et al.) and 0.01 for the adaptive ones, whose other defaults
     are Reddi et al.'s.
+
+    aggregation: what methods that average take for the mean. hostile: how many updates of a round may be hostile;
+    trimmed_mean cuts so many at each end, krum and multi_krum are made for so many.
+    max_norm, max_norm_ratio: an update is refused where its change is longer, or longer than so many times the median of
+    the round's.
     """
 
     optimizer: Literal["none", "fedavgm", "fedadam", "fedyogi"] = "none"
@@ -229,12 +253,25 @@ class ServerSettings(BaseModel, extra="forbid", frozen=True):
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     tau: Above0 = 1e-3
+    aggregation: Literal["mean", "median", "trimmed_mean", "krum", "multi_krum"] = "mean"
+    hostile: Positive | None = None
+    max_norm: Above0 | None = None
+    max_norm_ratio: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _rate(cls, raw: Any) -> Any:
         adaptive = isinstance(raw, dict) and raw.get("optimizer") in ("fedadam", "fedyogi")
         return {"lr": 0.01, **raw} if adaptive else raw
+
+    @model_validator(mode="after")
+    def _assumed(self) -> "ServerSettings":
+        if (self.hostile is None) == (self.aggregation in ("trimmed_mean", "krum", "multi_krum")):
+            which = (
+                "needs to know how many updates of a round may be hostile" if self.hostile is None else "asks for none"
+            )
+            raise ValueError(f"hostile: aggregation={self.aggregation} {which}; trimmed_mean, krum and multi_krum do")
+        return self
 
 
 class Generation(BaseModel, extra="forbid", frozen=True):

@@ -15,11 +15,12 @@ import numpy as np
 import fedrank
 from fedrank import config as settings
 from fedrank import cost as costs
-from fedrank import fleet, methods
+from fedrank import fleet, methods, robust
 from fedrank.adapter import Adapter
 from fedrank.aggregation import WEIGHTS
 from fedrank.client import MIN_TEST_ROWS, Site
 from fedrank.config import Config, ConfigError
+from fedrank.engines.attack import attackers
 from fedrank.engines.local import Local as LocalEngine
 from fedrank.engines.workers import Workers, fitting, keep_few_kernels, page_out
 from fedrank.protocol import ClientId, Device, Execution, Job, Load, Method, ModelSpec, Plan, State, rng
@@ -147,6 +148,8 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
     with span("reading"):
         population = people(encode)
     test, names = population.tested, population.names
+    _enough(config, len(names))
+    hostile = attackers(engine.attack, len(names), config.seed)
     _cut(config, {"train": population.typical, "test": test})
     if population.choices is not None:
         _cut(config, {"test, each choice a row": population.choices.encoded})
@@ -220,6 +223,7 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
             fit=partial(trainer.fit, rows=mine.train, encoded=mine.encoded),
             evaluate=partial(judge.own, mine) if len(mine.test) >= MIN_TEST_ROWS else None, session=trainer.session,
             cost=partial(cost, client, wire.start), measured=measured,
+            attack=hostile.get(names.index(client)),
         )  # fmt: skip
 
     def cost(client: ClientId, start: Adapter, round: int, plan: Plan, bytes_down: int) -> costs.Cost:
@@ -256,6 +260,7 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
         "partition": population.partition, **kept,
         "fleet": {"kinds": {kind: sum(n for _, n in mine) for kind, mine in machines.kinds.items()},
                   "hash": machines.digest()},
+        **({"hostile": [names[at] for at in hostile]} if hostile else {}),
     }  # fmt: skip
     about = {
         "data": name, "train_rows": population.train_rows, "test_rows": len(population.test),
@@ -297,6 +302,16 @@ def _cut(config: Config, sets: Mapping[str, Any]) -> None:
             log.warning(
                 "%s: of %d rows, %s lost to local.max_length=%d", name, len(encoded), lost, config.local.max_length
             )
+
+
+def _enough(config: Config, clients: int) -> None:
+    """Whether a round in which everyone answers has the updates that the server's rule needs."""
+    server, most, needed = config.server, min(config.rounds.cohort, clients), robust.least(config.server)
+    if most < needed:
+        raise ConfigError(
+            f"server.hostile={server.hostile}: {server.aggregation} then needs {needed} updates in a round, which has at "
+            f"most {most}; a larger rounds.cohort, or fewer hostile ones"
+        )
 
 
 def _dealt(config: Config) -> tuple[Dataset, partition.Partition]:
@@ -341,10 +356,14 @@ def _chosen(config: Config, method: Method | None) -> tuple[Config, Method]:
             raise ConfigError(
                 "local.checkpoint: it has no second derivative; method.derivative=finite or first needs none"
             )
-    if config.server.optimizer != "none" and not getattr(getattr(chosen, "about", None), "averages", False):
+    server, averages = config.server, getattr(getattr(chosen, "about", None), "averages", False)
+    none = f"{config.method['name']} makes no mean of its updates (or does not say so in about.averages), so there is"
+    if server.optimizer != "none" and not averages:
+        raise ConfigError(f"server.optimizer={server.optimizer}: {none} no change to step by")
+    if server.aggregation != "mean" and not averages:
         raise ConfigError(
-            f"server.optimizer={config.server.optimizer}: {config.method['name']} makes no mean of its updates "
-            "(or does not say so in about.averages), so there is no change to step by"
+            f"server.aggregation={server.aggregation}: {none} none to take another for; "
+            "server.max_norm and server.max_norm_ratio are for every method"
         )
     counted = getattr(chosen, "weights", "examples")
     if config.rounds.exactness and counted not in WEIGHTS:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fedrank import exactness, ledger, optimizer, roster
+from fedrank import exactness, ledger, optimizer, robust, roster
 from fedrank import frame as frames
 from fedrank.adapter import Adapter
 from fedrank.config import Rounds, ServerSettings
@@ -18,7 +18,7 @@ from fedrank.cost import Cost
 from fedrank.frame import EXACT, Refused, Sizes
 from fedrank.protocol import ClientId, Device, Engine, Method, Plan, State, Update, rng
 from fedrank.selection import everything
-from fedrank.store import Store
+from fedrank.store import Spool, Store
 from fedrank.trace import span
 from fedrank.wire import Kind, Reply, Wire
 
@@ -91,11 +91,18 @@ class Server:
                 row |= self._unanswered(row, plans[row["client"]])
             rows.append(row)
             yield {**row, "event": "client"}
+        clocked = self._clock(rows, clock)  # a client that is refused was waited for
         arrived = tuple(sorted(row["client"] for row in rows if row["ok"]))
+        refused = self._refused(state, plans, arrived) if arrived else {}
+        for row in rows:
+            if (why := refused.get(row["client"])) is not None:
+                row |= {"ok": False, "error": f"refused: {why}"}
+                yield {"event": "refused", "round": t, "client": row["client"], "error": row["error"]}
+        arrived = tuple(client for client in arrived if client not in refused)
         merged = self._merge(state, plans, arrived) if arrived else replace(state, metrics={})
         after = replace(merged, round=t, seen={**merged.seen, **dict.fromkeys(arrived, t)})
         out = {"clients_out": len(cohort) - len(plans)}
-        return after, self._row(t, rows, after) | self._clock(rows, clock) | out, rows
+        return after, self._row(t, rows, after) | clocked | out, rows
 
     def _cohort(self, round: int) -> dict[ClientId, Device]:
         fleet = self.engine.fleet()
@@ -175,16 +182,25 @@ class Server:
             received = self.wire.open_request(self.wire.request(kind, client, plan, state)).adapter
         return self.wire.open_reply(frame, kind, state.round + 1, client, plan, received)
 
-    @span("aggregation")
-    def _merge(self, state: State, plans: Mapping[ClientId, Plan], arrived: tuple[ClientId, ...]) -> State:
+    def _spooled(self, state: State, plans: Mapping[ClientId, Plan], arrived: tuple[ClientId, ...]) -> Spool:
         def read(client: ClientId, frame: bytes) -> Update:
             update = self._open("train", state, client, plans[client], frame).update
             assert update is not None  # it was checked on arrival
             return update
 
-        updates = self.store.spooled(arrived, read)
-        merged = self.method.merge(state, updates)
-        if self.rounds.exactness:  # of the method's own mean
+        return self.store.spooled(arrived, read)
+
+    @span("aggregation")
+    def _refused(
+        self, state: State, plans: Mapping[ClientId, Plan], arrived: tuple[ClientId, ...]
+    ) -> dict[ClientId, str]:
+        return robust.screen(self._spooled(state, plans, arrived), state.adapter, self.optimizer)
+
+    @span("aggregation")
+    def _merge(self, state: State, plans: Mapping[ClientId, Plan], arrived: tuple[ClientId, ...]) -> State:
+        updates = self._spooled(state, plans, arrived)
+        merged = self.method.merge(state, robust.centred(updates, self.optimizer))
+        if self.rounds.exactness:  # of the method's own mean; against the plain one where another centre is taken
             merged = exactness.noted(self.method, state, merged, plans, updates)
         merged = optimizer.step(state, merged, self.optimizer)
         if odd := [
