@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedrank
@@ -98,6 +98,7 @@ def test_a_part_of_a_module_that_some_lack_is_refused() -> None:
         average(whole, robust.centred(arrived(whole, whole.only("BA"), whole), MEDIAN))
 
 
+@settings(deadline=None)
 @given(st.permutations(range(5)), st.sampled_from([MEDIAN, TRIMMED]))
 def test_the_order_of_clients_does_not_matter(order: list[int], rule: ServerSettings) -> None:
     spec = toy.small(rank=3)
@@ -134,6 +135,7 @@ finite = st.floats(-1e6, 1e6)
 wild = st.one_of(finite, st.sampled_from([-1e38, 1e38]))
 
 
+@settings(deadline=None)
 @given(
     st.lists(finite, min_size=3, max_size=6), st.lists(wild, max_size=2), st.sampled_from(["median", "trimmed_mean"])
 )
@@ -252,7 +254,7 @@ def test_of_too_few_a_rule_takes_none(kind: str, needed: int) -> None:
 SIX = {f"c{at}": np.arange(at * 10, at * 10 + 10) for at in range(6)}
 
 
-def federation(method: Any, path: Path, settings: ServerSettings, attack: AttackSettings | None = None, **more: Any) -> Any:  # fmt: skip
+def federation(method: Any, path: Path, rule: ServerSettings, attack: AttackSettings | None = None, **more: Any) -> Any:  # fmt: skip
     """Six clients, of which c4 is hostile where there is an attack."""
 
     def alter(site: Site) -> Site:
@@ -260,7 +262,7 @@ def federation(method: Any, path: Path, settings: ServerSettings, attack: Attack
         return replace(site, attack=partial(distort, attack)) if hostile else site
 
     f = toy.federation(method, path, cohort=6, shares=SIX, alter=alter, **more)
-    return replace(f, server=replace(f.server, optimizer=settings))
+    return replace(f, server=replace(f.server, optimizer=rule))
 
 
 def test_a_refused_client_is_named_and_is_as_if_it_had_not_answered(tmp_path: Path) -> None:
@@ -366,8 +368,7 @@ EACH = [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for
 def test_a_run_learns_and_resumes_to_the_same_bits(name: str, kind: str, tmp_path: Path) -> None:
     """Every method that averages, with every rule, bounds, and one hostile client."""
     method = methods.build({"name": name, **({"target_rank": 1} if name == "fedara" else {})})
-    settings = bounded(RULES[kind])
-    make = partial(federation, method, settings=settings, attack=SCALED, rounds=3)
+    make = partial(federation, method, rule=bounded(RULES[kind]), attack=SCALED, rounds=3)
     f = make(path=tmp_path / "run")
     f.server.store.save_state(f.begin, {})
     playing = f.server.play(f.begin)

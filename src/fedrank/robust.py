@@ -11,6 +11,7 @@ from fedrank.adapter import Adapter, from_rows, to_rows
 from fedrank.aggregation import uniform
 from fedrank.config import ServerSettings
 from fedrank.protocol import ClientId, Total, Update, Updates
+from fedrank.trace import span
 
 HELD = 1 << 28  # bytes of all updates together that are in memory at once, where one factor of a module takes no more
 
@@ -28,9 +29,14 @@ def screen(updates: Updates, adapter: Adapter, rule: ServerSettings) -> dict[Cli
     by the median of all norms of the round, then Krum among those that are left. A rule of which too few are left
     refuses them all.
     """
-    krum = rule.aggregation in ("krum", "multi_krum")
-    if not krum and (rule.max_norm, rule.max_norm_ratio) == (None, None) and least(rule) == 1:
+    if not len(updates) or ((rule.max_norm, rule.max_norm_ratio) == (None, None) and least(rule) == 1):
         return {}
+    with span("aggregation"):
+        return _screen(updates, adapter, rule)
+
+
+def _screen(updates: Updates, adapter: Adapter, rule: ServerSettings) -> dict[ClientId, str]:
+    krum = rule.aggregation in ("krum", "multi_krum")
     changed = partial(change, adapter)
     norms = {client: norm(changed(update)) for client, update in updates}
     middle, refused = float(np.median(list(norms.values()))), dict[ClientId, str]()

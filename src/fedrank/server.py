@@ -93,7 +93,7 @@ class Server:
             yield {**row, "event": "client"}
         clocked = self._clock(rows, clock)  # a client that is refused was waited for
         arrived = tuple(sorted(row["client"] for row in rows if row["ok"]))
-        refused = self._refused(state, plans, arrived) if arrived else {}
+        refused = robust.screen(self._spooled(state, plans, arrived), state.adapter, self.optimizer)
         for row in rows:
             if (why := refused.get(row["client"])) is not None:
                 row |= {"ok": False, "error": f"refused: {why}"}
@@ -191,12 +191,6 @@ class Server:
         return self.store.spooled(arrived, read)
 
     @span("aggregation")
-    def _refused(
-        self, state: State, plans: Mapping[ClientId, Plan], arrived: tuple[ClientId, ...]
-    ) -> dict[ClientId, str]:
-        return robust.screen(self._spooled(state, plans, arrived), state.adapter, self.optimizer)
-
-    @span("aggregation")
     def _merge(self, state: State, plans: Mapping[ClientId, Plan], arrived: tuple[ClientId, ...]) -> State:
         updates = self._spooled(state, plans, arrived)
         merged = self.method.merge(state, robust.centred(updates, self.optimizer))
@@ -213,7 +207,9 @@ class Server:
         """Other numerics are no fault, but end the claim that this run can be repeated to the bit."""
         ours = self.wire.numerics
         if odd := {k: (ours.get(k), theirs.get(k)) for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)}:
-            log.warning("client %s computes otherwise than the server, bit equality is not claimed: %s", client, odd)
+            log.warning(
+                "client %s computes otherwise than the server, bit equality is not claimed: %s", client, str(odd)[:400]
+            )
 
     # ---- what goes into the ledger
 
