@@ -301,7 +301,7 @@ def test_a_start_that_was_cut_short_is_started_again(config: Path, fed: Fed, tmp
 def test_no_client_answers(config: Path, fed: Fed, tmp_path: Path) -> None:
     found = fed("run", config, "engine.failure_rate=1", "--out", tmp_path / "run", "-o", "quiet")
     assert found.exit_code == 1
-    assert f"no client answered in any round; see {tmp_path / 'run'}/clients.jsonl" in found.stderr
+    assert f"no client's update was merged in any round; see {tmp_path / 'run'}/clients.jsonl" in found.stderr
 
 
 def test_a_full_disk_is_no_mistake_of_the_user(

@@ -427,7 +427,7 @@ def test_the_frames_that_are_spoilt_below_are_good() -> None:
         (forged('{"__metadata__": {"fedrank": "{}"}, "B": {"dtype": "F32", "shape": [1099511627776, 4096], "data_offsets": [0, 4]}}'), "not a frame"),
         (forged('{"__metadata__": {"fedrank": "{}"}, "B": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}'), "not a frame"),
         (forged('{"__metadata__": {"fedrank": "{}"}, "B": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}'), "not a frame"),
-        (forged('{"__metadata__": {"fedrank": "{}"}, "__metadata__": {"fedrank": "{}"}, "B": {"dtype": "U32", "shape": [2], "data_offsets": [0, 8]}}'), "schema version None"),
+        (forged('{"__metadata__": {"fedrank": "{}"}, "__metadata__": {"fedrank": "{}"}, "B": {"dtype": "U32", "shape": [2], "data_offsets": [0, 8]}}'), "a key comes twice"),
         *((placed(*places), why) for places, why in [
             (((0, 8), (0, 8)), "'b' of float32.2. does not lie at"),  # one on top of the other
             (((8, 16), (0, 8)), "'a' of float32.2. does not lie at"),  # in another order than named

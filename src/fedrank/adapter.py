@@ -302,6 +302,23 @@ def from_arrays(arrays: Mapping[str, np.ndarray], scale: float) -> Adapter:
     return Adapter(blocks, scale, named["h"])
 
 
+def to_rows(adapter: Adapter) -> dict[str, tuple[Ids, np.ndarray]]:
+    """Every factor by name ("B/<module>" and so on), one row per component, and the ids of the rows.
+
+    A dense tensor ("h/<dense tensor>") is one row.
+    """
+    found = {f"h/{name}": (np.arange(1), tensor[None]) for name, tensor in adapter.dense.items()}
+    for name, block in adapter.blocks.items():
+        found |= {f"{f}/{name}": (block.ids, rows) for f, rows in block.rows.items()}
+    return found
+
+
+def from_rows(like: Adapter, rows: Mapping[str, np.ndarray]) -> Adapter:
+    """The adapter of such rows, with the components, factors and dense tensors of `like`."""
+    blocks = {n: Block.of(block.ids, {f: rows[f"{f}/{n}"] for f in block.rows}) for n, block in like.blocks.items()}
+    return Adapter(blocks, like.scale, {name: rows[f"h/{name}"][0] for name in like.dense})
+
+
 def below(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The arrays whose names begin so, by the rest of their names."""
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}

@@ -33,6 +33,7 @@ def prepare(
         )
     if "object" in config.method:
         raise ConfigError("method: the sites build it by its name; publish it under the entry point fedrank.methods")
+    resolve.enough(config, config.rounds.cohort)
     machine.start(config)
     from fedrank.training import clients
 
@@ -46,7 +47,7 @@ def prepare(
     facts = made.facts(kept) | {"fleet": {"kinds": {}, "hash": ""}}
     nobody = fleet.build(None, {}, config.seed)
     return Parts(
-        made, begin, partial(_sites, grid=grid), everywhere, nobody, {}, None, facts, made.about | {"clients": None}
+        made, begin, partial(_sites, grid=grid), everywhere, nobody, {}, None, {}, facts, made.about | {"clients": None}
     )
 
 

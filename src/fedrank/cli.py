@@ -229,7 +229,7 @@ def _follow(start: Callable[[], Iterator[dict[str, Any]]], path: Path, output: v
         if baselines:
             _baselines(path, output)
     if last.get("clients_ok") == 0 and last.get("rounds"):
-        what = f"no client answered in any round; see {escape(str(path))}/clients.jsonl"
+        what = f"no client's update was merged in any round; see {escape(str(path))}/clients.jsonl"
         errors.print(f"[bold red]error:[/] {what}", highlight=False, soft_wrap=True)
         raise typer.Exit(1)
 

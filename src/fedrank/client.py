@@ -41,7 +41,8 @@ class Site:
     has too few of them.
     session: entered for every frame, sets the worker's threads. cost: round, plan and bytes down -> what that round
     costs this client's device; None where no device is modelled. measured: its training is timed here instead. privacy:
-    where it is local, nothing of the rows leaves this place unless it is clipped and noised.
+    where it is local, nothing of the rows leaves this place unless it is clipped and noised. attack: what a simulated
+    hostile client sends in the place of its update.
     """
 
     device: Device
@@ -56,6 +57,7 @@ class Site:
     cost: Callable[[int, Plan, int], Cost] | None = None
     measured: bool = False
     privacy: PrivacySettings = PrivacySettings()
+    attack: Callable[[Job, Update], Update] | None = None
 
     @property
     def withholds(self) -> bool:
@@ -119,7 +121,7 @@ def _train(request: Request, site: Site, size: int, deadline: float | None) -> b
     if site.withholds:
         key = site.private.key(site.device.id)
         update = privacy.withheld(update, job.adapter, request.plan, site.privacy, key, request.round)
-    return site.wire.update(request, update)
+    return site.wire.update(request, update if site.attack is None else site.attack(job, update))
 
 
 def _answering(cost: Cost, deadline: float | None) -> Cost:

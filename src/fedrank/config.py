@@ -187,12 +187,30 @@ class FleetSettings(BaseModel, extra="forbid", frozen=True):
         return self
 
 
+class AttackSettings(BaseModel, extra="forbid", frozen=True):
+    """Simulated clients that train and then send something else. share: of all clients, drawn once by address.
+
+    kind: of what would have travelled, the change to what was received is sent with its sign turned (sign_flip) or as it
+    is (scale), times factor.
+    """
+
+    share: Annotated[float, Field(gt=0, le=1)]
+    kind: Literal["sign_flip", "scale"]
+    factor: Above0 = 1.0
+
+    @model_validator(mode="after")
+    def _attacks(self) -> "AttackSettings":
+        if (self.kind, self.factor) == ("scale", 1.0):
+            raise ValueError("factor: scaled by 1 an update is honest; give another one, such as 100")
+        return self
+
+
 class EngineSettings(BaseModel, extra="forbid", frozen=True):
     """kind: local, every client on this machine; flower, each on a SuperNode of its own; flower-simulation, on Flower's
     simulation runtime. superlink: host:port of the SuperLink; root_certificate: a file with the CA's that signed its
     certificate; insecure: plain text, without TLS.
     threads: of each worker. workers: processes that share the work; null for as many as fill this machine's cores.
-    failure_rate: share of requests that get no answer, drawn by address.
+    failure_rate: share of requests that get no answer, drawn by address. attack: what hostile clients send, for research.
 
     stack: clients that are trained together, over one pass of the frozen model; null: by the length of the rows, the cohort
     and the workers.
@@ -219,6 +237,7 @@ class EngineSettings(BaseModel, extra="forbid", frozen=True):
     prefix_bytes: Annotated[int, Field(ge=0)] = 4_000_000_000
     offload: bool = False
     failure_rate: Share = 0.0
+    attack: AttackSettings | None = None
     fleet: FleetSettings | None = None
     timing: Literal["modelled", "measured"] = "modelled"
 
@@ -237,7 +256,7 @@ class EngineSettings(BaseModel, extra="forbid", frozen=True):
         if (self.stack or 1) > 1:
             raise ValueError(f"engine.stack={self.stack}: with engine.kind={self.kind} each client trains alone; 1")
         if self.kind == "flower":
-            for key, value in (("failure_rate", self.failure_rate), ("fleet", self.fleet)):
+            for key, value in (("failure_rate", self.failure_rate), ("fleet", self.fleet), ("attack", self.attack)):
                 if value:
                     raise ValueError(f"engine.{key}: with engine.kind=flower it is as the sites are; leave it out")
             if self.insecure and self.root_certificate is not None:
@@ -254,6 +273,11 @@ class ServerSettings(BaseModel, extra="forbid", frozen=True):
 
     lr: where it is not given, 1 for fedavgm (Hsu et al.) and 0.01 for the adaptive ones, whose other defaults
     are Reddi et al.'s.
+
+    aggregation: what methods that average take for the mean. hostile: how many updates of a round may be hostile;
+    trimmed_mean cuts so many at each end, krum and multi_krum are made for so many.
+    max_norm, max_norm_ratio: an update is refused where its change is longer, or longer than so many times the median of
+    the round's.
     """
 
     optimizer: Literal["none", "fedavgm", "fedadam", "fedyogi"] = "none"
@@ -261,12 +285,25 @@ class ServerSettings(BaseModel, extra="forbid", frozen=True):
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     tau: Above0 = 1e-3
+    aggregation: Literal["mean", "median", "trimmed_mean", "krum", "multi_krum"] = "mean"
+    hostile: Positive | None = None
+    max_norm: Above0 | None = None
+    max_norm_ratio: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _rate(cls, raw: Any) -> Any:
         adaptive = isinstance(raw, dict) and raw.get("optimizer") in ("fedadam", "fedyogi")
         return {"lr": 0.01, **raw} if adaptive else raw
+
+    @model_validator(mode="after")
+    def _assumed(self) -> "ServerSettings":
+        if (self.hostile is None) == (self.aggregation in ("trimmed_mean", "krum", "multi_krum")):
+            which = (
+                "needs to know how many updates of a round may be hostile" if self.hostile is None else "asks for none"
+            )
+            raise ValueError(f"hostile: aggregation={self.aggregation} {which}; trimmed_mean, krum and multi_krum do")
+        return self
 
 
 class PrivacySettings(BaseModel, extra="forbid", frozen=True):
@@ -398,6 +435,18 @@ class Config(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants
                 f"engine.workers: processes that share the work are for CPUs under Linux; with device {self.device} "
                 f"on {sys.platform}, 1 or null"
             )
+        if self.privacy.kind == "central":  # what hangs on others' updates is no sum of clipped ones
+            server = ServerSettings()
+            for key, value, default in (
+                ("server.aggregation", self.server.aggregation, server.aggregation),
+                ("server.max_norm", self.server.max_norm, server.max_norm),
+                ("server.max_norm_ratio", self.server.max_norm_ratio, server.max_norm_ratio),
+                ("rounds.minimum", self.rounds.minimum, 1),
+            ):
+                if value != default:
+                    raise ValueError(
+                        f"{key}={value}: with privacy.kind=central only a clipped, noised sum is taken of updates; {default}"
+                    )
         if self.task != "generate" and self.generation.when != "never":
             raise ValueError(
                 f"generation.when={self.generation.when}: task {self.task} writes no texts; with it, never"

@@ -79,8 +79,8 @@ def unpack(frame: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if size > min(MAX_HEADER, len(frame) - 8):
         raise Refused(f"a header of {size} bytes is over the limit")
     try:
-        header = json.loads(frame[8 : 8 + size])
-        meta = json.loads(header.pop("__metadata__")["fedrank"])
+        header = json.loads(frame[8 : 8 + size], object_pairs_hook=_object)
+        meta = json.loads(header.pop("__metadata__")["fedrank"], object_pairs_hook=_object)
         tensors = _views(frame, 8 + size, header)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise Refused(f"not a frame: {type(error).__name__}: {error}") from None
@@ -90,6 +90,14 @@ def unpack(frame: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     tensors.pop("checksum", None)
     finite(tensors)
     return meta, tensors
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError where a key comes twice, since readers differ in which of the two they take."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key comes twice in one object")
+    return found
 
 
 def _views(frame: bytes, at: int, header: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -61,8 +61,10 @@ def read(tensors: dict[str, np.ndarray], spec: ModelSpec, scale: float) -> dict[
     out, in_ = (np.array([getattr(m, side) for m in spec.modules], np.int64) for side in ("out", "in_"))
     counts = {"B.base": np.maximum(ranks, 0) * out, "A.base": np.maximum(ranks, 0) * in_, "W.base": (ranks == WHOLE) * out * in_}  # fmt: skip
     for name, part in flat.items():
-        if part.dtype != np.float32 or part.size != counts[name].sum() or ranks.min(initial=0) < WHOLE:
-            raise Refused(f"{name} has {part.size} numbers of {part.dtype}, its ranks ask for {counts[name].sum()}")
+        if part.dtype != np.float32 or part.size != counts[name].sum(dtype=float) or ranks.min(initial=0) < WHOLE:
+            raise Refused(
+                f"{name} has {part.size} numbers of {part.dtype}, its ranks ask for {counts[name].sum(dtype=float):.15g}"
+            )
     pieces = {name: iter(split(part.reshape(-1), counts[name].reshape(-1).tolist())) for name, part in flat.items()}
     earlier = len(rounds) - len(ranks)
     result: dict[int, Adapter | None] = dict.fromkeys(rounds.tolist()[:earlier])

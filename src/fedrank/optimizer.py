@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedrank.adapter import Adapter, Block
+from fedrank.adapter import from_rows, to_rows
 from fedrank.config import ServerSettings
 from fedrank.protocol import State
 
@@ -24,7 +24,7 @@ def step(before: State, merged: State, settings: ServerSettings) -> State:
     """
     if settings.optimizer == "none":
         return merged
-    old, new = _rows(before.adapter), _rows(merged.adapter)
+    old, new = to_rows(before.adapter), to_rows(merged.adapter)
     moments, stepped = dict[str, np.ndarray](), dict[str, np.ndarray]()
     for name, (ids, rows) in new.items():
         were, values = old.get(name, (ids[:0], rows[:0]))
@@ -53,18 +53,4 @@ def step(before: State, merged: State, settings: ServerSettings) -> State:
         stepped[name] = rows.copy()
         stepped[name][at_moved] = rows[at_moved] + (go - d)  # where the step is d itself, to the bit what was merged
     others = {name: array for name, array in merged.arrays.items() if not name.startswith(NAME)}
-    return replace(merged, adapter=_adapter(merged.adapter, stepped), arrays=others | moments)
-
-
-def _rows(adapter: Adapter) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Every factor by name, one row per component, and the ids of the rows; a dense tensor is one row."""
-    found = {f"h/{name}": (np.arange(1), tensor[None]) for name, tensor in adapter.dense.items()}
-    for name, block in adapter.blocks.items():
-        found |= {f"{f}/{name}": (block.ids, rows) for f, rows in block.rows.items()}
-    return found
-
-
-def _adapter(like: Adapter, rows: dict[str, np.ndarray]) -> Adapter:
-    """The inverse of `_rows`."""
-    blocks = {n: Block.of(block.ids, {f: rows[f"{f}/{n}"] for f in block.rows}) for n, block in like.blocks.items()}
-    return Adapter(blocks, like.scale, {name: rows[f"h/{name}"][0] for name in like.dense})
+    return replace(merged, adapter=from_rows(merged.adapter, stepped), arrays=others | moments)

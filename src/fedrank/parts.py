@@ -13,11 +13,12 @@ from fedrank import fleet, machine, privacy, resolve
 from fedrank.adapter import Adapter
 from fedrank.client import Site
 from fedrank.config import Config
+from fedrank.engines.attack import attackers
 from fedrank.engines.local import Local as LocalEngine
 from fedrank.engines.workers import Workers
 from fedrank.fleet import Fleet
 from fedrank.machine import Machine
-from fedrank.protocol import ClientId, Device, Engine, Method, ModelSpec, Plan, State
+from fedrank.protocol import ClientId, Device, Engine, Job, Method, ModelSpec, Plan, State, Update
 from fedrank.roster import Roster
 from fedrank.server import Evaluate, Server
 from fedrank.store import Store
@@ -28,6 +29,7 @@ from fedrank.training.data import ClientData, Dataset
 from fedrank.wire import Wire
 
 log = logging.getLogger(__name__)
+Attack = Callable[[Job, Update], Update]
 Costs = Callable[[ClientId, Adapter, int, Plan, int], costs.Cost]
 
 
@@ -37,7 +39,7 @@ class Parts:
 
     begin: the method's first state. carrier: makes the engine. fleet, devices: of every client of this process, as the
     server knows it. cost: client, an adapter of the method, round, plan and bytes down -> what that round costs that client; None
-    where no device is modelled. facts: what data and model were: a resumed run must find the same. about: what is worth
+    where no device is modelled. hostile: what simulated hostile clients, by their places, make of an update. facts: what data and model were: a resumed run must find the same. about: what is worth
     telling at the start.
     """
 
@@ -48,6 +50,7 @@ class Parts:
     fleet: Fleet
     devices: Mapping[ClientId, Device]
     cost: Costs | None
+    hostile: Mapping[int, Attack]
     facts: dict[str, Any]
     about: dict[str, Any]
 
@@ -87,7 +90,8 @@ class Parts:
     def site(self, client: ClientId, wire: Wire, store: Store) -> Site:
         """The client side of one of the devices' clients."""
         assert self.cost is not None
-        return self.machine.site(self.devices[client], wire, store.private, partial(self.cost, client, wire.start))
+        made = self.machine.site(self.devices[client], wire, store.private, partial(self.cost, client, wire.start))
+        return replace(made, attack=self.hostile.get(self.machine.population.names.index(client)))
 
     def server(self, store: Store) -> Server:
         config, timed = self.config, self.config.engine.timing == "modelled"
@@ -113,6 +117,8 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
         labels, people = tuple(data.labels), partial(clients.own, config, data)
     made = machine.build(config, chosen, labels, people, prefixes=data is None)  # rows that come and go are not kept
     config, population, names = made.config, made.population, made.population.names
+    resolve.enough(config, len(names))
+    hostile = attackers(config.engine.attack, len(names), config.seed)
     if data is None and shares.test_from == "train" and dataset.train.completion is not None:  # clients' own tests
         if (choices := population.held(0).choices) is not None:
             machine.cut(config, {"train, each choice a row": choices.encoded})
@@ -136,9 +142,12 @@ def prepare(config: Config, method: Method | None = None, data: ClientData | Non
     facts = made.facts(kept) | {
         "fleet": {"kinds": {kind: sum(n for _, n in mine) for kind, mine in machines.kinds.items()},
                   "hash": machines.digest()},
+        **({"hostile": [names[at] for at in hostile]} if hostile else {}),
     }  # fmt: skip
     everywhere = made.judge.everywhere if len(population.test) else None
-    return Parts(made, begin, here, everywhere, machines, devices, cost, facts, made.about | {"clients": len(devices)})
+    return Parts(
+        made, begin, here, everywhere, machines, devices, cost, hostile, facts, made.about | {"clients": len(devices)}
+    )
 
 
 def here(parts: Parts, wire: Wire, store: Store, site: Callable[[ClientId, Wire, Store], Site] | None = None) -> Engine:

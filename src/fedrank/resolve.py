@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fedrank import config as settings
-from fedrank import methods
+from fedrank import methods, robust
 from fedrank.aggregation import WEIGHTS
 from fedrank.config import Config, ConfigError
 from fedrank.protocol import ClientId, Device, Method, ModelSpec, Plan, State, rng
@@ -29,10 +29,14 @@ def resolve(config: Config, method: Method | None = None) -> tuple[Config, Metho
             raise ConfigError(
                 "local.checkpoint: it has no second derivative; method.derivative=finite or first needs none"
             )
-    if config.server.optimizer != "none" and not getattr(getattr(chosen, "about", None), "averages", False):
+    server, averages = config.server, getattr(getattr(chosen, "about", None), "averages", False)
+    none = f"{config.method['name']} makes no mean of its updates (or does not say so in about.averages), so there is"
+    if server.optimizer != "none" and not averages:
+        raise ConfigError(f"server.optimizer={server.optimizer}: {none} no change to step by")
+    if server.aggregation != "mean" and not averages:
         raise ConfigError(
-            f"server.optimizer={config.server.optimizer}: {config.method['name']} makes no mean of its updates "
-            "(or does not say so in about.averages), so there is no change to step by"
+            f"server.aggregation={server.aggregation}: {none} none to take another for; "
+            "server.max_norm and server.max_norm_ratio are for every method"
         )
     counted = getattr(chosen, "weights", "examples")
     if config.rounds.exactness and counted not in WEIGHTS:
@@ -60,6 +64,16 @@ def _written_out(config: Config, method: Method) -> Config:
         chosen |= methods.values(method)
     parts = {"local": local, "adapter": adapter, "data": data, "model": model, "engine": engine, "method": chosen}
     return config.model_copy(update=parts)
+
+
+def enough(config: Config, clients: int) -> None:
+    """ConfigError where a round in which everyone answers lacks the updates that the server's rule needs."""
+    server, most, needed = config.server, min(config.rounds.cohort, clients), robust.least(config.server)
+    if most < needed:
+        raise ConfigError(
+            f"server.hostile={server.hostile}: {server.aggregation} then needs {needed} updates in a round, which has at "
+            f"most {most}; a larger rounds.cohort, or fewer hostile ones"
+        )
 
 
 def run_id(config: Config) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fedrank import exactness, ledger, optimizer, privacy, roster
+from fedrank import exactness, ledger, optimizer, privacy, robust, roster
 from fedrank import frame as frames
 from fedrank.adapter import Adapter
 from fedrank.config import PrivacySettings, Rounds, ServerSettings
@@ -18,7 +18,7 @@ from fedrank.cost import Cost
 from fedrank.frame import EXACT, Refused, Sizes
 from fedrank.protocol import ClientId, Device, Engine, Method, Plan, State, Update, Updates, rng
 from fedrank.selection import everything
-from fedrank.store import Store
+from fedrank.store import Spool, Store
 from fedrank.trace import span
 from fedrank.wire import Kind, Reply, Wire
 
@@ -101,6 +101,13 @@ class Server:
                 row |= self._unanswered(row, plans[row["client"]])
             rows.append(row)
             yield {**row, "event": "client"}
+        clocked = self._clock(rows, clock)  # a client that is refused was waited for
+        arrived = tuple(sorted(row["client"] for row in rows if row["ok"]))
+        refused = robust.screen(self._spooled(state, plans, arrived), state.adapter, self.optimizer)
+        for row in rows:
+            if (why := refused.get(row["client"])) is not None:
+                row |= {"ok": False, "error": f"refused: {why}"}
+                yield {"event": "refused", "round": t, "client": row["client"], "error": row["error"]}
         if sum(row["ok"] for row in rows) < self.rounds.minimum:
             for row in rows:
                 if row["ok"]:
@@ -109,7 +116,7 @@ class Server:
         always = self.privacy.kind == "central"  # that nobody came is not to be seen
         merged = self._merge(state, plans, arrived) if arrived or always else replace(state, metrics={})
         after = replace(merged, round=t, seen={**merged.seen, **dict.fromkeys(arrived, t)})
-        row = self._row(t, rows, after) | self._clock(rows, clock) | {"clients_out": len(cohort) - len(plans)}
+        row = self._row(t, rows, after) | clocked | {"clients_out": len(cohort) - len(plans)}
         if self.privacy.kind != "none":
             row["noise_multiplier"] = privacy.multiplier(self.privacy, self._common(state))
         return after, row, rows
@@ -216,28 +223,24 @@ class Server:
             received = self.wire.open_request(self.wire.request(kind, client, plan, state)).adapter
         return self.wire.open_reply(frame, kind, state.round + 1, client, plan, received)
 
-    @span("aggregation")
-    def _merge(self, state: State, plans: Mapping[ClientId, Plan], arrived: tuple[ClientId, ...]) -> State:
+    def _spooled(self, state: State, plans: Mapping[ClientId, Plan], arrived: tuple[ClientId, ...]) -> Spool:
         def read(client: ClientId, frame: bytes) -> Update:
             update = self._open("train", state, client, plans[client], frame).update
             assert update is not None  # it was checked on arrival
             return update
 
-        updates: Updates = self.store.spooled(arrived, read)
+        return self.store.spooled(arrived, read)
+
+    @span("aggregation")
+    def _merge(self, state: State, plans: Mapping[ClientId, Plan], arrived: tuple[ClientId, ...]) -> State:
+        updates: Updates = self._spooled(state, plans, arrived)
         if self.privacy.kind == "central":
             plan = self._common(state)
             updates = privacy.Noised(
-                updates,
-                state.adapter,
-                plan.up,
-                plan.returns,
-                self._expected,
-                self.privacy,
-                self.store.key,
-                state.round + 1,
-            )
-        merged = self.method.merge(state, updates)
-        if self.rounds.exactness:  # of the method's own mean
+                updates, state.adapter, plan.up, plan.returns, self._expected, self.privacy, self.store.key, state.round + 1
+            )  # fmt: skip
+        merged = self.method.merge(state, robust.centred(updates, self.optimizer))
+        if self.rounds.exactness:  # of the method's own mean; against the plain one where another centre is taken
             merged = exactness.noted(self.method, state, merged, plans, updates)
         merged = optimizer.step(state, merged, self.optimizer)
         if odd := [
@@ -250,7 +253,9 @@ class Server:
         """Other numerics are no fault, but end the claim that this run can be repeated to the bit."""
         ours = self.wire.numerics
         if odd := {k: (ours.get(k), theirs.get(k)) for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)}:
-            log.warning("client %s computes otherwise than the server, bit equality is not claimed: %s", client, odd)
+            log.warning(
+                "client %s computes otherwise than the server, bit equality is not claimed: %s", client, str(odd)[:400]
+            )
 
     # ---- what goes into the ledger
 

@@ -50,6 +50,13 @@ def secret(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def _of(folder: Path, client: ClientId) -> Path:
+    """The client's place in a folder; ValueError where its id might lead out of that."""
+    if not CLIENT.fullmatch(client):
+        raise ValueError(f"client id {client[:200]!r} must be letters, digits, '_', '-' or '.', at most 128")
+    return folder / client
+
+
 def _numbered(folder: Path) -> dict[int, Path]:
     files = folder.glob("*.safetensors") if folder.is_dir() else ()
     return {int(file.stem): file for file in sorted(files) if file.stem.isdigit()}
@@ -68,14 +75,9 @@ class Private:
 
     root: Path
 
-    def _folder(self, client: ClientId) -> Path:
-        if not CLIENT.fullmatch(client):
-            raise ValueError(f"client id {client!r} must be letters, digits, '_', '-' or '.', at most 128")
-        return self.root / client
-
     def key(self, client: ClientId) -> bytes:
         """What this client's noise is made of."""
-        return secret(self._folder(client) / KEY)
+        return secret(_of(self.root, client) / KEY)
 
     def _base(self, round: int) -> Path:
         return self.root / ".base" / f"{round:04d}.safetensors"  # no client is called so
@@ -114,12 +116,12 @@ class Private:
 
     def load(self, client: ClientId, since: int) -> dict[str, np.ndarray] | None:
         """The version of round `since`, never a newer one; None where that round left none."""
-        path = self._folder(client) / f"{since:04d}.safetensors"
+        path = _of(self.root, client) / f"{since:04d}.safetensors"
         return _load(path) if since >= 0 and path.exists() else None
 
     def save(self, client: ClientId, round: int, since: int, arrays: Mapping[str, np.ndarray] | None) -> None:
         """Write this round's version, none for None; all others but `since`, which a redone round needs, are over."""
-        folder = self._folder(client)
+        folder = _of(self.root, client)
         if arrays is not None:
             write(folder / f"{round:04d}.safetensors", save({n: np.asarray(a, order="C") for n, a in arrays.items()}))
         for number, path in _numbered(folder).items():
@@ -262,7 +264,7 @@ class Store:
         (self.path / "spool").mkdir()
 
     def spool(self, client: ClientId, frame: bytes) -> None:
-        (self.path / "spool" / client).write_bytes(frame)
+        _of(self.path / "spool", client).write_bytes(frame)
 
     def spooled(self, clients: tuple[ClientId, ...], read: Callable[[ClientId, bytes], Update]) -> Spool:
         return Spool(self.path / "spool", clients, read)

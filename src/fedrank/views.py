@@ -70,6 +70,11 @@ def _live(events: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                             f"[yellow]round {event['round']}: client {event['client']} failed: {escape(event['error'])}[/]",
                             highlight=False,
                         )
+                case "refused":
+                    console.print(
+                        f"[yellow]round {event['round']}: client {event['client']} {escape(event['error'])}[/]",
+                        highlight=False,
+                    )
                 case "round":
                     bars.update(rounds, completed=event["round"])
                     recent = [*recent[-11:], event]

@@ -136,6 +136,8 @@ class Wire:
         if self.digest(kind, round, client, plan) != digest:
             raise Refused("the plan does not fit its digest")
         base = increments.read(tensors, self.spec, scale)
+        if base and not 0 <= min(base) <= max(base) < round:
+            raise Refused(f"base updates of rounds {min(base)} to {max(base)} came in round {round}")
         adapter = self.layout.read(tensors, plan.present, plan.sent, self.start, scale)
         return Request(kind, round, rounds, client, plan, adapter, base, numerics, digest)
 
