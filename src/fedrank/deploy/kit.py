@@ -105,7 +105,7 @@ def _played(source: str, made: Deployment) -> dict[str, Any]:
         raise ConfigError(
             f"rounds.minimum={config.rounds.minimum}: no round would begin with {len(made.sites)} sites; at most so many"
         )
-    whole = {key: getattr(resolved, key) for key in ("data", "model") if key in config.model_fields_set}
+    whole: dict[str, Any] = {key: getattr(resolved, key) for key in ("data", "model") if key in config.model_fields_set}
     found: Config = config.model_copy(update=whole)  # their paths hold from any folder
     return found.model_dump(mode="json", exclude_unset=True)
 
