@@ -28,7 +28,7 @@ from fedrank.protocol import ClientId, Device, Method, ModelSpec, State
 from fedrank.server import Server
 from fedrank.sites import Desk, SiteFile
 from fedrank.store import Store, StoreError
-from fedrank.training.data import class_names, collect
+from fedrank.training.data import class_names, collect, label_id
 from fedrank.training.sources import numbered
 from fedrank.wire import Wire
 
@@ -192,6 +192,9 @@ def _data(file: SiteFile, source: str | None) -> tuple[str, Setup]:
     place = str(file.data.path)
     found, written = collect(place, numbered(place, file.records()), task, columns.model_dump(), form)
     labels = () if task == "generate" else (() if given is None else given.data.labels) or class_names(written)
+    ids = {label: at for at, label in enumerate(labels)}
+    for one in written:  # DataError where it is none of the run's classes
+        label_id(one, ids)
     if given is None:
         model = "tiny-decoder" if task == "generate" else "tiny-encoder"
         raw = {"task": task, "model": {"name": model}, "data": {"labels": labels}}
@@ -242,7 +245,7 @@ def _memory(file: SiteFile, made: Made, free: int) -> tuple[str, None]:
     said = f"training needs {needed / 1e9:.2g} GB beside the programs' own, and {free / 1e9:.3g} GB of {where} are free"
     if needed > free:
         raise ConfigError(f"{said}; a smaller batch, local.checkpoint, or model.quantise need less")
-    if not made.cost.fits:
+    if needed > file.hardware.device().memory_bytes > 0:
         raise ConfigError(f"training needs {needed / 1e9:.2g} GB, more than hardware.memory_gigabytes says")
     return said, None
 

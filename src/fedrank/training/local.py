@@ -103,9 +103,10 @@ class Trainer:
             return {}
         width, dtype = self.model.base.config.get_text_config().hidden_size, self.frozen.dtype
         tokens = int(self.train.starts[-1] + self.test.starts[-1])
-        if not self.prefix_bytes or (needed := tokens * width * dtype.itemsize) > self.prefix_bytes:
-            if self.prefix_bytes:
-                log.info("no pass begins above frozen blocks: %d bytes, more than engine.prefix_bytes", needed)
+        if not (needed := tokens * width * dtype.itemsize):  # a server without rows
+            return {}
+        if needed > self.prefix_bytes:
+            log.info("no pass begins above frozen blocks: %d bytes, more than engine.prefix_bytes", needed)
             return {}
         return {one: Kept(one, width, dtype) for one in (self.train, self.test)}
 
