@@ -490,7 +490,7 @@ def test_every_method_is_private_or_refused(name: str, kind: str, tmp_path: Path
         return [(client, frame)]
 
     f = toy.federation(
-        built, tmp_path / "run", rounds=4, privacy=settings, carry=lambda engine: toy.Tampering(engine, overhear)
+        built, tmp_path / "run", rounds=3, privacy=settings, carry=lambda engine: toy.Tampering(engine, overhear)
     )
     (f.store.path / "noise.key").write_bytes(KEY)
     check = (settings, built, method, f.begin, f.server.engine.fleet(), 0)
@@ -613,10 +613,12 @@ def test_seed_and_config_do_not_give_the_noise_away(kind: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", ["central", "local"])
-@pytest.mark.parametrize("method", [FedAvg(), pytest.param(FedARA(target_rank=1), marks=slow)])
+@pytest.mark.parametrize(
+    "method", [FedAvg(), pytest.param(FedARA(target_rank=1), marks=slow)], ids=["fedavg", "fedara"]
+)
 def test_a_private_run_resumes_to_the_same_bits(kind: str, method: Any, tmp_path: Path) -> None:
     settings = private(kind, **({"votes_noise": 1.0} if isinstance(method, FedARA) else {}))
-    f = toy.federation(method, tmp_path / "run", rounds=4, privacy=settings)
+    f = toy.federation(method, tmp_path / "run", rounds=3, privacy=settings)
     left = dict[int, Path]()
 
     def copy(event: dict) -> None:
@@ -626,7 +628,7 @@ def test_a_private_run_resumes_to_the_same_bits(kind: str, method: Any, tmp_path
 
     events = f.play(watch=copy)
     for number, path in left.items():
-        again = toy.federation(method, path, rounds=4, privacy=settings)
+        again = toy.federation(method, path, rounds=3, privacy=settings)
         if kind == "local":  # one key has to be there, or a client would make another
             for client in toy.CLIENTS:
                 shutil.copytree(f.store.private.root / client, path / "clients" / client, dirs_exist_ok=True)
@@ -635,7 +637,7 @@ def test_a_private_run_resumes_to_the_same_bits(kind: str, method: Any, tmp_path
         assert [row["epsilon"] for row in rows] == [row["epsilon"] for row in events["round"][number:]]
     if kind == "central":
         (left[2] / "noise.key").unlink()
-        lost = toy.federation(method, left[2], rounds=4, privacy=settings)
+        lost = toy.federation(method, left[2], rounds=3, privacy=settings)
         with pytest.raises(StoreError, match="cannot go on to the same bits"):
             lost.play(lost.states[2])
 
@@ -689,7 +691,7 @@ def test_the_accountant_s_library_is_asked_for_where_it_is_missing(monkeypatch: 
         privacy.check(private(), method, "fedavg", method.begin(toy.small(), 3, 0), toy.cohort("c0"), 0)
 
 
-@pytest.mark.parametrize("kind", ["central", "local"])
+@pytest.mark.parametrize("kind", ["central", pytest.param("local", marks=slow)])
 def test_a_whole_private_run(config: dict[str, Any], kind: str, tmp_path: Path) -> None:
     """Its epsilon is in every round, in the summary, on the screen, and in what `fedrank cost` says beforehand."""
     overrides = [f"privacy.kind={kind}", "server.optimizer=fedadam"]
