@@ -115,7 +115,7 @@ def grid_of(files: dict[str, Path]) -> Grid:
 
 
 def play(raw: dict[str, Any], out: Path, grid: Any) -> list[dict[str, Any]]:
-    return list(experiment.start(config.load(raw), out, prepare=partial(central.prepare, grid=grid)))
+    return list(experiment.start(config.load(raw), out, by=partial(central.prepare, grid=grid)))
 
 
 def ledger(path: Path, name: str) -> list[dict[str, Any]]:
@@ -228,7 +228,7 @@ def test_lost_private_state_is_told_without_its_place(files: dict[str, Path], tm
     play(raw, tmp_path / "run", grid)
     for path in (files["south"].parent / "store").glob("*/private/south/*.safetensors"):
         path.unlink()
-    list(experiment.go_on(tmp_path / "run", ["rounds.count=+1"], prepare=partial(central.prepare, grid=grid)))
+    list(experiment.go_on(tmp_path / "run", ["rounds.count=+1"], by=partial(central.prepare, grid=grid)))
     row = next(row for row in ledger(tmp_path / "run", "clients") if (row["round"], row["client"]) == (2, "south"))
     assert "do not travel" in row["error"]
     assert str(tmp_path) not in row["error"]
@@ -370,7 +370,7 @@ def test_one_client_is_one_node(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_site_that_lost_its_store_is_told_again(files: dict[str, Path], tmp_path: Path) -> None:
     grid = grid_of(files)
     raw = settings(rounds={"count": 3, "minimum": 2, "evaluate_every": 3, "personal": 0})
-    events = experiment.start(config.load(raw), tmp_path / "run", prepare=partial(central.prepare, grid=grid))
+    events = experiment.start(config.load(raw), tmp_path / "run", by=partial(central.prepare, grid=grid))
     for event in events:
         if event["event"] == "round" and event["round"] == 1:
             shutil.rmtree(files["south"].parent / "store")
@@ -384,10 +384,10 @@ def test_a_resumed_run_is_the_same(files: dict[str, Path], tmp_path: Path) -> No
     """Its server starts anew, with an engine that knows no site."""
     raw, grid = settings(method={"name": "fedara"}, rounds={"count": 3}), grid_of(files)
     play(raw, tmp_path / "whole", grid_of(files))
-    for event in experiment.start(config.load(raw), tmp_path / "cut", prepare=partial(central.prepare, grid=grid)):
+    for event in experiment.start(config.load(raw), tmp_path / "cut", by=partial(central.prepare, grid=grid)):
         if event["event"] == "client" and event["round"] == 2:
             break
-    list(experiment.go_on(tmp_path / "cut", prepare=partial(central.prepare, grid=grid)))
+    list(experiment.go_on(tmp_path / "cut", by=partial(central.prepare, grid=grid)))
     assert state(tmp_path / "cut", 3) == state(tmp_path / "whole", 3)
     assert ledger(tmp_path / "cut", "clients") == ledger(tmp_path / "whole", "clients")
 

@@ -41,7 +41,7 @@ def local(made: Federation, raw: Mapping[str, Any], out: Path, answered: Mapping
         return found if answered is None else replace(found, carrier=partial(silenced, answered=answered))
 
     loaded = config.load({**here, "data": {"name": data.name}})
-    for _ in experiment.start(loaded, out, data=data, prepare=prepare):
+    for _ in experiment.start(loaded, out, data=data, by=prepare):
         pass
 
 

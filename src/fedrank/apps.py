@@ -31,9 +31,9 @@ def _play(grid: flower.Grid, told: Mapping[str, Any]) -> None:
         logging.getLogger("fedrank").addHandler(_Told(tell))
         try:
             if (out / "config.yaml").exists():
-                events = experiment.go_on(out, json.loads(str(told.get("overrides") or "[]")), prepare=prepare)
+                events = experiment.go_on(out, json.loads(str(told.get("overrides") or "[]")), by=prepare)
             else:
-                events = experiment.start(settings.load(str(told["config"])), out, prepare=prepare)
+                events = experiment.start(settings.load(str(told["config"])), out, by=prepare)
             for event in events:
                 tell(event)
         except Exception as error:

@@ -19,8 +19,7 @@ from fedrank import ledger, remote
 from fedrank.config import Config, ConfigError
 from fedrank.export import export, obstacle
 from fedrank.observe.watching import watching
-from fedrank.parts import Parts
-from fedrank.parts import prepare as local
+from fedrank.parts import Parts, prepare
 from fedrank.protocol import Method, State
 from fedrank.server import OF_TEXTS, Event, Server
 from fedrank.store import Store, StoreError
@@ -109,19 +108,19 @@ def start(
     method: Method | None = None,
     first: Callable[[Method, State], State] = lambda method, state: state,
     data: ClientData | None = None,
-    prepare: Prepare | None = None,
+    by: Prepare | None = None,
 ) -> Iterator[Event]:
     """Set up a new run directory and play. first: what to make of the method's first state (an import).
 
-    prepare: how the parts are made; by default as the engine's kind says, here or on Flower.
+    by: how the parts are made; by default as the engine's kind says, here or on Flower.
     """
-    if prepare is None and config.engine.kind != "local":
+    if by is None and config.engine.kind != "local":
         _named(config, method, data)
         yield from remote.start(config, path)
         return
     with watching(config.observe, path) as told:
         with span("loading"):
-            parts = (prepare or local)(config, method, data)  # before anything is written: most mistakes show here
+            parts = (by or prepare)(config, method, data)  # before anything is written: most mistakes show here
         parts = replace(parts, begin=first(parts.method, parts.begin))
         store = Store.create(path)
         with store.locked():
@@ -140,13 +139,13 @@ def go_on(
     overrides: Iterable[str] = (),
     method: Method | None = None,
     data: ClientData | None = None,
-    prepare: Prepare | None = None,
+    by: Prepare | None = None,
 ) -> Iterator[Event]:
     """Resume from the last committed state; what came after it is cut from the ledgers and played again."""
     store, overrides = Store.open(path), list(overrides)
     before = settings.load(path / "config.yaml")
     config = _changed(before, overrides)
-    if prepare is None and config.engine.kind != "local":
+    if by is None and config.engine.kind != "local":
         _named(config, method, data)
         yield from remote.go_on(config, path, overrides)
         return
@@ -172,9 +171,7 @@ def go_on(
                 f"{path} was started with clients that bring their own rows, {then['data']}; "
                 "go on from Python: fedrank.resume(path, data=...)"
             )
-        parts = replace(
-            (prepare or local)(config, method, data), begin=store.state(0)[0]
-        )  # which an import may have made
+        parts = replace((by or prepare)(config, method, data), begin=store.state(0)[0])  # which an import may have made
         _same(path, config.method, parts.config.method, "method")
         _same(path, numerics, parts.numerics, "numerics")
         _same(path, _contents(then), _contents(parts.facts), "data and model")
