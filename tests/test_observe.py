@@ -47,7 +47,7 @@ def settings(texts: Path, **observe: Any) -> dict[str, Any]:
     return {
         "data": {"path": str(texts), "partition": {"kind": "iid"}}, "clients": {"count": 4},
         "rounds": {"count": ROUNDS, "cohort": 3, "evaluate_every": 2}, "adapter": {"rank": 4},
-        "local": {"batch_size": 8, "max_length": 16}, "engine": {"failure_rate": 0.5}, "observe": observe,
+        "local": {"batch_size": 8, "max_length": 16}, "engine": {"failure_rate": 0.3}, "observe": observe, "seed": 3,
     }  # fmt: skip
 
 
