@@ -91,7 +91,9 @@ class Federation:
         return raw
 
     def start(self, name: str, words: Sequence[str], home: str) -> subprocess.Popen[bytes]:
-        """A program in a group of its own, whose words go to a log."""
+        """A program in a group of its own, whose words go to a log; another of this name is over."""
+        if name in self.programs:
+            self.end(name)
         with (self.folder / f"{name}.log").open("ab") as log:
             environment = remote.environment(self.home(home)) | {"OMP_NUM_THREADS": "1"}
             made = subprocess.Popen(
@@ -182,11 +184,16 @@ class Federation:
                 killed.append(process.pid)
         return killed
 
+    def end(self, name: str) -> None:
+        """One program, with all that is in its group."""
+        process = self.programs.pop(name)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
     def stop(self) -> None:
-        for process in self.programs.values():
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        for name in list(self.programs):
+            self.end(name)
         homes = {str(path) for path in (self.folder / "homes").iterdir()}
         for process in psutil.process_iter(["environ"]):
             if (process.info["environ"] or {}).get("FLWR_HOME") in homes:

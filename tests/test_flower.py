@@ -78,6 +78,7 @@ class Grid(serverapp.Grid):
 
     def __init__(self, answers: dict[int, Callable[[bytes], bytes] | None]) -> None:
         self.answers, self.replies, self.sent = answers, dict[str, Message](), list[tuple[int, bytes]]()
+        self.open = dict[str, Message]()
 
     run = None  # type: ignore[assignment]
 
@@ -102,8 +103,17 @@ class Grid(serverapp.Grid):
                 app = flower.client_app(lambda frame, told, own, seconds, answer=answer: answer(frame))
                 context = Context(run_id=1, node_id=node, node_config={}, state=RecordDict(), run_config={})
                 self.replies[number] = app(message, context)
+            else:
+                self.open[number] = message
             found.append(number)
         return found
+
+    def late(self, answer: Callable[[bytes], bytes]) -> None:
+        """What was left without an answer gets this one."""
+        for number, message in self.open.items():
+            app = flower.client_app(lambda frame, told, own, seconds: answer(frame))
+            self.replies[number] = app(message, Context(1, message.metadata.dst_node_id, {}, RecordDict(), {}))
+        self.open.clear()
 
     def pull_messages(self, numbers: Iterable[str]) -> list[Message]:
         # The last asked answers first: nothing may hang on the order.
@@ -353,6 +363,18 @@ def test_a_round_waits_for_as_many_as_it_needs(monkeypatch: pytest.MonkeyPatch, 
     assert list(made.engine.fleet()) == ["a", "c"]
     assert "1 sites are here after 0 s, and a round needs 2. another base model" in caplog.text
     assert "a site takes no part: another base model" in caplog.text
+
+
+def test_the_first_round_waits_for_who_still_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not for ever, and later ones do not."""
+    monkeypatch.setattr(flower, "SLOWEST", 0.01)
+    made = Admitted(a=lambda frame: b"a", b=None)
+    threading.Timer(0.3, lambda: made.grid.late(lambda frame: b"b")).start()
+    assert list(made.engine.fleet()) == ["a", "b"]
+    made.grid.answers[3] = None
+    assert list(made.engine.fleet()) == ["a", "b"]
+    monkeypatch.setattr(flower, "GREETING", 0.1)
+    assert list(Admitted(a=lambda frame: b"a", b=None).engine.fleet()) == ["a"]
 
 
 def test_one_client_is_one_node(caplog: pytest.LogCaptureFixture) -> None:

@@ -97,6 +97,7 @@ def test_a_node_without_a_registered_key_gets_no_work(running: Federation, tmp_p
     running.play(running.config(rounds={"count": 1}), tmp_path / "run", 300)
     assert "Receiving" not in running.tail("intruder.node")
     assert answered(tmp_path / "run") == {1: set(running.names)}
+    running.end("intruder.node")
 
 
 def test_plain_text_is_refused(running: Federation, tmp_path: Path) -> None:
@@ -107,6 +108,7 @@ def test_plain_text_is_refused(running: Federation, tmp_path: Path) -> None:
             assert not line.recv(100).startswith(b"HTTP/1.1 200")
     running.start_node("plain", insecure=True, site="north")
     until(lambda: "retrying" in running.tail("plain.node") or "305" in running.tail("plain.node"), 120, "its refusal")
+    running.end("plain.node")
     raw = running.config(engine={"insecure": True, "root_certificate": None})
     (tmp_path / "plain.yaml").write_text(json.dumps(raw))
     said = subprocess.run(

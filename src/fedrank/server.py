@@ -123,11 +123,11 @@ class Server:
 
     def cohort(self, round: int) -> dict[ClientId, Device]:
         """Who is asked in a round of 1..."""
-        fleet = self.engine.fleet()
-        return {client: fleet[client] for client in self._drawn(round)}
+        fleet = self.engine.fleet()  # once: sites come and go
+        return {client: fleet[client] for client in self._drawn(round, fleet)}
 
-    def _drawn(self, round: int) -> list[ClientId]:
-        clients = roster.names(self.engine.fleet())
+    def _drawn(self, round: int, fleet: Mapping[ClientId, Device]) -> list[ClientId]:
+        clients = roster.names(fleet)
         if self.privacy.kind == "central":  # of the seed, who took part would be known, and sampling hide nobody
             return privacy.poisson(clients, self._expected / len(clients), self.store.key, round)
         return sample(clients, self.rounds.cohort, self.seed, round)
@@ -261,7 +261,7 @@ class Server:
 
     def _told(self, row: Mapping[str, Any]) -> tuple[float, list[ClientId]]:
         """What the accountant must know of a round."""
-        return row["noise_multiplier"], self._drawn(row["round"])
+        return row["noise_multiplier"], self._drawn(row["round"], self.engine.fleet())
 
     def _released(self, row: Event, known: Collection[str], told: Sequence[tuple[float, list[ClientId]]]) -> Event:
         """The row of a round whose clients are protected. known: what follows from noised sums, and the server's scores.

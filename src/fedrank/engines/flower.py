@@ -22,6 +22,7 @@ KEPT = 30 * 86_400.0  # seconds that a message and its answer are kept, where no
 SKEW = 300.0  # seconds by which machines' clocks may be apart, by which Flower says what is too old
 POLL, SLOWEST = 0.05, 1.0  # seconds between looks for answers, at first and after a while
 WORD = 60.0  # seconds after which the log names who is awaited
+GREETING = 120.0  # seconds that the first round waits for sites that were told of the run and still load it
 AGAIN = 60.0  # seconds after which a site that could not take part is asked again
 
 
@@ -140,16 +141,22 @@ class Sites:
     known: dict[ClientId, tuple[int, Device]] = field(default_factory=dict)
     barred: dict[int, tuple[float, str]] = field(default_factory=dict)
     told: dict[str, int] = field(default_factory=dict)
+    begun: bool = False
 
     def fleet(self) -> dict[ClientId, Device]:
-        """Every site whose node is connected, in the order of their ids; waits for as many as a round needs."""
+        """Every site whose node is connected, in the order of their ids; waits for as many as a round needs.
+
+        The first round waits for all that are connected by then, within reason.
+        """
         started, word = time.monotonic(), WORD
         while True:
             here = self._greet()
             found = {client: device for client, (node, device) in sorted(self.known.items()) if node in here}
-            if len(found) >= self.minimum:
+            waited = time.monotonic() - started
+            if len(found) >= self.minimum and (self.begun or not self.told or waited > GREETING):
+                self.begun = True
                 return found
-            if (waited := time.monotonic() - started) > word:
+            if waited > word:
                 why = "; ".join(reason for _, reason in self.barred.values())
                 log.warning("%d sites are here after %.0f s, and a round needs %d. %s", len(found), waited, self.minimum, why)  # fmt: skip
                 word += WORD
