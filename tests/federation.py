@@ -167,11 +167,12 @@ class Federation:
         return (self.folder / f"{name}.log").read_text(errors="replace")[-3000:]
 
     def found(self, word: str, home: str) -> list[psutil.Process]:
-        """The processes of this home whose command holds this word."""
+        """The processes of this home that run this program, or this command of fedrank."""
         result = []
         for process in psutil.process_iter(["environ", "cmdline"]):
             mine = (process.info["environ"] or {}).get("FLWR_HOME") == str(self.home(home))
-            if mine and any(word in part for part in process.info["cmdline"] or ()):
+            first = [Path(part).name for part in process.info["cmdline"] or ()][:5]
+            if mine and word in first and first[0] != "bash":  # that starts it again
                 result.append(process)
         return result
 

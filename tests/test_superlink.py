@@ -165,10 +165,9 @@ def test_what_is_killed_loses_no_round(what: str, running: Federation, tmp_path:
     if what == "the worker":
         running.start_worker("south")
     if what == "the SuperLink":
-        process.wait(120)
         running.start_link()
     if what in ("the server app", "the SuperLink"):
-        assert process.wait(180) == 2
+        assert process.wait(300) == 2
         assert committed(out) == before
         process = running.run(out, "resume", str(out))
     running.wait(process, 600)
