@@ -3,8 +3,8 @@
 python benchmarks/study.py benchmarks/fed_plora.yaml --data PATH/clinc150 --out runs/fed_plora
 
 Every arm is played in every setting with the same data, seeds, rounds and tuning effort. Killed, it goes on
-where it was. Each run is a process of its own with one thread; --workers of them at once. --forecast stops
-after the forecast.
+where it was; what the file of results holds of the same study is not played again. Each run is a process of its own with
+one thread; --workers of them at once. --forecast stops after the forecast.
 """
 
 import argparse
@@ -89,10 +89,11 @@ def paired(ours: list[float], theirs: list[float], margin: float = 1) -> dict[st
 def measured(folder: Path, score: str, columns: list[str]) -> dict[str, Any]:
     """The curve of a score, its last five evaluations, what it cost, and other columns of the ledger by round."""
     rounds, end = rows(folder, "rounds"), summary(folder)
-    curve = {row["round"]: row[score] for row in rounds if row[score] is not None}
+    curve = {str(row["round"]): row[score] for row in rounds if row[score] is not None}
     kept = ("accuracy", "personal_accuracy", "personal_majority", "majority", "adapter_bytes_up",
             "adapter_bytes_down", "bytes_up", "bytes_down", "clock_seconds", "wall_seconds",
             *TEXTS, *(f"personal_{name}" for name in TEXTS))  # fmt: skip
+    columns = [*dict.fromkeys([*columns, "adapter_bytes_up", "adapter_bytes_down", "clock_seconds"])]
     texts = rows(folder, "texts") if (folder / "texts.jsonl").exists() else []
     return {
         "curve": curve, "last_five": statistics.mean(list(curve.values())[-5:]),
@@ -102,25 +103,25 @@ def measured(folder: Path, score: str, columns: list[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def reached(folder: Path, score: str, target: float) -> dict[str, float] | None:
+def reached(run: dict[str, Any], target: float) -> dict[str, float] | None:
     """When the mean of three evaluations in a row first was at the target: round, simulated seconds, bytes so far."""
-    traffic, curve = 0.0, list[float]()
-    for row in rows(folder, "rounds"):
-        traffic += row["adapter_bytes_up"] + row["adapter_bytes_down"]
-        if row[score] is not None:
-            curve.append(row[score])
+    traffic, curve, by = 0.0, list[float](), run["by_round"]
+    for at, (up, down) in enumerate(zip(by["adapter_bytes_up"], by["adapter_bytes_down"], strict=True)):
+        traffic += up + down
+        if str(at + 1) in run["curve"]:
+            curve.append(run["curve"][str(at + 1)])
             if len(curve) >= 3 and statistics.mean(curve[-3:]) >= target:
-                return {"round": row["round"], "clock_seconds": row["clock_seconds"], "adapter_bytes": traffic}
+                return {"round": at + 1, "clock_seconds": by["clock_seconds"][at], "adapter_bytes": traffic}
     return None
 
 
-def targets(folders: dict[str, Path], score: str) -> dict[str, Any]:
-    """The score that every arm reaches, and when each first did."""
+def targets(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The score that every arm's run reaches, and when each first did."""
     best = []
-    for folder in folders.values():
-        curve = [row[score] for row in rows(folder, "rounds") if row[score] is not None]
+    for run in runs.values():
+        curve = list(run["curve"].values())
         best.append(max(statistics.mean(curve[at : at + 3]) for at in range(max(1, len(curve) - 2))))
-    return {"target": min(best), **{arm: reached(folder, score, min(best)) for arm, folder in folders.items()}}
+    return {"target": min(best), **{arm: reached(run, min(best)) for arm, run in runs.items()}}
 
 
 # ---- the study
@@ -207,24 +208,28 @@ def main() -> None:
     if given.forecast:
         return
     pool = ThreadPoolExecutor(given.workers)
+    before = json.loads(results.read_text()) if results.exists() else {}
+    before = before if before.get("study") == study else {}
     result: dict[str, Any] = {
         "study": study, "command": f"python benchmarks/study.py benchmarks/{given.study.name} --data PATH --out FOLDER",
         "machine": machine.describe() | {"threads_per_run": 1, "runs_at_once": given.workers}, "forecast": expected,
-        "pilot": rates(study, where, given.out, pool), "runs": {}, "to_target": {},
+        "pilot": before.get("pilot") or rates(study, where, given.out, pool), "runs": before.get("runs", {}), "to_target": {},
     }  # fmt: skip
     jobs = {}
     for seed in study["seeds"]:
         for setting, arm, config in configs(study, where):
             tuned = result["pilot"].get(setting, result["pilot"][first])
-            part = {"seed": seed, "local": {"lr": tuned[arm]["best"]}}
+            if str(seed) in result["runs"].get(setting, {}).get(arm, {}):
+                continue
+            part = {"seed": seed, "local": {"lr": float(tuned[arm]["best"])}}
             jobs[setting, arm, seed] = pool.submit(play, given.out / f"{setting}-{arm}-{seed}", merge(config, part))
     for (setting, arm, seed), job in jobs.items():
         found = measured(job.result(), study["score"], study["columns"])
         result["runs"].setdefault(setting, {}).setdefault(arm, {})[str(seed)] = found
         results.write_text(json.dumps(result, indent=1) + "\n")
     for setting, seed in product(study["settings"], study["seeds"]):
-        folders = {arm: given.out / f"{setting}-{arm}-{seed}" for arm in study["arms"]}
-        result["to_target"].setdefault(setting, {})[str(seed)] = targets(folders, study["score"])
+        played = {arm: result["runs"][setting][arm][str(seed)] for arm in study["arms"]}
+        result["to_target"].setdefault(setting, {})[str(seed)] = targets(played)
     baseline, *others = study["arms"]
     if len(study["seeds"]) > 1:  # the same seeds, so that what they have in common falls out
         late = {(s, arm): [run["last_five"] for run in seeds.values()] for s, arms in result["runs"].items()

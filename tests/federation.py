@@ -9,18 +9,27 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 
-from fedrank import remote
+import fedrank
+from fedrank import config, experiment, ledger, parts, remote, sites
 from fedrank.deploy import keys
 
 WORDS = {"colour": ("red", "green", "blue"), "animal": ("dog", "cat", "cow"), "motion": ("run", "walk", "jump")}
 LABELS = tuple(WORDS)
+# Program and home of what can be killed; None: a site's.
+PROGRAMS = {
+    "the worker": ("site", None), "the client app": ("flwr-clientapp", None), "the SuperNode": ("flower-supernode", None),
+    "the server app": ("flwr-serverapp", "link"), "the SuperLink": ("flower-superlink", "link"),
+}  # fmt: skip
+PLAYED = {"compute": "float32", "products": "torch", "stack": 1}  # the engine of a replay
+SERVERS = ("the server app", "the SuperLink")  # with which the run's command ends, until it is resumed
 
 
 def rows(seed: int, count: int) -> list[dict[str, str]]:
@@ -185,6 +194,15 @@ class Federation:
                 killed.append(process.pid)
         return killed
 
+    def strike(self, what: str, site: str) -> None:
+        """kill -9 of one of PROGRAMS, of this site or the server's; what no service manager here starts again is started."""
+        word, home = PROGRAMS[what]
+        until(lambda: self.kill(word, home or site), 60, what)
+        if what == "the worker":
+            self.start_worker(site)
+        if what == "the SuperLink":
+            self.start_link()
+
     def end(self, name: str) -> None:
         """One program, with all that is in its group."""
         process = self.programs.pop(name)
@@ -218,3 +236,66 @@ def federation(
         yield made
     finally:
         made.stop()
+
+
+# ---- what a run comes to
+
+
+def state(path: Path, round: int) -> bytes:
+    return (path / "states" / f"{round:04d}.safetensors").read_bytes()
+
+
+def local(made: Federation, raw: Mapping[str, Any], out: Path, answered: Mapping[int, set[str]] | None = None) -> None:
+    """The same run on this machine; answered: who did in which round, where not all did."""
+    here = {**raw, "data": {"name": "sites"}, "engine": PLAYED}
+    data = sites.together([made.site(name) for name in made.names], LABELS)
+
+    def prepare(settings: config.Config, method: Any, rows: Any) -> parts.Parts:
+        found = parts.prepare(settings, method, rows)
+        return found if answered is None else replace(found, carrier=partial(silenced, answered=answered))
+
+    loaded = config.load({**here, "data": {"name": data.name}})
+    for _ in experiment.start(loaded, out, data=data, by=prepare):
+        pass
+
+
+def silenced(made: parts.Parts, wire: Any, store: Any, answered: Mapping[int, set[str]]) -> Any:
+    """The local engine, on which only these clients answer their training requests."""
+    engine = parts.here(made, wire, store)
+
+    class Some:
+        def fleet(self) -> Any:
+            return engine.fleet()
+
+        def exchange(self, requests: Any, seconds: float | None) -> Any:
+            asked = []
+            for client, build in requests:
+                frame = build()
+                request = wire.open_request(frame)
+                if request.kind != "train" or client in answered[request.round]:
+                    asked.append((client, lambda frame=frame: frame))
+            return engine.exchange(asked, seconds)
+
+    return Some()
+
+
+def answered(path: Path) -> dict[int, set[str]]:
+    rows = ledger.read(path / "clients.jsonl")
+    return {
+        round: {row["client"] for row in rows if row["round"] == round and row["ok"]}
+        for round in {row["round"] for row in rows}
+    }
+
+
+def committed(path: Path) -> list[int]:
+    return sorted(int(file.stem) for file in (path / "states").glob("*.safetensors"))
+
+
+def follows(made: Federation, raw: Mapping[str, Any], path: Path, tmp_path: Path) -> None:
+    """Its State is what the answers that arrived imply."""
+    rows = ledger.read(path / "rounds.jsonl")
+    assert [row["round"] for row in rows] == list(range(1, raw["rounds"]["count"] + 1))
+    local(made, raw, tmp_path / "again", answered(path))
+    last = raw["rounds"]["count"]
+    assert state(path, last) == state(tmp_path / "again", last)
+    assert fedrank.Run(path).summary["rounds"] == last

@@ -4,73 +4,22 @@ import json
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import fedrank
-from federation import LABELS, Federation, federation, until
-from fedrank import config, experiment, ledger, parts, sites
+from federation import PROGRAMS, SERVERS, Federation, answered, committed, federation, follows, local, state, until
+from fedrank import ledger
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-PLAYED = {"compute": "float32", "products": "torch", "stack": 1}
 
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     with federation(tmp_path_factory.mktemp("federation")) as made:
         yield made
-
-
-def state(path: Path, round: int) -> bytes:
-    return (path / "states" / f"{round:04d}.safetensors").read_bytes()
-
-
-def local(made: Federation, raw: Mapping[str, Any], out: Path, answered: Mapping[int, set[str]] | None = None) -> None:
-    """The same run on this machine; answered: who did in which round, where not all did."""
-    here = {**raw, "data": {"name": "sites"}, "engine": PLAYED}
-    data = sites.together([made.site(name) for name in made.names], LABELS)
-
-    def prepare(settings: config.Config, method: Any, rows: Any) -> parts.Parts:
-        found = parts.prepare(settings, method, rows)
-        return found if answered is None else replace(found, carrier=partial(silenced, answered=answered))
-
-    loaded = config.load({**here, "data": {"name": data.name}})
-    for _ in experiment.start(loaded, out, data=data, by=prepare):
-        pass
-
-
-def silenced(made: parts.Parts, wire: Any, store: Any, answered: Mapping[int, set[str]]) -> Any:
-    """The local engine, on which only these clients answer their training requests."""
-    engine = parts.here(made, wire, store)
-
-    class Some:
-        def fleet(self) -> Any:
-            return engine.fleet()
-
-        def exchange(self, requests: Any, seconds: float | None) -> Any:
-            asked = []
-            for client, build in requests:
-                frame = build()
-                request = wire.open_request(frame)
-                if request.kind != "train" or client in answered[request.round]:
-                    asked.append((client, lambda frame=frame: frame))
-            return engine.exchange(asked, seconds)
-
-    return Some()
-
-
-def answered(path: Path) -> dict[int, set[str]]:
-    rows = ledger.read(path / "clients.jsonl")
-    return {
-        round: {row["client"] for row in rows if row["round"] == round and row["ok"]}
-        for round in {row["round"] for row in rows}
-    }
 
 
 @pytest.mark.parametrize("method", ["fedara", "pf2lora"])
@@ -128,27 +77,7 @@ def begun(path: Path, round: int) -> bool:
     return (path / "states" / f"{round - 1:04d}.safetensors").exists()
 
 
-def committed(path: Path) -> list[int]:
-    return sorted(int(file.stem) for file in (path / "states").glob("*.safetensors"))
-
-
-def follows(made: Federation, raw: Mapping[str, Any], path: Path, tmp_path: Path) -> None:
-    """Its State is what the answers that arrived imply."""
-    rows = ledger.read(path / "rounds.jsonl")
-    assert [row["round"] for row in rows] == list(range(1, raw["rounds"]["count"] + 1))
-    local(made, raw, tmp_path / "again", answered(path))
-    last = raw["rounds"]["count"]
-    assert state(path, last) == state(tmp_path / "again", last)
-    assert fedrank.Run(path).summary["rounds"] == last
-
-
-KILLED = {
-    "the worker": ("site", "south"), "the client app": ("flwr-clientapp", "south"), "the SuperNode": ("flower-supernode", "south"),
-    "the server app": ("flwr-serverapp", "link"), "the SuperLink": ("flower-superlink", "link"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", KILLED)
+@pytest.mark.parametrize("what", PROGRAMS)
 def test_what_is_killed_loses_no_round(what: str, running: Federation, tmp_path: Path) -> None:
     raw = running.config(
         method={"name": "pf2lora"},
@@ -158,17 +87,11 @@ def test_what_is_killed_loses_no_round(what: str, running: Federation, tmp_path:
     path.write_text(json.dumps(raw))
     process = running.run(out, "run", str(path), "--out", str(out))
     until(lambda: begun(out, 2), 300, "the second round")
-    word, home = KILLED[what]
-    killed = until(lambda: running.kill(word, home), 60, what)
     before = committed(out)
-    assert killed
-    if what == "the worker":
-        running.start_worker("south")
-    if what == "the SuperLink":
-        running.start_link()
-    if what in ("the server app", "the SuperLink"):
+    running.strike(what, "south")
+    if what in SERVERS:
         assert process.wait(300) == 2
-        assert committed(out) == before
+        assert committed(out)[: len(before)] == before
         process = running.run(out, "resume", str(out))
     running.wait(process, 600)
     follows(running, raw, out, tmp_path)
