@@ -1,16 +1,15 @@
 """What the frames in tests/frames say: one of every kind, of numbers that no generator draws.
 
-Those of schema 1 were written by this file (`python tests/golden.py tests/frames/1`) as it was while fedrank wrote schema
-1 alone, by the commit that added them. They are never written again: that a later fedrank reads and writes them is tested.
+Those of schema 1 were written by this file (`python tests/golden.py tests/frames/1`) as it was while fedrank knew schema
+1 alone, in the commit that added them. They are never written again: that a later fedrank reads and writes them is tested.
 """
 
-import sys
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from fedrank import config, hello
+from fedrank import hello
 from fedrank.adapter import Adapter, Block
 from fedrank.protocol import Device, Load, ModelSpec, Module, Plan, State, Update
 from fedrank.wire import Wire
@@ -54,25 +53,22 @@ EVALUATE = Plan({}, {"0.m": np.array([0, 1]), "1.m": np.array([0, 1])}, learn=""
 UPDATE = Update(adapter(0.5).take(TRAIN.train), 12, {"loss": 0.5}, {"keep": np.array([1, 2], np.uint8)})
 
 
-def wire(**changes: Any) -> Wire:
-    return Wire(SPEC, START, "f32", RUN, 7, NUMERICS, **changes)
+def wire(schema: int) -> Wire:
+    """Of a server that knows which schema its site speaks."""
+    return Wire(SPEC, START, "f32", RUN, 7, NUMERICS, {"north": schema})
 
 
-def frames() -> dict[str, bytes]:
-    """One of every kind, by its name."""
-    ends = wire()
-    told = hello.told(config.load(SETTINGS))
-    asked = {kind: ends.request(kind, "north", plan, STATE) for kind, plan in (("train", TRAIN), ("evaluate", EVALUATE))}  # type: ignore[arg-type]
+def frames(schema: int, told: Mapping[str, Any]) -> dict[str, bytes]:
+    """One of every kind, by its name. told: the config in the setup; in schema 1 it was that of SETTINGS, whole."""
+    ends = wire(schema)
+    asked = {
+        kind: ends.request(kind, "north", plan, STATE) for kind, plan in (("train", TRAIN), ("evaluate", EVALUATE))
+    }  # type: ignore[arg-type]
     train, evaluate = (ends.open_request(frame) for frame in asked.values())
     return asked | {
-        "setup": hello.write_setup(hello.Setup(RUN, told, ("bad", "good"), "print", "start", START)),
-        "registration": hello.write_registration(hello.Registration(RUN, DEVICE, "print", NUMERICS)),
+        "setup": hello.write_setup(hello.Setup(RUN, told, ("bad", "good"), "print", "start", START, schema)),
+        "registration": hello.write_registration(hello.Registration(RUN, DEVICE, "print", NUMERICS, schema)),
         "update": ends.update(train, UPDATE),
         "evaluation": ends.evaluation(evaluate, METRICS),
-        "error": ends.error(train.round, train.client, train.digest, ERROR),
+        "error": ends.error(train, ERROR),
     }
-
-
-if __name__ == "__main__":
-    for name, frame in frames().items():
-        (Path(sys.argv[1]) / f"{name}.frame").write_bytes(frame)
