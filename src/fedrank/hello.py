@@ -28,8 +28,8 @@ class Setup:
 
     config: the run's, resolved, less where the server's own data and model are. labels: the class names. fingerprint: of
     the base model. start: a hash of the adapter that the run starts from; imported: that adapter, where it is not as the
-    method makes it. schema: the newest that its server speaks; as read, that
-    both ends do. version: the server's fedrank; None before schema 2.
+    method makes it. schema: the newest that the server speaks; once read, that both ends do. version: the server's
+    fedrank; None before schema 2.
     """
 
     run: str
@@ -113,7 +113,7 @@ def read_registration(frame: bytes, run: str) -> Registration:
 def told(config: Config) -> dict[str, Any]:
     """What a site is told of the config: nothing of where the server's data and model are.
 
-    Of most sections only what is not as by default: an older fedrank refuses keys that it does not know.
+    But for device and engine only what is not as by default: an older fedrank refuses keys that it does not know.
     """
     raw, own = config.model_dump(mode="json"), config.model_dump(mode="json", exclude_defaults=True)
     name = raw["model"]["name"]

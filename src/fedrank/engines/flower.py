@@ -129,8 +129,9 @@ class Sites:
     """The engine on which every client is a site with a SuperNode of its own.
 
     hello: the frame that tells a site of the run. admit: its answer -> what it registers; Refused where it cannot take
-    part. minimum: how many there must be before a round begins. seconds: of the wait where a round has none. schemas: in
-    which the frames for a client are to be written, noted here. known: client -> its node and device. barred: node -> when it was last told, and why it takes no part.
+    part. minimum: how many there must be before a round begins. seconds: of the wait where a round has none. schemas:
+    client -> the schema of its frames, noted here for who writes them. known: client -> its node and device. barred:
+    node -> when it was last told, and why it takes no part.
     """
 
     grid: Grid
@@ -203,12 +204,8 @@ class Sites:
             self.known[device.id] = (node, device)
             self.schemas[device.id] = found.schema
             log.info(
-                "client %s is there: %d examples, %s, fedrank %s",
-                device.id,
-                device.examples,
-                device.kind,
-                found.version,
-            )
+                "client %s is there: %d examples, %s, fedrank %s", device.id, device.examples, device.kind, found.version
+            )  # fmt: skip
 
 
 @dataclass(eq=False)
