@@ -20,15 +20,18 @@ from flwr.supercore.task_identity import TaskIdentity
 
 import fedrank
 from fedrank import central, config, experiment, hello, resident, sites
+from fedrank import frame as frames
 from fedrank.config import ConfigError
 from fedrank.engines import flower
 from fedrank.frame import Refused, pack, unpack
 from fedrank.protocol import Device, Load
-from fedrank.store import StoreError
+from fedrank.store import Store, StoreError
+from fedrank.wire import Wire
 
 WORDS = {"colour": ("red", "green", "blue"), "animal": ("dog", "cat", "cow"), "motion": ("run", "walk", "jump")}
 LABELS = tuple(WORDS)
 NAMES = ("north", "south", "west")
+Answer = Callable[[bytes], bytes]
 
 
 @pytest.fixture(autouse=True)
@@ -182,6 +185,103 @@ def test_a_fresh_process_for_every_frame_changes_no_bit(files: dict[str, Path], 
     assert state(tmp_path / "warm", 2) == state(tmp_path / "cold", 2)
 
 
+# ---- schemas
+
+
+def spoken(found: Iterable[bytes]) -> list[tuple[str, int]]:
+    return sorted({(meta["kind"], meta["schema"]) for meta, _ in map(unpack, found)})
+
+
+def old(answer: Answer, monkeypatch: pytest.MonkeyPatch, heard: list[bytes]) -> Answer:
+    """A site whose fedrank speaks schema 1 alone, and what it says."""
+
+    def answered(frame: bytes) -> bytes:
+        with monkeypatch.context() as then:
+            then.setattr(frames, "SCHEMA", 1)
+            heard.append(answer(frame))
+        return heard[-1]
+
+    return answered
+
+
+@pytest.mark.parametrize("dtype", ["f32", "int8"])
+def test_sites_of_two_schemas_under_one_server(
+    dtype: str, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old one is never sent what it would refuse, and the State is that of a run in which all are new."""
+    raw = settings(method={"name": "fedara"}, wire={"dtype": dtype})
+    play(raw, tmp_path / "new", grid_of(files))
+    mixed, heard = grid_of(files), list[bytes]()
+    mixed.answers[2] = old(mixed.answers[2], monkeypatch, heard)
+    play(raw, tmp_path / "mixed", mixed)
+    for node, schema in ((1, 2), (2, 1), (3, 2)):
+        assert spoken(frame for at, frame in mixed.sent if at == node) == [
+            ("evaluate", schema), ("setup", 1), ("train", schema)
+        ]  # fmt: skip
+    assert spoken(heard) == [("evaluation", 1), ("registration", 1), ("update", 1)]
+    assert state(tmp_path / "mixed", 2) == state(tmp_path / "new", 2)
+    for name in ("rounds", "clients"):
+        assert ledger(tmp_path / "mixed", name) == ledger(tmp_path / "new", name)
+
+
+def test_new_sites_under_an_old_server(files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its setup names no other schema; so nothing comes that it would refuse."""
+    play(settings(), tmp_path / "new", grid_of(files))
+    setup, heard, grid = central.setup, list[bytes](), grid_of(files)
+    monkeypatch.setattr(central, "setup", lambda made: replace(setup(made), schema=1))
+    for node, answer in grid.answers.items():
+        grid.answers[node] = lambda frame, answer=answer: heard.append(answer(frame)) or heard[-1]
+    play(settings(), tmp_path / "old", grid)
+    assert {schema for _, schema in spoken([*heard, *(frame for _, frame in grid.sent)])} == {1}
+    assert state(tmp_path / "old", 2) == state(tmp_path / "new", 2)
+
+
+def test_a_site_that_goes_back_to_an_older_fedrank_is_told_again(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = grid_of(files)
+    raw = settings(rounds={"count": 3, "minimum": 2, "evaluate_every": 3, "personal": 0})
+    for event in experiment.start(config.load(raw), tmp_path / "run", by=partial(central.prepare, grid=grid)):
+        if event["event"] == "round" and event["round"] == 1:
+            grid.answers[2] = old(grid.answers[2], monkeypatch, [])
+    found = {row["round"]: row for row in ledger(tmp_path / "run", "clients") if row["client"] == "south"}
+    assert found[2]["error"].startswith("the frame has schema version 2, this fedrank ")
+    assert found[3]["ok"]
+
+
+def test_who_is_there_is_named_with_its_version(files: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
+    made = Admitted(a=lambda frame: b"a")
+    with caplog.at_level("INFO"):
+        made.engine.fleet()
+    assert "client a is there: 5 examples, , fedrank 0.0.7" in caplog.text
+
+
+@pytest.mark.parametrize(("theirs", "says"), [
+    (fedrank.__version__, ""), ("9.9", f"; fedrank {fedrank.__version__} here, 9.9 there"),
+    (None, f"; fedrank {fedrank.__version__} here, an older one there"),
+])  # fmt: skip
+def test_a_refusal_names_both_versions_where_they_differ(
+    theirs: str | None, says: str, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = replace(setup_of(settings()), version=theirs)
+    desk = sites.Desk(sites.read(files["north"]))
+    with pytest.raises(Refused, match="client north: the adapter here does not start") as error:
+        desk.answer(hello.write_setup(replace(setup, start="other")))
+    assert str(error.value).endswith(f"are both fedranks of one version?{says}")
+    with pytest.raises(Refused) as error:
+        desk.answer(hello.write_setup(replace(setup, config={**setup.config, "new": 1})))
+    assert str(error.value) == f"client north: ConfigError: what is wrong is said in the site's own log{says}"
+
+
+def test_a_server_s_refusal_names_both_versions(files: dict[str, Path], tmp_path: Path) -> None:
+    made = central.prepare(config.load(settings()), grid=grid_of(files))
+    engine = made.carrier(made, Wire(made.spec, made.begin.adapter, "f32", made.run_id, 0), Store(tmp_path))
+    assert isinstance(engine, flower.Sites)
+    found = replace(REGISTRATION, run=made.run_id, numerics={"fedrank": "9.9"})
+    with pytest.raises(Refused, match=f"has base model print, not .*; fedrank {fedrank.__version__} here, 9.9 there$"):
+        engine.admit(hello.write_registration(found))
+
+
 def test_what_differs_is_named(
     files: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,12 +433,12 @@ class Admitted:
 
     def __init__(self, minimum: int = 1, **answers: Callable[[bytes], bytes] | None) -> None:
         self.grid = Grid(dict(enumerate(answers.values(), 1)))
-        self.engine = flower.Sites(self.grid, b"hello", self.admit, minimum, None)  # type: ignore[arg-type]
+        self.engine = flower.Sites(self.grid, b"hello", self.admit, minimum, None, {})  # type: ignore[arg-type]
 
-    def admit(self, frame: bytes) -> Device:
+    def admit(self, frame: bytes) -> hello.Registration:
         if frame == b"stranger":
             raise Refused("another base model")
-        return Device(frame.decode(), 5)
+        return hello.Registration("", Device(frame.decode(), 5), "", {"fedrank": "0.0.7"})
 
 
 def test_sites_that_join_late_leave_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:

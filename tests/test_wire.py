@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+import fedrank
 from fedrank import cost
 from fedrank.adapter import Adapter, Block
 from fedrank.frame import CHECKSUM, DTYPES, EXACT, HEADER, MAX_HEADER, Refused, decode, encode, sizes, unpack
@@ -435,7 +436,7 @@ def test_the_frames_that_are_spoilt_below_are_good() -> None:
             (((0, 4), (4, 12)), "'a' of float32.2. does not lie at"),  # less than its shape
             (((0, 8), (8, 16)), "schema version None"),  # as it should be, but for the rest
         ]),
-        (altered(ASK, {"schema": 2}), "schema version 2, this fedrank speaks 1"),
+        *((altered(ASK, {"schema": n}), f"schema version {n}, this fedrank {fedrank.__version__} speaks 1 to 2") for n in (0, 3)),
         (altered(ASK, {"schema": None}), "schema version None"),
     ],
 )  # fmt: skip
@@ -685,12 +686,12 @@ def test_an_evaluation_carries_numbers_only() -> None:
 
 
 def test_an_error_is_told_in_400_characters() -> None:
-    digest = wire().digest("train", 4, "c0", PLAN)
-    reply = reading(wire().error(4, "c0", digest, "out of memory" + "!" * 1000))
+    request = wire().open_request(ASK)
+    reply = reading(wire().error(request, "out of memory" + "!" * 1000))
     assert reply.update is None
     assert reply.error == ("out of memory" + "!" * 1000)[:400]
     with pytest.raises(Refused, match="an answer to run"):
-        reading(wire().error(3, "c0", digest, "late"))
+        reading(wire().error(replace(request, round=3), "late"))
 
 
 def test_the_digest_names_the_request() -> None:

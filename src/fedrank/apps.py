@@ -27,6 +27,8 @@ def _play(grid: flower.Grid, told: Mapping[str, Any]) -> None:
     """Begin a run, or go on with it, in the directory that the settings name: `flwr run` again resumes."""
     out = Path(str(told["out"]))
     prepare = partial(central.prepare, grid=grid)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")  # `flwr log` shows it
+    logging.getLogger("fedrank").setLevel(logging.INFO)
     with _listener(str(told.get("watch", ""))) as tell:
         logging.getLogger("fedrank").addHandler(_Told(tell))
         try:

@@ -8,7 +8,7 @@ from fedrank.config import Config, ConfigError
 from fedrank.engines import flower
 from fedrank.engines.local import fails
 from fedrank.frame import Refused
-from fedrank.hello import Setup
+from fedrank.hello import Registration, Setup
 from fedrank.parts import Parts
 from fedrank.protocol import Device, Engine, Method
 from fedrank.store import Store
@@ -52,14 +52,17 @@ def prepare(
 
 
 def _sites(made: Parts, wire: Wire, store: Store, grid: flower.Grid) -> Engine:
-    def admit(frame: bytes) -> Device:
+    def admit(frame: bytes) -> Registration:
         found = hello.read_registration(frame, made.run_id)
         if found.fingerprint != made.spec.fingerprint:
-            raise Refused(f"client {found.device.id} has base model {found.fingerprint}, not {made.spec.fingerprint}")
-        return found.device
+            raise Refused(
+                f"client {found.device.id} has base model {found.fingerprint}, not {made.spec.fingerprint}"
+                f"{hello.versions(found.version)}"
+            )
+        return found
 
     rounds = made.config.rounds
-    return flower.Sites(grid, hello.write_setup(setup(made)), admit, rounds.minimum, rounds.deadline)
+    return flower.Sites(grid, hello.write_setup(setup(made)), admit, rounds.minimum, rounds.deadline, wire.schemas)
 
 
 def setup(made: Parts) -> Setup:

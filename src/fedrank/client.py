@@ -91,7 +91,7 @@ def handle(frame: bytes, site: Site, deadline: float | None = None) -> bytes:
             kind = "Error" if site.withholds else type(error).__name__
             said = str(error).replace(str(site.private.root), "the client's store")  # where that is stays here too
             text = f"{kind}: {said if ours else 'the message stays with the client'}"
-            return site.wire.error(request.round, request.client, request.digest, text)
+            return site.wire.error(request, text)
 
 
 def _train(request: Request, site: Site, size: int, deadline: float | None) -> bytes:

@@ -15,9 +15,11 @@ import ml_dtypes
 import numpy as np
 import xxhash
 
+import fedrank
 from fedrank.adapter import FACTORS
 
-SCHEMA = 1
+SCHEMA, OLDEST = 2, 1  # of frames: the newest, which is written where it is understood, and the oldest that is read
+OTHER = "the frame has schema version"  # how every version begins to refuse one that it does not read
 HEADER = 2048  # bytes; the header grows in steps of this, so that a frame's length can be predicted
 MAX_HEADER = 1 << 20
 CHECKSUM = 8  # bytes
@@ -70,7 +72,7 @@ def pack(meta: Mapping[str, Any], tensors: Mapping[str, np.ndarray | list[np.nda
 
 
 def unpack(frame: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The facts and arrays of a frame; Refused where it is damaged or not of this schema."""
+    """The facts and arrays of a frame; Refused where it is damaged or of a schema that is not read here."""
     if len(frame) < HEADER + CHECKSUM:
         raise Refused(f"a frame of {len(frame)} bytes is too short")
     if xxhash.xxh3_64_digest(memoryview(frame)[:-CHECKSUM]) != frame[-CHECKSUM:]:
@@ -84,12 +86,24 @@ def unpack(frame: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         tensors = _views(frame, 8 + size, header)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise Refused(f"not a frame: {type(error).__name__}: {error}") from None
-    if not isinstance(meta, dict) or type(meta.get("schema")) is not int or meta["schema"] != SCHEMA:
-        got = meta.get("schema") if isinstance(meta, dict) else None
-        raise Refused(f"the frame has schema version {got!r}, this fedrank speaks {SCHEMA}")
+    told = meta if isinstance(meta, dict) else {}
+    numbers = type(told.get("schema")) is type(told.get("newest", 0)) is int
+    if not numbers or not OLDEST <= spoken(told) <= SCHEMA:
+        theirs = f" (fedrank {told['version']!s:.40})" if "version" in told else ""
+        raise Refused(
+            f"{OTHER} {told.get('schema')!r}{theirs}, this fedrank {fedrank.__version__} speaks {OLDEST} to {SCHEMA}"
+        )
     tensors.pop("checksum", None)
     finite(tensors)
     return meta, tensors
+
+
+def spoken(meta: Mapping[str, Any]) -> int:
+    """The schema that both ends of a frame speak, where there is one.
+
+    It is the frame's; of one that also names the newest that its writer speaks, the newest up to there.
+    """
+    return max(int(meta["schema"]), min(int(meta.get("newest", 0)), SCHEMA))
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

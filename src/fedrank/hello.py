@@ -6,17 +6,18 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import fedrank
 from fedrank import config as settings
 from fedrank import increments
 from fedrank.adapter import Adapter, from_arrays, to_arrays
 from fedrank.config import Config
-from fedrank.frame import SCHEMA, Refused, pack, unpack
+from fedrank.frame import OLDEST, SCHEMA, Refused, pack, spoken, unpack
 from fedrank.protocol import Device, Load
 from fedrank.store import CLIENT
 
 RUN = 16  # hexadecimal digits
 UNKNOWN = "this site has not been told of the run"
-_TOLD = ("task", "rounds", "local", "adapter", "method", "wire", "server", "privacy", "generation", "seed", "device")
+_TOLD = ("task", "rounds", "local", "adapter", "method", "wire", "server", "privacy", "generation", "seed")
 _ENGINE = ("kind", "threads", "compute", "products", "timing", "stack", "offload")
 _COUNTS = ("examples", *(f"load.{field.name}" for field in fields(Load)))
 
@@ -27,7 +28,8 @@ class Setup:
 
     config: the run's, resolved, less where the server's own data and model are. labels: the class names. fingerprint: of
     the base model. start: a hash of the adapter that the run starts from; imported: that adapter, where it is not as the
-    method makes it.
+    method makes it. schema: the newest that the server speaks; once read, that both ends do. version: the server's
+    fedrank; None before schema 2.
     """
 
     run: str
@@ -36,24 +38,35 @@ class Setup:
     fingerprint: str
     start: str
     imported: Adapter | None = None
+    schema: int = SCHEMA
+    version: str | None = fedrank.__version__
 
 
 @dataclass(frozen=True, eq=False)
 class Registration:
-    """A site, to the server."""
+    """A site, to the server. schema: the newest that both ends speak."""
 
     run: str
     device: Device
     fingerprint: str
     numerics: Mapping[str, Any]
+    schema: int = SCHEMA
+
+    @property
+    def version(self) -> str:
+        """The site's fedrank."""
+        return f"{self.numerics.get('fedrank')!s:.40}"
 
 
 def write_setup(setup: Setup) -> bytes:
+    """It goes to sites of every schema, which read what they know of it, and answer in the newest that they share."""
     imported = setup.imported
     meta = {
-        "schema": SCHEMA, "kind": "setup", "run": setup.run, "config": dict(setup.config), "labels": list(setup.labels),
+        "schema": OLDEST, "kind": "setup", "run": setup.run, "config": dict(setup.config), "labels": list(setup.labels),
         "fingerprint": setup.fingerprint, "start": setup.start, "scale": None if imported is None else imported.scale,
     }  # fmt: skip
+    if setup.schema >= 2:
+        meta |= {"newest": setup.schema, "version": setup.version}
     return pack(meta, {} if imported is None else to_arrays(imported))
 
 
@@ -69,14 +82,17 @@ def read_setup(frame: bytes) -> Setup:
                 imported = None if scale is None else from_arrays(tensors, scale)
             except (ValueError, IndexError) as error:
                 raise Refused(f"not an adapter to start from: {error}") from None
-            return Setup(run, config, tuple(labels), fingerprint, start, imported)
+            version = meta.get("version")
+            if not (version is None or (type(version) is str and len(version) <= 40)):
+                raise Refused(f"a version is a short text, got {version!r}")
+            return Setup(run, config, tuple(labels), fingerprint, start, imported, spoken(meta), version)
     raise Refused("not the setup of a run")
 
 
 def write_registration(registration: Registration) -> bytes:
     device = asdict(registration.device)
     meta = {
-        "schema": SCHEMA, "kind": "registration", "run": registration.run, "device": device,
+        "schema": registration.schema, "kind": "registration", "run": registration.run, "device": device,
         "fingerprint": registration.fingerprint, "numerics": dict(registration.numerics),
     }  # fmt: skip
     return pack(meta, {})
@@ -90,18 +106,22 @@ def read_registration(frame: bytes, run: str) -> Registration:
             "kind": "registration", "run": str(of), "device": dict(device), "fingerprint": str(fingerprint),
             "numerics": dict(numerics),
         } if of == run and not tensors:  # fmt: skip
-            return Registration(of, _device(device), fingerprint, numerics)
+            return Registration(of, _device(device), fingerprint, numerics, spoken(meta))
     raise Refused("not a registration for this run")
 
 
 def told(config: Config) -> dict[str, Any]:
-    """What a site is told of the config: nothing of where the server's data and model are."""
-    raw = config.model_dump(mode="json")
+    """What a site is told of the config: nothing of where the server's data and model are.
+
+    But for device and engine only what is not as by default: an older fedrank refuses keys that it does not know.
+    """
+    raw, own = config.model_dump(mode="json"), config.model_dump(mode="json", exclude_defaults=True)
     name = raw["model"]["name"]
     local = name not in settings.OWN_MODELS and Path(name).is_dir()
-    return {key: raw[key] for key in _TOLD} | {
-        "model": raw["model"] | {"name": "" if local else name, "trust_remote_code": False},
-        "data": {"instructions": raw["data"]["instructions"]},
+    return {key: own[key] for key in _TOLD if key in own} | {
+        "device": raw["device"],
+        "model": own.get("model", {}) | {"name": "" if local else name, "trust_remote_code": False},
+        "data": {"instructions": own.get("data", {}).get("instructions", {})},
         "engine": {key: raw["engine"][key] for key in _ENGINE},
     }
 
@@ -113,6 +133,12 @@ def kind(frame: bytes) -> tuple[str, str]:
     if type(found) is not str or type(run) is not str or not _is_run(run):
         raise Refused(f"a frame of kind {found!r} of run {run!r}")
     return found, run
+
+
+def versions(theirs: str | None) -> str:
+    """What a refusal adds where the two ends' fedranks differ."""
+    ours = fedrank.__version__
+    return "" if theirs == ours else f"; fedrank {ours} here, {theirs or 'an older one'} there"
 
 
 def begun(adapter: Adapter) -> str:

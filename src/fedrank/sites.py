@@ -181,7 +181,7 @@ def open_session(file: SiteFile, setup: Setup) -> Session:
         return cost.predict(made.spec, start, plan, made.load(file.client, round), device, bytes_down, up)
 
     site = made.site(device, wire, Private(_folder(file, setup.run) / "private"), costs)
-    registration = Registration(setup.run, device, made.spec.fingerprint, made.numerics)
+    registration = Registration(setup.run, device, made.spec.fingerprint, made.numerics, setup.schema)
     return Session(site, hello.write_registration(registration))
 
 
@@ -243,12 +243,13 @@ class Desk:
         try:
             session = open_session(self.file, setup)
         except Mismatch as error:
-            raise Refused(f"client {self.file.client}: {error}") from None
+            raise Refused(f"client {self.file.client}: {error}{hello.versions(setup.version)}") from None
         except Exception as error:  # what the server has no business to read: paths, rows
             known = isinstance(error, ValueError | OSError | ImportError)
             log.error("the run cannot be joined: %s: %s", type(error).__name__, error, exc_info=not known)
             raise Refused(
                 f"client {self.file.client}: {type(error).__name__}: what is wrong is said in the site's own log"
+                f"{hello.versions(setup.version)}"
             ) from error
         self.sessions.clear()  # one model at a time
         self.sessions[setup.run] = session

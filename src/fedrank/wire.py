@@ -12,7 +12,7 @@ import numpy as np
 
 from fedrank import increments
 from fedrank.adapter import Adapter
-from fedrank.frame import SCHEMA, Dtype, Refused, Sizes, pack, sizes, unpack
+from fedrank.frame import SCHEMA, Dtype, Refused, Sizes, pack, sizes, spoken, unpack
 from fedrank.layout import Layout
 from fedrank.protocol import ClientId, ModelSpec, Passes, Plan, State, Update, rng
 from fedrank.trace import span
@@ -44,7 +44,10 @@ Kind = Literal["train", "evaluate", "update", "evaluation", "error"]
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What a client reads from the server's frame. base_updates: all that hold by round, None for one sent before."""
+    """What a client reads from the server's frame, and the schema in which it answers.
+
+    base_updates: all that hold by round, None for one sent before.
+    """
 
     kind: Kind
     round: int
@@ -55,6 +58,7 @@ class Request:
     base_updates: Mapping[int, Adapter | None]
     numerics: Mapping[str, Any]
     digest: str
+    schema: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +74,10 @@ class Reply:
 
 @dataclass(frozen=True, eq=False)
 class Wire:
-    """Both ends' knowledge of one run, by which frames are written and checked. start: the adapter as ``begin`` made it."""
+    """Both ends' knowledge of one run, by which frames are written and checked.
+
+    start: the adapter as ``begin`` made it. schemas: those that clients speak, as they register; the newest where none is.
+    """
 
     spec: ModelSpec
     start: Adapter
@@ -78,6 +85,7 @@ class Wire:
     run: str
     seed: int
     numerics: Mapping[str, Any] = field(default_factory=dict)
+    schemas: dict[ClientId, int] = field(default_factory=dict)
 
     @cached_property
     def layout(self) -> Layout:
@@ -97,7 +105,7 @@ class Wire:
                 tensors[name] = self.layout.bits(ids, plan.width)
         tensors |= {f"arrays.{name}": array for name, array in plan.arrays.items()}
         tensors |= increments.write(state.base_updates, plan.since, self.spec)
-        meta = self._meta(kind, round, client) | {
+        meta = self._meta(kind, round, client, self.schemas.get(client, SCHEMA)) | {
             "plan": _plan(plan),
             "digest": self.digest(kind, round, client, plan),
             "fingerprint": self.spec.fingerprint,
@@ -139,7 +147,7 @@ class Wire:
         if base and not 0 <= min(base) <= max(base) < round:
             raise Refused(f"base updates of rounds {min(base)} to {max(base)} came in round {round}")
         adapter = self.layout.read(tensors, plan.present, plan.sent, self.start, scale)
-        return Request(kind, round, rounds, client, plan, adapter, base, numerics, digest)
+        return Request(kind, round, rounds, client, plan, adapter, base, numerics, digest, spoken(meta))
 
     # ---- client to server
 
@@ -157,22 +165,17 @@ class Wire:
         if request.plan.select is not None:
             tensors["ids"] = self.layout.bits(update.adapter.ids, request.plan.width)
         tensors |= {f"arrays.{name}": np.asarray(array) for name, array in update.arrays.items()}
-        meta = self._meta("update", request.round, request.client) | {
-            "digest": request.digest,
-            "examples": update.examples,
-            "metrics": dict(update.metrics),
-        }
+        meta = self._answer("update", request) | {"examples": update.examples, "metrics": dict(update.metrics)}
         return pack(meta, tensors)
 
     @span("wire")
     def evaluation(self, request: Request, metrics: Mapping[str, float]) -> bytes:
         """The client's answer to an evaluation."""
-        meta = self._meta("evaluation", request.round, request.client)
-        return pack(meta | {"digest": request.digest, "metrics": dict(metrics)}, {})
+        return pack(self._answer("evaluation", request) | {"metrics": dict(metrics)}, {})
 
-    def error(self, round: int, client: ClientId, digest: str, text: str) -> bytes:
+    def error(self, request: Request, text: str) -> bytes:
         """The client's word that it could not do its work."""
-        return pack(self._meta("error", round, client) | {"digest": digest, "error": text[:400]}, {})
+        return pack(self._answer("error", request) | {"error": text[:400]}, {})
 
     @span("wire")
     def open_reply(
@@ -227,8 +230,11 @@ class Wire:
 
     # ---- parts of a frame
 
-    def _meta(self, kind: str, round: int, client: ClientId) -> dict[str, Any]:
-        return {"schema": SCHEMA, "kind": kind, "run": self.run, "round": round, "client": client,
+    def _answer(self, kind: Kind, request: Request) -> dict[str, Any]:
+        return self._meta(kind, request.round, request.client, request.schema) | {"digest": request.digest}
+
+    def _meta(self, kind: Kind, round: int, client: ClientId, schema: int) -> dict[str, Any]:
+        return {"schema": schema, "kind": kind, "run": self.run, "round": round, "client": client,
                 "dtype": self.dtype, "numerics": dict(self.numerics)}  # fmt: skip
 
     def _chosen(self, bits: np.ndarray | None, plan: Plan) -> dict[str, np.ndarray]:

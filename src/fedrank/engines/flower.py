@@ -11,8 +11,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid as Grid
 from flwr.serverapp import ServerApp
 
-from fedrank.frame import Refused
-from fedrank.hello import UNKNOWN
+from fedrank.frame import OTHER, Refused
+from fedrank.hello import UNKNOWN, Registration
 from fedrank.protocol import ClientId, Device
 
 log = logging.getLogger(__name__)
@@ -128,16 +128,18 @@ def _content(message: Message) -> bytes | str | None:
 class Sites:
     """The engine on which every client is a site with a SuperNode of its own.
 
-    hello: the frame that tells a site of the run. admit: its answer -> the device that it registers; Refused where it
-    cannot take part. minimum: how many there must be before a round begins. seconds: of the wait where a round has none.
-    known: client -> its node and device. barred: node -> when it was last told, and why it takes no part.
+    hello: the frame that tells a site of the run. admit: its answer -> what it registers; Refused where it cannot take
+    part. minimum: how many there must be before a round begins. seconds: of the wait where a round has none. schemas:
+    client -> the schema of its frames, noted here for who writes them. known: client -> its node and device. barred:
+    node -> when it was last told, and why it takes no part.
     """
 
     grid: Grid
     hello: bytes
-    admit: Callable[[bytes], Device]
+    admit: Callable[[bytes], Registration]
     minimum: int
     seconds: float | None
+    schemas: dict[ClientId, int]
     known: dict[ClientId, tuple[int, Device]] = field(default_factory=dict)
     barred: dict[int, tuple[float, str]] = field(default_factory=dict)
     told: dict[str, int] = field(default_factory=dict)
@@ -167,7 +169,8 @@ class Sites:
     ) -> Iterator[tuple[ClientId, bytes | str]]:
         asked = ((client, self.known[client][0], build()) for client, build in requests)
         for client, reply in converse(self.grid, asked, seconds or self.seconds):
-            if reply == UNKNOWN:  # its store is gone: it is told again before the next round
+            # Its store is gone, or an older fedrank is there now: it is told again before the next round.
+            if isinstance(reply, str) and reply.startswith((UNKNOWN, OTHER)):
                 self.known.pop(client, None)
             yield client, reply
 
@@ -188,7 +191,8 @@ class Sites:
         try:
             if not isinstance(told, bytes):
                 raise Refused(told or "a message that holds no frame")
-            device = self.admit(told)
+            found = self.admit(told)
+            device = found.device
             other = self.known.get(device.id, (node, device))[0]
             if other != node and other in here:
                 raise Refused(f"client {device.id} is there already, as another node")
@@ -198,7 +202,10 @@ class Sites:
         else:
             self.barred.pop(node, None)
             self.known[device.id] = (node, device)
-            log.info("client %s is there: %d examples, %s", device.id, device.examples, device.kind)
+            self.schemas[device.id] = found.schema
+            log.info(
+                "client %s is there: %d examples, %s, fedrank %s", device.id, device.examples, device.kind, found.version
+            )  # fmt: skip
 
 
 @dataclass(eq=False)
