@@ -130,6 +130,7 @@ class Sites:
 
     hello: the frame that tells a site of the run. admit: its answer -> the device that it registers; Refused where it
     cannot take part. minimum: how many there must be before a round begins. seconds: of the wait where a round has none.
+    most: how many may take part, None for any number.
     known: client -> its node and device. barred: node -> when it was last told, and why it takes no part.
     """
 
@@ -138,6 +139,7 @@ class Sites:
     admit: Callable[[bytes], Device]
     minimum: int
     seconds: float | None
+    most: int | None = None
     known: dict[ClientId, tuple[int, Device]] = field(default_factory=dict)
     barred: dict[int, tuple[float, str]] = field(default_factory=dict)
     told: dict[str, int] = field(default_factory=dict)
@@ -189,6 +191,10 @@ class Sites:
             if not isinstance(told, bytes):
                 raise Refused(told or "a message that holds no frame")
             device = self.admit(told)
+            if self.most is not None and device.id not in self.known and len(self.known) >= self.most:
+                raise Refused(
+                    f"client {device.id}: the run is planned for clients.count={self.most} sites, and as many have registered"
+                )
             other = self.known.get(device.id, (node, device))[0]
             if other != node and other in here:
                 raise Refused(f"client {device.id} is there already, as another node")
