@@ -95,7 +95,9 @@ def cost(
         return
     console = Console()
     if "run" not in found:  # a private one, of sites
-        asked = "asked in every round" if resolved.privacy.kind == "local" else "in cohorts of {cohort} of {clients} sites"
+        asked = (
+            "asked in every round" if resolved.privacy.kind == "local" else "in cohorts of {cohort} of {clients} sites"
+        )
         console.print(
             f"Privacy of a client, in the end: {views.budget(found)}, {asked.format(**found)}. What a run costs the sites "
             "hangs on their rows and devices, which are theirs to know.",

@@ -16,7 +16,20 @@ from fedrank.store import CLIENT
 
 RUN = 16  # hexadecimal digits
 UNKNOWN = "this site has not been told of the run"
-_TOLD = ("task", "clients", "rounds", "local", "adapter", "method", "wire", "server", "privacy", "generation", "seed", "device")
+_TOLD = (
+    "task",
+    "clients",
+    "rounds",
+    "local",
+    "adapter",
+    "method",
+    "wire",
+    "server",
+    "privacy",
+    "generation",
+    "seed",
+    "device",
+)
 _ENGINE = ("kind", "threads", "compute", "products", "timing", "stack", "offload")
 _COUNTS = ("examples", *(f"load.{field.name}" for field in fields(Load)))
 

@@ -65,7 +65,9 @@ class Server:
         while state.round < state.rounds:
             started = time.perf_counter()
             cohort = self.cohort(state.round + 1)
-            if self.privacy.kind == "local":  # before anything is asked: a client that answers a killed round has told of itself
+            if (
+                self.privacy.kind == "local"
+            ):  # before anything is asked: a client that answers a killed round has told of itself
                 ledger.append(self.store.path / ASKED, [{"round": state.round + 1, "clients": list(cohort)}])
             state, row, rows = yield from self.train(state, clock, cohort)
             clock = row["clock_seconds"]
@@ -275,7 +277,9 @@ class Server:
             for one in ledger.read(self.store.path / ASKED):
                 asked[one["round"]].update(one["clients"])
             if lost := [row["round"] for row in rows if row["round"] not in asked]:
-                raise StoreError(f"{self.store.path / ASKED} does not say who was asked in round {lost[0]}, so epsilon is not known")
+                raise StoreError(
+                    f"{self.store.path / ASKED} does not say who was asked in round {lost[0]}, so epsilon is not known"
+                )
         told = [(row["noise_multiplier"], asked[row["round"]]) for row in rows]
         spent = privacy.epsilon(self.privacy, self._expected / self.clients, told)
         found = {"epsilon": spent if math.isfinite(spent) else None, "delta": self.privacy.delta}
