@@ -17,9 +17,10 @@ import pytest
 from flwr import serverapp
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from typer.testing import CliRunner
 
 import fedrank
-from fedrank import central, config, experiment, hello, privacy, resident, resolve, sites
+from fedrank import central, cli, config, experiment, hello, privacy, resident, resolve, sites
 from fedrank.config import ConfigError, PrivacySettings
 from fedrank.engines import flower
 from fedrank.forecast import forecast
@@ -768,6 +769,19 @@ def test_sites_that_cannot_be_protected_are_told_before_a_run(raw: dict[str, Any
         play(raw, tmp_path / "run", Grid({}))
     assert says in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked"), [("central", "in cohorts of 2 of 3 sites"), ("local", "asked in every round")]
+)
+def test_what_a_run_of_sites_comes_to_is_told_beforehand(kind: str, asked: str, tmp_path: Path) -> None:
+    raw = private(kind)
+    (tmp_path / "my.yaml").write_text(json.dumps(raw))
+    shown = CliRunner().invoke(cli.app, ["cost", str(tmp_path / "my.yaml")])
+    rate = 2 / 3 if kind == "central" else 1.0
+    spent = privacy.epsilon(PrivacySettings.model_validate(raw["privacy"]), rate, [(3.0, ["x"])] * 2)
+    assert f"epsilon {spent:.3g} at delta 0.01, {asked}" in shown.output.replace("\n", "")
+    assert forecast(config.load(raw))["epsilon"] == spent
 
 
 @pytest.mark.parametrize("change", ["clients.count=4", "rounds.cohort=1", "privacy.noise=1"])
