@@ -780,7 +780,7 @@ def test_what_a_run_of_sites_comes_to_is_told_beforehand(kind: str, asked: str, 
     shown = CliRunner().invoke(cli.app, ["cost", str(tmp_path / "my.yaml")])
     rate = 2 / 3 if kind == "central" else 1.0
     spent = privacy.epsilon(PrivacySettings.model_validate(raw["privacy"]), rate, [(3.0, ["x"])] * 2)
-    assert f"epsilon {spent:.3g} at delta 0.01, {asked}" in shown.output.replace("\n", "")
+    assert f"epsilon {spent:.3g} at delta 0.01, {asked}" in " ".join(shown.output.split())
     assert forecast(config.load(raw))["epsilon"] == spent
 
 
