@@ -15,7 +15,7 @@ import pytest
 
 import fedrank
 from federation import LABELS, Federation, federation, until
-from fedrank import config, experiment, ledger, parts, resolve, sites
+from fedrank import config, experiment, ledger, parts, remote, resolve, sites
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 PLAYED = {"compute": "float32", "products": "torch", "stack": 1}
@@ -95,6 +95,11 @@ def put_key(folder: Path) -> None:
     (folder / "noise.key").write_bytes(bytes(range(32)))
 
 
+def online(made: Federation) -> int:
+    nodes = remote._flwr(made.home("cli"), "supernode", "list", remote.NAME)["nodes"]
+    return sum(node["status"] == "online" for node in nodes)
+
+
 @pytest.mark.parametrize("kind", ["central", "local"])
 def test_a_private_federation_ends_in_the_local_state(kind: str, running: Federation, tmp_path: Path) -> None:
     """With the same keys; sites make their noise in processes of their own."""
@@ -108,6 +113,7 @@ def test_a_private_federation_ends_in_the_local_state(kind: str, running: Federa
         put_key(tmp_path / "local" / "clients" / name)
     for place in ("flower", "local"):
         put_key(tmp_path / place)
+    until(lambda: online(running) == 3, 300, "three SuperNodes")  # a central round begins with one
     running.play(raw, tmp_path / "flower", 600)
     local(running, raw, tmp_path / "local")
     assert state(tmp_path / "flower", 2) == state(tmp_path / "local", 2)
