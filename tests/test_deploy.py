@@ -375,6 +375,17 @@ def test_the_run_s_own_config_is_tried(tmp_path: Path, config: str) -> None:
     assert "label 9 is outside 0..3" in failed(path, None, config)["data"]
 
 
+@pytest.mark.parametrize("kind", ["central", "local"])
+def test_a_private_run_s_config_is_tried(tmp_path: Path, kind: str) -> None:
+    """What a site withholds from a server is not missed."""
+    privacy = {"kind": kind, "clip": 1.0, "noise": 1.0, "delta": 0.1}
+    raw = {**CONFIG, "privacy": privacy, "clients": {"count": 5}, "rounds": {"count": 2, "cohort": 3, "personal": 0}}
+    (tmp_path / "private.yaml").write_text(yaml.safe_dump(raw))
+    found = findings(site(tmp_path / "a"), None, str(tmp_path / "private.yaml"))
+    assert [one for one in found.values() if not one.ok] == []
+    assert ("loss" in found["frame"].text) == (kind == "central")
+
+
 def test_a_site_that_generates(tmp_path: Path) -> None:
     path = site(tmp_path / "a")
     rows = [{"prompt": f"say {n}", "completion": f"it is {n}"} for n in range(12)]

@@ -17,12 +17,14 @@ import pytest
 from flwr import serverapp
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from typer.testing import CliRunner
 
 import fedrank
-from fedrank import central, config, experiment, hello, resident, sites
+from fedrank import central, cli, config, experiment, hello, privacy, resident, resolve, sites
 from fedrank import frame as frames
-from fedrank.config import ConfigError
+from fedrank.config import ConfigError, PrivacySettings
 from fedrank.engines import flower
+from fedrank.forecast import forecast
 from fedrank.frame import Refused, pack, unpack
 from fedrank.protocol import Device, Load
 from fedrank.store import Store, StoreError
@@ -621,6 +623,280 @@ def test_configs_that_no_site_can_play(changes: dict[str, Any], says: str, tmp_p
     with pytest.raises(ValueError, match=says):
         play(settings(**changes), tmp_path / "run", Grid({}))
     assert not (tmp_path / "run").exists()
+
+
+# ---- privacy: the run's constant rate, what was recorded, and what leaves a site
+
+
+KEY = bytes(range(32))
+
+
+def private(kind: str = "central", **sections: Any) -> dict[str, Any]:
+    """Three sites, of which two are asked in the mean."""
+    told = {"kind": kind, "clip": 0.2, "noise": 3.0, "delta": 1e-2, **sections.pop("privacy", {})}
+    rounds = {"cohort": 2, "minimum": 1, "personal": 0, **sections.pop("rounds", {})}
+    return settings(**{"privacy": told, "rounds": rounds, "clients": {"count": 3}, **sections})
+
+
+def put_key(folder: Path, key: bytes = KEY) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "noise.key").write_bytes(key)
+
+
+def give_keys(raw: dict[str, Any], files: dict[str, Path], key: bytes = KEY) -> None:
+    """A known one to each of these sites, for this run."""
+    run = resolve.run_id(resolve.resolve(config.load(raw))[0])
+    for name, file in files.items():
+        put_key(file.parent / "store" / run / "private" / name, key)
+
+
+@pytest.mark.parametrize("kind", ["central", "local"])
+def test_a_private_run_on_flower_is_the_local_one(kind: str, files: dict[str, Path], tmp_path: Path) -> None:
+    """With the same keys the same State, bit for bit, the same cohorts and the same epsilon."""
+    raw = private(kind, method={"name": "fedara"}, rounds={"count": 3}, privacy={"votes_noise": 2.0})
+    give_keys(raw, files)
+    put_key(tmp_path / "flower")
+    play(raw, tmp_path / "flower", grid_of(files))
+    for folder in (tmp_path / "local", *(tmp_path / "local" / "clients" / name for name in files)):
+        put_key(folder)
+    here = {**raw, "data": {"name": "sites"}, "engine": {"compute": "float32", "products": "torch", "stack": 1}}
+    fedrank.run(here, out=tmp_path / "local", data=sites.together(files.values(), LABELS))
+    for round in (1, 2, 3):
+        assert state(tmp_path / "flower", round) == state(tmp_path / "local", round)
+    for name in ("rounds", "clients"):
+        assert ledger(tmp_path / "flower", name) == ledger(tmp_path / "local", name)
+    assert fedrank.Run(tmp_path / "flower").summary["epsilon"] > 0
+    assert ledger(tmp_path / "flower", "clients")
+    before, spent = forecast(config.load(raw))["epsilon"], fedrank.Run(tmp_path / "flower").summary["epsilon"]
+    assert before == spent if kind == "central" else before >= spent  # of a site that is asked in every round
+
+
+@pytest.mark.parametrize("count", [5, 20])
+def test_a_site_knows_how_many_are_planned(count: int, files: dict[str, Path]) -> None:
+    """Also where that is the default, which an older fedrank need not be told of other keys."""
+    raw = private(clients={"count": count})
+    setup = hello.Setup("0" * hello.RUN, hello.told(config.load(raw)), LABELS, "print", "start")
+    assert sites.joined(sites.read(files["north"]), setup).clients.count == count
+
+
+def epsilons(path: Path) -> list[float]:
+    return [row["epsilon"] for row in ledger(path, "rounds")]
+
+
+def cohorts(events: list[dict[str, Any]]) -> list[list[str]]:
+    return [event["clients"] for event in events if event["event"] == "cohort"]
+
+
+def coming_and_going(raw: dict[str, Any], out: Path, files: dict[str, Path]) -> list[dict[str, Any]]:
+    """West comes after the first round, north goes after the second; four rounds."""
+    grid, found = grid_of(files), list[dict[str, Any]]()
+    west = grid.answers.pop(3)
+    for event in experiment.start(config.load(raw), out, by=partial(central.prepare, grid=grid)):
+        found.append(event)
+        match event:
+            case {"event": "round", "round": 1}:
+                grid.answers[3] = west
+            case {"event": "round", "round": 2}:
+                del grid.answers[1]
+    return found
+
+
+def test_a_central_epsilon_is_that_of_the_constant_rate_whoever_is_there(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    """Each connected site is drawn by itself, by its name, with the probability cohort / clients.count."""
+    raw = private(rounds={"count": 4}, clients={"count": 5})
+    put_key(tmp_path / "run")
+    found = cohorts(coming_and_going(raw, tmp_path / "run", files))
+    here = [["north", "south"], ["north", "south", "west"], ["south", "west"], ["south", "west"]]
+    for round, (asked, connected) in enumerate(zip(found, here, strict=True), 1):
+        assert asked == [name for name in connected if privacy.poisson([name], 2 / 5, KEY, round)]
+    assert {len(asked) for asked in found} > {1}
+    given = PrivacySettings.model_validate(raw["privacy"])
+    by_hand = [privacy.epsilon(given, 2 / 5, [(3.0, ())] * rounds) for rounds in (1, 2, 3, 4)]
+    assert epsilons(tmp_path / "run") == by_hand
+    assert not (tmp_path / "run" / "asked.jsonl").exists()
+
+
+def test_a_local_epsilon_is_of_the_site_that_was_asked_most(files: dict[str, Path], tmp_path: Path) -> None:
+    raw = private("local", rounds={"count": 4}, seed=3)
+    found = cohorts(coming_and_going(raw, tmp_path / "run", files))
+    given = PrivacySettings.model_validate(raw["privacy"])
+    most = [max(sum(name in asked for asked in found[:rounds]) for name in NAMES) for rounds in (1, 2, 3, 4)]
+    assert most[-1] < 4  # in some round the others were asked, so it is not the number of rounds
+    assert epsilons(tmp_path / "run") == [privacy.epsilon(given, 1.0, [(3.0, ["x"])] * count) for count in most]
+
+
+def stop_in(raw: dict[str, Any], out: Path, grid: Grid, round: int) -> list[dict[str, Any]]:
+    """Killed after the first answer of this round."""
+    found = list[dict[str, Any]]()
+    for event in experiment.start(config.load(raw), out, by=partial(central.prepare, grid=grid)):
+        found.append(event)
+        if event["event"] == "client" and event["round"] == round:
+            break
+    return found
+
+
+@pytest.mark.parametrize("kind", ["central", "local"])
+def test_a_resumed_private_run_counts_what_was_recorded(kind: str, files: dict[str, Path], tmp_path: Path) -> None:
+    """North and south are asked in two rounds and in a third one that is killed; then only west is there. What they told in
+    the killed round is told, so a local epsilon has all three; the rate of a central run is no other for a smaller fleet."""
+    raw = private(kind, rounds={"count": 5}, clients={"count": 3})
+    if kind == "central":  # so that all are drawn and the third round can be stopped
+        raw["rounds"]["cohort"] = 3
+    grid, other = grid_of(files), grid_of(files)
+    del grid.answers[3]
+    stop_in(raw, tmp_path / "run", grid, 3)
+    before = epsilons(tmp_path / "run")
+    other.answers = {3: other.answers[3]}
+    list(experiment.go_on(tmp_path / "run", by=partial(central.prepare, grid=other)))
+    given = PrivacySettings.model_validate(raw["privacy"])
+    counts = [1, 2, 3, 4, 5] if kind == "central" else [1, 2, 3, 3, 3]
+    by_hand = [privacy.epsilon(given, 1.0, [(3.0, ["x"])] * count) for count in counts]
+    assert epsilons(tmp_path / "run") == by_hand
+    assert before == by_hand[:2]
+    assert {row["client"] for row in ledger(tmp_path / "run", "clients") if row["round"] > 2} == {"west"}
+    if kind == "local":
+        (tmp_path / "run" / "asked.jsonl").write_text("")
+        with pytest.raises(StoreError, match=r"asked\.jsonl does not say who was asked in round 1"):
+            list(
+                experiment.go_on(
+                    tmp_path / "run", ["rounds.count=+1"], by=partial(central.prepare, grid=grid_of(files))
+                )
+            )
+
+
+@pytest.mark.parametrize("noise", [0.0, 3.0], ids=["clip", "noise"])
+def test_what_leaves_a_site_is_clipped_and_noised(noise: float, files: dict[str, Path], tmp_path: Path) -> None:
+    """Measured in the frames that travel: longer changes are of the clip's length, and noise is on every number."""
+    raw = private("local", rounds={"count": 1, "cohort": 3}, privacy={"noise": noise}, local={"lr": 0.1})
+    grid, heard = grid_of(files), list[bytes]()
+
+    def listened(answer: Callable[[bytes], bytes], frame: bytes) -> bytes:
+        heard.append(answer(frame))
+        return heard[-1]
+
+    grid.answers = {node: partial(listened, answer) for node, answer in grid.answers.items() if answer is not None}
+    for path, key in zip(files.values(), (b"n" * 32, b"s" * 32, b"w" * 32), strict=True):  # so that it repeats
+        give_keys(raw, {path.parent.name: path}, key)
+    play(raw, tmp_path / "run", grid)
+    store = Store.open(tmp_path / "run")
+    wire, begin = central.prepare(config.load(raw), grid=grid).server(store).wire, store.state(0)[0]
+    asked = {
+        request.client: request
+        for request in map(wire.open_request, (f for _, f in grid.sent if unpack(f)[0]["kind"] == "train"))
+    }
+    changes = []
+    for frame in heard:
+        meta, _ = unpack(frame)
+        if meta["kind"] != "update":
+            continue
+        assert (meta["examples"], meta["metrics"]) == (1, {})
+        request = asked[meta["client"]]
+        update = wire.open_reply(frame, "train", 1, request.client, request.plan, begin.adapter).update
+        assert update is not None
+        moved = privacy.each(np.subtract, update.adapter.astype(np.float64), request.adapter.take(update.adapter.ids))
+        changes.append(np.concatenate([np.ravel(part) for part in privacy.numbers(moved)]))
+    assert len(changes) == 3
+    if noise:
+        assert [float(change.std()) for change in changes] == pytest.approx([0.6] * 3, rel=0.05)
+        assert min(np.count_nonzero(change) for change in changes) == changes[0].size
+        assert np.abs(np.corrcoef(changes) - np.eye(3)).max() < 5 / np.sqrt(changes[0].size)
+    else:
+        assert [float(np.linalg.norm(change)) for change in changes] == pytest.approx([0.2] * 3, rel=1e-3)
+
+
+def test_a_site_s_key_is_in_its_own_store_and_outlives_its_process(files: dict[str, Path], tmp_path: Path) -> None:
+    """A request that comes again to a fresh process is answered by the same bytes, noise included; without the key it is not."""
+    grid = grid_of(files)
+    play(private("local", rounds={"count": 1, "cohort": 3}), tmp_path / "run", grid)
+    (key,) = (files["south"].parent / "store").rglob("noise.key")
+    assert key.parent.name == "south"
+    assert (len(key.read_bytes()), key.stat().st_mode & 0o077) == (32, 0)
+    assert not list((tmp_path / "run").rglob("noise.key"))
+    request = next(frame for node, frame in grid.sent if node == 2 and unpack(frame)[0]["kind"] == "train")
+    first = [sites.Desk(sites.read(files["south"])).answer(request) for _ in range(2)]
+    assert first[0] == first[1]
+    for secret in (key.read_bytes(), key.read_bytes().hex().encode()):
+        assert not any(secret in frame for frame in [*first, *(frame for _, frame in grid.sent)])
+    key.unlink()
+    assert sites.Desk(sites.read(files["south"])).answer(request) != first[0]
+
+
+def test_a_site_that_protects_itself_tells_nothing_of_its_rows(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither how many there are nor how long, in its registration; nor what a failure says."""
+    setup = hello.write_setup(setup_of(private("local")))
+    before = sites.Desk(sites.read(files["north"])).answer(setup)
+    written(
+        files["north"].parent / "rows" / "train.jsonl",
+        [{"text": "red " * at, "label": "colour"} for at in range(1, 60)],
+    )
+    assert sites.Desk(sites.read(files["north"])).answer(setup) == before
+    assert hello.read_registration(before, unpack(setup)[0]["run"]).device.examples == 1
+    open_to_all = hello.write_setup(setup_of(private()))
+    told = sites.Desk(sites.read(files["north"])).answer(open_to_all)
+    assert hello.read_registration(told, unpack(open_to_all)[0]["run"]).device.examples > 40
+
+    def quote(*args: Any) -> None:
+        raise privacy.PrivacyError("row 3 holds 'red red'")
+
+    monkeypatch.setattr(privacy, "withheld", quote)
+    events = play(private("local", rounds={"count": 1, "cohort": 3}), tmp_path / "run", grid_of(files))
+    said = {event["error"] for event in events if event["event"] == "client"}
+    assert said == {"Error: the message stays with the client"}
+
+
+def test_no_more_sites_than_the_run_is_planned_for(
+    files: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw = private(clients={"count": 2}, rounds={"count": 1})
+    play(raw, tmp_path / "run", grid_of(files))
+    assert "a site takes no part: client " in caplog.text
+    assert "the run is planned for clients.count=2 sites, and as many have registered" in caplog.text
+    assert len({row["client"] for row in ledger(tmp_path / "run", "clients")}) == 2
+    assert epsilons(tmp_path / "run") == [
+        privacy.epsilon(PrivacySettings.model_validate(raw["privacy"]), 1.0, [(3.0, ())])
+    ]
+
+
+UNPLANNED = {name: section for name, section in private().items() if name != "clients"}
+
+
+@pytest.mark.parametrize(("raw", "says"), [
+    (UNPLANNED, "clients.count: with engine.kind=flower and privacy.kind=central it says how many sites the run is planned for"),
+    (UNPLANNED | {"privacy": {**UNPLANNED["privacy"], "kind": "local"}}, "clients.count: with engine.kind=flower and privacy.kind=local"),
+    (private(clients={"count": 1}), "clients.count=1: the run is planned for fewer sites than a round asks"),
+    (private(privacy={"delta": 0.4}), "privacy.delta=0.4: it must be below one over the 3 clients"),
+    (private(method={"name": "flora"}), "method flora has no private form"),
+    (private(rounds={"minimum": 2}), "rounds.minimum=2: with privacy.kind=central only a clipped, noised sum"),
+])  # fmt: skip
+def test_sites_that_cannot_be_protected_are_told_before_a_run(raw: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        play(raw, tmp_path / "run", Grid({}))
+    assert says in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked"), [("central", "in cohorts of 2 of 3 sites"), ("local", "asked in every round")]
+)
+def test_what_a_run_of_sites_comes_to_is_told_beforehand(kind: str, asked: str, tmp_path: Path) -> None:
+    raw = private(kind)
+    (tmp_path / "my.yaml").write_text(json.dumps(raw))
+    shown = CliRunner().invoke(cli.app, ["cost", str(tmp_path / "my.yaml")])
+    rate = 2 / 3 if kind == "central" else 1.0
+    spent = privacy.epsilon(PrivacySettings.model_validate(raw["privacy"]), rate, [(3.0, ["x"])] * 2)
+    assert f"epsilon {spent:.3g} at delta 0.01, {asked}" in " ".join(shown.output.split())
+    assert forecast(config.load(raw))["epsilon"] == spent
+
+
+@pytest.mark.parametrize("change", ["clients.count=4", "rounds.cohort=1", "privacy.noise=1"])
+def test_what_epsilon_hangs_on_cannot_be_changed(change: str, files: dict[str, Path], tmp_path: Path) -> None:
+    play(private(rounds={"count": 1}), tmp_path / "run", grid_of(files))
+    with pytest.raises(ConfigError, match="cannot be changed"):
+        list(experiment.go_on(tmp_path / "run", [change], by=partial(central.prepare, grid=grid_of(files))))
 
 
 # ---- the resident worker

@@ -115,7 +115,7 @@ def equals(found: Mapping[tuple[str, str], float], run: Path) -> None:
     assert found["fedrank_clients_answered_total", ""] == sum(row["clients_ok"] for row in rows)
     failures = Counter(reason(row) for row in clients(run) if not row["ok"])
     assert sum(failures.values()) == sum(row["clients_failed"] for row in rows)
-    for name in ("no_answer", "invalid", "memory", "error"):
+    for name in ("no_answer", "invalid", "memory", "refused", "not_merged", "error"):
         assert found["fedrank_clients_failed_total", name] == failures[name]
     for way in ("up", "down"):
         sizes = {part: found["fedrank_bytes_total", f"{way} {part}"] for part in ("adapter", "head", "overhead")}
@@ -166,11 +166,44 @@ def test_the_endpoint_serves_the_ledgers_sums_in_the_middle_at_the_end_and_after
         ({"error": "no answer"}, "no_answer"),
         ({"bytes_up": 9, "error": "the checksum does not fit"}, "invalid"),
         ({"bytes_up": 9, "adapter_bytes_up": 0, "error": "DeviceError: out of memory: needs 2 GB"}, "memory"),
+        ({"bytes_up": 9, "adapter_bytes_up": 0, "error": "refused: its change has norm 2"}, "refused"),
+        ({"bytes_up": 9, "adapter_bytes_up": 0, "error": "not merged: fewer answered"}, "not_merged"),
         ({"bytes_up": 9, "adapter_bytes_up": 0, "error": "anything at all"}, "error"),
     ],
 )
 def test_reasons_are_a_closed_set(row: dict[str, Any], word: str) -> None:
     assert reason(row) == word
+
+
+def test_refused_updates_are_counted_by_their_reason(texts: Path, tmp_path: Path) -> None:
+    """Where a hostile client is refused, the two others of its round are too few to be merged."""
+    at, refused, found = port(), list[int](), dict[tuple[str, str], float]()
+
+    def watch(event: dict[str, Any]) -> None:
+        if event["event"] == "refused":
+            refused.append(event["round"])
+        if event["event"] == "end":
+            found.update(scrape(at))
+
+    raw = settings(texts, prometheus=at) | {"engine": {"attack": {"share": 0.25, "kind": "scale", "factor": 100}}}
+    run = fedrank.run(raw, "server.max_norm_ratio=10", "rounds.minimum=3", out=tmp_path / "run", watch=watch)
+    equals(found, run.path)
+    assert 0 < len(refused) == found["fedrank_clients_failed_total", "refused"]
+    assert found["fedrank_clients_failed_total", "not_merged"] == 2 * len(refused)
+    assert found["fedrank_clients_failed_total", "error"] == 0
+
+
+def test_how_many_are_drawn_in_secret_is_no_metric(texts: Path, tmp_path: Path) -> None:
+    at, seen = port(), set[str]()
+
+    def watch(event: dict[str, Any]) -> None:
+        seen.update(name for name, _ in scrape(at))
+
+    raw = settings(texts, prometheus=at) | {"privacy": {"kind": "central", "clip": 1, "noise": 1, "delta": 0.1}}
+    fedrank.run(raw, "rounds.personal=0", "rounds.count=2", out=tmp_path / "run", watch=watch)
+    assert {"fedrank_epsilon", "fedrank_rounds_total", "fedrank_components"} <= seen
+    told = {"clients_awaited", "clients_answered_total", "clients_failed_total", "bytes_total", "round_seconds_sum"}
+    assert not seen & {f"fedrank_{name}" for name in told}
 
 
 def test_a_port_in_use_is_told_before_anything_is_written(texts: Path, tmp_path: Path) -> None:

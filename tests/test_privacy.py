@@ -258,6 +258,7 @@ def test_every_client_is_drawn_by_itself() -> None:
     assert stats.chisquare(counts, np.full(300, counts.mean())).pvalue > 0.001
     assert [sorted(cohort, key=names.index) for cohort in drawn] == drawn
     assert privacy.poisson(names, 0.1, KEY, 7) == drawn[7]
+    assert privacy.poisson(names[50:200], 0.1, KEY, 7) == [name for name in names[50:200] if name in drawn[7]]
     assert privacy.poisson(names, 0.1, b"x" * 32, 7) != drawn[7]
     assert privacy.poisson(names, 1.0, KEY, 7) == names
 

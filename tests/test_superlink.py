@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import fedrank
 from federation import PROGRAMS, SERVERS, Federation, answered, committed, federation, follows, local, state, until
-from fedrank import ledger
+from fedrank import config, ledger, remote, resolve
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -37,6 +38,38 @@ def test_a_real_federation_ends_in_the_local_state(method: str, running: Federat
         assert {name: mine[name] for name in sizes} == {name: other[name] for name in sizes}
         assert other["clients_ok"] == 3
     assert (tmp_path / "flower" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def put_key(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "noise.key").write_bytes(bytes(range(32)))
+
+
+def online(made: Federation) -> int:
+    nodes = remote._flwr(made.home("cli"), "supernode", "list", remote.NAME)["nodes"]
+    return sum(node["status"] == "online" for node in nodes)
+
+
+@pytest.mark.parametrize("kind", ["central", "local"])
+def test_a_private_federation_ends_in_the_local_state(kind: str, running: Federation, tmp_path: Path) -> None:
+    """With the same keys; sites make their noise in processes of their own."""
+    raw = running.config(
+        method={"name": "fedavg"}, clients={"count": 3}, rounds={"count": 2, "minimum": 1, "personal": 0},
+        privacy={"kind": kind, "clip": 0.2, "noise": 3.0, "delta": 0.01},
+    )  # fmt: skip
+    run = resolve.run_id(resolve.resolve(config.load(raw))[0])
+    for name in running.names:
+        put_key(running.site(name).parent / "store" / run / "private" / name)
+        put_key(tmp_path / "local" / "clients" / name)
+    for place in ("flower", "local"):
+        put_key(tmp_path / place)
+    until(lambda: online(running) == 3, 300, "three SuperNodes")  # a central round begins with one
+    running.play(raw, tmp_path / "flower", 600)
+    local(running, raw, tmp_path / "local")
+    assert state(tmp_path / "flower", 2) == state(tmp_path / "local", 2)
+    mine, theirs = (fedrank.Run(tmp_path / place) for place in ("flower", "local"))
+    assert [row["epsilon"] for row in mine.rounds] == [row["epsilon"] for row in theirs.rounds]
+    assert mine.summary["epsilon"] > 0
 
 
 def test_a_node_without_a_registered_key_gets_no_work(running: Federation, tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ def federation(
 
     played = Rounds(count=rounds, cohort=cohort, evaluate_every=evaluate_every, exactness=exactness, personal=scored)
     judge = None if head == "own" else evaluate
-    server = Server(method, carrier, wire, store, played, seed, head, judge, privacy=privacy)
+    server = Server(method, carrier, wire, store, played, seed, head, judge, privacy=privacy, clients=len(shares))
     return Federation(server, begin, store, sites)
 
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
-from fedrank import fleet, hello, machine, parts, resolve
+from fedrank import fleet, hello, machine, parts, privacy, resolve
 from fedrank.config import Config, ConfigError
 from fedrank.engines import flower
 from fedrank.engines.local import fails
@@ -11,6 +11,7 @@ from fedrank.frame import Refused
 from fedrank.hello import Registration, Setup
 from fedrank.parts import Parts
 from fedrank.protocol import Device, Engine, Method
+from fedrank.roster import Names, Roster
 from fedrank.store import Store
 from fedrank.training import data as rows
 from fedrank.training.data import ClientData
@@ -19,18 +20,16 @@ from fedrank.wire import Wire
 
 @machine.uncollected()
 def prepare(
-    config: Config, method: Method | None = None, data: ClientData | None = None, *, grid: flower.Grid
+    config: Config, method: Method | None = None, data: ClientData | None = None, *, grid: flower.Grid | None
 ) -> Parts:
-    """What the server of a Flower run needs; on the simulation runtime, what a run on this machine does."""
+    """What the server of a Flower run needs; on the simulation runtime, what a run on this machine does.
+
+    grid: None where nothing is played.
+    """
     if config.engine.kind == "flower-simulation":
         engine = config.engine.model_copy(update={"stack": 1})
         return _carried(parts.prepare(config.model_copy(update={"engine": engine}), method, data), grid)
     config, chosen = resolve.resolve(config, method)
-    if config.privacy.kind != "none":
-        raise ConfigError(
-            f"privacy.kind={config.privacy.kind}: with engine.kind=flower its accountant is not there yet, as sites come and "
-            "go; none, or flower-simulation"
-        )
     if "object" in config.method:
         raise ConfigError("method: the sites build it by its name; publish it under the entry point fedrank.methods")
     resolve.enough(config, config.rounds.cohort)
@@ -42,7 +41,9 @@ def prepare(
     test, labels = rows.central(config)
     people = partial(clients.elsewhere, "sites", labels, test)
     made = machine.build(config, chosen, labels, people, prefixes=False)
-    begin, _, kept = resolve.first(made.config, chosen, made.spec, {"site": Device("site", 1)})
+    planned = Roster(Names(config.clients.count), lambda at: Device("site", 1))
+    begin, _, kept = resolve.first(made.config, chosen, made.spec, planned)
+    privacy.check(config.privacy, chosen, config.method["name"], begin, planned, config.seed)
     everywhere = made.judge.everywhere if len(made.population.test) else None
     facts = made.facts(kept) | {"fleet": {"kinds": {}, "hash": ""}}
     nobody = fleet.build(None, {}, config.seed)
@@ -51,7 +52,9 @@ def prepare(
     )
 
 
-def _sites(made: Parts, wire: Wire, store: Store, grid: flower.Grid) -> Engine:
+def _sites(made: Parts, wire: Wire, store: Store, grid: flower.Grid | None) -> Engine:
+    assert grid is not None
+
     def admit(frame: bytes) -> Registration:
         found = hello.read_registration(frame, made.run_id)
         if found.fingerprint != made.spec.fingerprint:
@@ -61,8 +64,9 @@ def _sites(made: Parts, wire: Wire, store: Store, grid: flower.Grid) -> Engine:
             )
         return found
 
-    rounds = made.config.rounds
-    return flower.Sites(grid, hello.write_setup(setup(made)), admit, rounds.minimum, rounds.deadline, wire.schemas)
+    rounds, most = made.config.rounds, None if made.config.privacy.kind == "none" else made.clients
+    told = hello.write_setup(setup(made))
+    return flower.Sites(grid, told, admit, rounds.minimum, rounds.deadline, wire.schemas, most)
 
 
 def setup(made: Parts) -> Setup:
@@ -74,11 +78,12 @@ def setup(made: Parts) -> Setup:
     return Setup(made.run_id, hello.told(config), labels, made.spec.fingerprint, hello.begun(start), imported)
 
 
-def _carried(made: Parts, grid: flower.Grid) -> Parts:
+def _carried(made: Parts, grid: flower.Grid | None) -> Parts:
     """A run on this machine, with Flower's simulation runtime as the carrier."""
     rate, seed = made.config.engine.failure_rate, made.config.seed
 
     def carrier(parts: Parts, wire: Wire, store: Store) -> Engine:
+        assert grid is not None
         return flower.Simulated(grid, parts.devices, partial(fails, rate=rate, seed=seed))
 
     return replace(made, carrier=carrier)

@@ -94,6 +94,16 @@ def cost(
         print(json.dumps(found, indent=1))
         return
     console = Console()
+    if "run" not in found:  # a private one, of sites
+        asked = (
+            "asked in every round" if resolved.privacy.kind == "local" else "in cohorts of {cohort} of {clients} sites"
+        )
+        console.print(
+            f"Privacy of a client, in the end: {views.budget(found)}, {asked.format(**found)}. What a run costs the sites "
+            "hangs on their rows and devices, which are theirs to know.",
+            highlight=False,
+        )  # fmt: skip
+        return
     console.print("Per client and round:", tables.costs(found), "", sep="\n")
     if len(found["kinds"]) > 1:
         console.print("In all rounds, clients added up:", tables.kinds(found), "", sep="\n")

@@ -100,7 +100,8 @@ class Data(BaseModel, extra="forbid", frozen=True):
 
 
 class Clients(BaseModel, extra="forbid", frozen=True):
-    """count: how many clients share the data (a natural partition has its own number)."""
+    """count: how many clients share the data (a natural partition has its own number); of a private run on Flower: how many
+    sites it is planned for, of which none, or some, may be there."""
 
     count: Positive = 20
 
@@ -447,6 +448,17 @@ class Config(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants
                     raise ValueError(
                         f"{key}={value}: with privacy.kind=central only a clipped, noised sum is taken of updates; {default}"
                     )
+        if apart and self.privacy.kind != "none":
+            if "count" not in self.clients.model_fields_set:
+                raise ValueError(
+                    f"clients.count: with engine.kind=flower and privacy.kind={self.privacy.kind} it says how many sites the "
+                    "run is planned for, on which delta and central cohorts hang; give it"
+                )
+            if self.clients.count < self.rounds.cohort:
+                raise ValueError(
+                    f"clients.count={self.clients.count}: the run is planned for fewer sites than a round asks; a smaller "
+                    f"rounds.cohort, which is {self.rounds.cohort}, or more sites"
+                )
         if self.task != "generate" and self.generation.when != "never":
             raise ValueError(
                 f"generation.when={self.generation.when}: task {self.task} writes no texts; with it, never"

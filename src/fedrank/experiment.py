@@ -21,7 +21,7 @@ from fedrank.export import export, obstacle
 from fedrank.observe.watching import watching
 from fedrank.parts import Parts, prepare
 from fedrank.protocol import Method, State
-from fedrank.server import OF_TEXTS, Event, Server
+from fedrank.server import ASKED, OF_TEXTS, Event, Server
 from fedrank.store import Store, StoreError
 from fedrank.trace import span
 from fedrank.training.data import ClientData
@@ -178,6 +178,7 @@ def go_on(
         _same(path, then["fleet"], parts.facts["fleet"], "devices")
         for name in ("rounds.jsonl", "clients.jsonl"):
             ledger.cut(path / name, state.round)
+        ledger.cut(path / ASKED, state.round + 1)  # who was asked in a killed round stays asked
         store.write("config.yaml", settings.dump(parts.config))
         if config.rounds.count > state.round:  # what a finished run came to is no longer true
             for name in ("summary.json", "texts.jsonl"):

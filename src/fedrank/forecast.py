@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -42,8 +42,11 @@ def forecast(
     By the model of the devices, whatever `engine.timing` says: the ledger's numbers, unless the method's plans hang on
     what its clients learn. Failures and evaluation are left out. A kind's means are over the clients of it that were
     asked to train, None where none was; its `run` adds up what they spent. Of a private run also the epsilon that it
-    comes to. watch: called with every event of the rounds.
+    comes to; of one on Flower, whose sites' rows and devices are theirs, nothing else. watch: called with every event of
+    the rounds.
     """
+    if config.engine.kind == "flower" and config.privacy.kind != "none":
+        return _apart(config, method)
     engine = config.engine.model_copy(
         update={"failure_rate": 0.0, "timing": "modelled", "threads": 1, "workers": 1, "stack": 1}
     )
@@ -81,9 +84,27 @@ def forecast(
     }  # fmt: skip
     if config.privacy.kind == "none":
         return found
-    told = zip((row["noise_multiplier"] for row in played), cohorts, strict=True)
-    spent = privacy.epsilon(config.privacy, cohort / len(parts.devices), told)
-    return found | {"epsilon": spent if math.isfinite(spent) else None, "delta": config.privacy.delta}
+    return found | _spent(config, parts, zip((row["noise_multiplier"] for row in played), cohorts, strict=True))
+
+
+def _spent(config: Config, parts: Parts, told: Iterable[tuple[float, Collection[ClientId]]]) -> dict[str, Any]:
+    spent = privacy.epsilon(config.privacy, min(config.rounds.cohort, parts.clients) / parts.clients, told)
+    return {"epsilon": spent if math.isfinite(spent) else None, "delta": config.privacy.delta}
+
+
+def _apart(config: Config, method: Method | None) -> dict[str, Any]:
+    """The epsilon of a private run on Flower, from its plans; local: of a client that is asked in every round."""
+    from fedrank import central  # it needs flwr
+
+    parts, one, told = central.prepare(config, method, grid=None), Device("site", 1), []
+    for round in range(config.rounds.count):
+        state = replace(parts.begin, round=round)
+        plan = parts.method.plan(state, {one.id: one}, config.seed)[one.id] or Plan({})
+        told.append((privacy.multiplier(config.privacy, plan), [one.id]))
+    return {
+        "method": parts.config.method["name"], "clients": parts.clients, "cohort": config.rounds.cohort,
+        "rounds": config.rounds.count, **_spent(config, parts, told),
+    }  # fmt: skip
 
 
 def _kind(kind: str, machines: Sequence[tuple[Device, int]], drawn: int, asked: Sequence[Event]) -> dict[str, Any]:

@@ -113,7 +113,8 @@ def read_registration(frame: bytes, run: str) -> Registration:
 def told(config: Config) -> dict[str, Any]:
     """What a site is told of the config: nothing of where the server's data and model are.
 
-    But for device and engine only what is not as by default: an older fedrank refuses keys that it does not know.
+    But for device and engine, and a private run's clients, only what is not as by default: an older fedrank refuses keys
+    that it does not know.
     """
     raw, own = config.model_dump(mode="json"), config.model_dump(mode="json", exclude_defaults=True)
     name = raw["model"]["name"]
@@ -123,6 +124,7 @@ def told(config: Config) -> dict[str, Any]:
         "model": own.get("model", {}) | {"name": "" if local else name, "trust_remote_code": False},
         "data": {"instructions": own.get("data", {}).get("instructions", {})},
         "engine": {key: raw["engine"][key] for key in _ENGINE},
+        **({} if config.privacy.kind == "none" else {"clients": raw["clients"]}),
     }
 
 

@@ -80,6 +80,11 @@ class Parts:
         return self.machine.numerics
 
     @property
+    def clients(self) -> int:
+        """How many there are; of sites, which come and go, how many the run is planned for."""
+        return len(self.devices) or self.config.clients.count
+
+    @property
     def run_id(self) -> str:
         return resolve.run_id(self.config)
 
@@ -98,7 +103,7 @@ class Parts:
         wire = Wire(self.spec, self.begin.adapter, config.wire.dtype, self.run_id, config.seed, self.numerics)
         return Server(
             self.method, self.carrier(self, wire, store), wire, store, config.rounds, config.seed, config.adapter.head,
-            self.evaluate, config.server, self.cost if timed else None, config.privacy,
+            self.evaluate, config.server, self.cost if timed else None, config.privacy, self.clients,
         )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import importlib.util
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -42,9 +42,17 @@ def normal(key: bytes, count: int, *address: Address) -> Float[np.ndarray, "n"]:
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
 
 
-def poisson(clients: Sequence[ClientId], rate: float, key: bytes, round: int) -> list[ClientId]:
-    """The clients of a round, each drawn by itself with this probability: it may be none. In the order of registration."""
-    return [clients[at] for at in np.flatnonzero(uniform(key, len(clients), "cohort", round) < rate).tolist()]
+def poisson(clients: Iterable[ClientId], rate: float, key: bytes, round: int) -> list[ClientId]:
+    """The clients of a round, each drawn by itself with this probability: it may be none. In the order of registration.
+
+    A draw hangs on the client's id alone: who else is there, or was when a killed round was played before, changes none.
+    """
+    stream, drawn = hashlib.shake_256(key + json.dumps(("cohort", round)).encode()), list[ClientId]()
+    for client in clients:
+        (own := stream.copy()).update(client.encode())
+        if ((int.from_bytes(own.digest(8), "little") >> 11) + 0.5) * 2.0**-53 < rate:
+            drawn.append(client)
+    return drawn
 
 
 # ---- adapters as vectors

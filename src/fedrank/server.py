@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,7 @@ from fedrank.cost import Cost
 from fedrank.frame import EXACT, Refused, Sizes
 from fedrank.protocol import ClientId, Device, Engine, Method, Plan, State, Update, Updates, rng
 from fedrank.selection import everything
-from fedrank.store import Spool, Store
+from fedrank.store import Spool, Store, StoreError
 from fedrank.trace import span
 from fedrank.wire import Kind, Reply, Wire
 
@@ -39,7 +40,8 @@ class Server:
 
     evaluate: adapter, base updates, and whether the run ends here -> the global model's scores on the server's test set,
     and the texts that it wrote, if any; None where there is neither. cost: client, first adapter, round, plan and bytes
-    down -> what that round takes on its device, where devices are modelled.
+    down -> what that round takes on its device, where devices are modelled. clients: how many there are, or, where they
+    come and go, how many the run is planned for: a constant, on which the rate of central privacy's cohorts hangs.
     """
 
     method: Method
@@ -53,16 +55,20 @@ class Server:
     optimizer: ServerSettings = ServerSettings()
     cost: Callable[[ClientId, Adapter, int, Plan, int], Cost] | None = None
     privacy: PrivacySettings = PrivacySettings()
+    clients: int = 0
 
     def play(self, state: State) -> Iterator[Event]:
         """Play the rounds that are left, one event per client and round; each round is committed by its State."""
         self.store.clear_spool()  # of a round that a kill left unfinished
         played = [row for row in ledger.read(self.store.path / "rounds.jsonl") if row["round"] <= state.round]
         clock = next((row["clock_seconds"] or 0.0 for row in reversed(played)), 0.0)
-        told = [] if self.privacy.kind == "none" else [self._told(row) for row in played]
         while state.round < state.rounds:
             started = time.perf_counter()
             cohort = self.cohort(state.round + 1)
+            if (
+                self.privacy.kind == "local"
+            ):  # before it is asked: a client that answers a killed round has told of itself
+                ledger.append(self.store.path / ASKED, [{"round": state.round + 1, "clients": list(cohort)}])
             state, row, rows = yield from self.train(state, clock, cohort)
             clock = row["clock_seconds"]
             trained = time.perf_counter()
@@ -71,11 +77,11 @@ class Server:
             row |= scores
             row |= {"wall_seconds": round(ended - started, 4), "evaluation_seconds": round(ended - trained, 4)}
             if self.privacy.kind != "none":
-                told.append(self._told(row))
-                row = self._released(row, {*state.metrics, *scores}, told)
+                row = self._released([*played, row], {*state.metrics, *scores})
                 rows = [{name: row[name] for name in (*privacy.WHO, *BYTES) if name in row} for row in rows]
             ledger.append(self.store.path / "clients.jsonl", rows)
             ledger.append(self.store.path / "rounds.jsonl", [row])
+            played.append(row)
             self.store.save_state(state, self.wire.numerics)
             self.store.clear_spool()
             yield {"event": "round", "rounds": state.rounds, **row}
@@ -129,13 +135,13 @@ class Server:
     def _drawn(self, round: int, fleet: Mapping[ClientId, Device]) -> list[ClientId]:
         clients = roster.names(fleet)
         if self.privacy.kind == "central":  # of the seed, who took part would be known, and sampling hide nobody
-            return privacy.poisson(clients, self._expected / len(clients), self.store.key, round)
+            return privacy.poisson(clients, self._expected / self.clients, self.store.key, round)
         return sample(clients, self.rounds.cohort, self.seed, round)
 
     @property
     def _expected(self) -> float:
-        """The size of a cohort, in the mean where it varies."""
-        return float(min(self.rounds.cohort, len(self.engine.fleet())))
+        """The size of a cohort in the mean, were all clients there."""
+        return float(min(self.rounds.cohort, self.clients))
 
     def _common(self, state: State) -> Plan:
         """What a round asks of a client, whoever is drawn."""
@@ -259,20 +265,25 @@ class Server:
 
     # ---- what goes into the ledger
 
-    def _told(self, row: Mapping[str, Any]) -> tuple[float, list[ClientId]]:
-        """What the accountant must know of a round."""
-        return row["noise_multiplier"], self._drawn(row["round"], self.engine.fleet())
+    def _released(self, rows: Sequence[Event], known: Collection[str]) -> Event:
+        """The last row, of a round whose clients are protected. known: what follows from noised sums, and the server's scores.
 
-    def _released(self, row: Event, known: Collection[str], told: Sequence[tuple[float, list[ClientId]]]) -> Event:
-        """The row of a round whose clients are protected. known: what follows from noised sums, and the server's scores.
-
-        Where they protect themselves, who took part and what travelled is no secret of theirs.
+        Where they protect themselves, who took part and what travelled is no secret of theirs. Epsilon is of what was
+        written down when it was asked, never of who would be asked today.
         """
+        asked = defaultdict[int, set[ClientId]](set)
         if self.privacy.kind == "local":
             known = {*known, *BYTES, "clients_ok", "clients_failed", "clients_out"}
-        spent = privacy.epsilon(self.privacy, self._expected / len(self.engine.fleet()), told)
+            for one in ledger.read(self.store.path / ASKED):
+                asked[one["round"]].update(one["clients"])
+            if lost := [row["round"] for row in rows if row["round"] not in asked]:
+                raise StoreError(
+                    f"{self.store.path / ASKED} does not say who was asked in round {lost[0]}, so epsilon is not known"
+                )
+        told = [(row["noise_multiplier"], asked[row["round"]]) for row in rows]
+        spent = privacy.epsilon(self.privacy, self._expected / self.clients, told)
         found = {"epsilon": spent if math.isfinite(spent) else None, "delta": self.privacy.delta}
-        return privacy.released(row, known) | found
+        return privacy.released(rows[-1], known) | found
 
     def _row(self, t: int, rows: list[dict[str, Any]], after: State) -> dict[str, Any]:
         ok = [row for row in rows if row["ok"]]
@@ -370,4 +381,5 @@ class Server:
 
 # What clients may score beside accuracy and loss, in task generate.
 OF_TEXTS = ("perplexity", "choice_accuracy", "choice_accuracy_per_byte", "exact_match", "bleu", "rouge_l")
+ASKED = "asked.jsonl"  # a ledger of every time that clients who protect themselves were asked, of killed rounds too
 BYTES = tuple(f"{part}bytes_{way}" for way in ("up", "down") for part in ("", "adapter_", "head_"))

@@ -19,7 +19,7 @@ from fedrank.devices import PRESETS
 from fedrank.fleet import NOMINAL, NUMBERS
 from fedrank.frame import Refused
 from fedrank.hello import Registration, Setup
-from fedrank.protocol import Device, Plan
+from fedrank.protocol import Device, Load, Plan
 from fedrank.store import CLIENT, Private, write
 from fedrank.training.data import ClientData
 from fedrank.training.sources import from_path
@@ -181,6 +181,8 @@ def open_session(file: SiteFile, setup: Setup) -> Session:
         return cost.predict(made.spec, start, plan, made.load(file.client, round), device, bytes_down, up)
 
     site = made.site(device, wire, Private(_folder(file, setup.run) / "private"), costs)
+    if config.privacy.kind == "local":  # how many rows there are, and how long, would leave this place without noise
+        device = replace(device, examples=1, load=Load(0, 0, 0, 0, 0))
     registration = Registration(setup.run, device, made.spec.fingerprint, made.numerics, setup.schema)
     return Session(site, hello.write_registration(registration))
 
@@ -198,10 +200,7 @@ def joined(file: SiteFile, setup: Setup) -> settings.Config:
     engine = {**told.get("engine", {}), "workers": 1}
     if file.device != told.get("device"):  # it has other kernels
         engine |= {"compute": "auto", "products": "auto"}
-    clients = {"count": 1}
-    return settings.load(
-        {**told, "model": model, "data": data, "device": file.device, "engine": engine, "clients": clients}
-    )
+    return settings.load({**told, "model": model, "data": data, "device": file.device, "engine": engine})
 
 
 def _folder(file: SiteFile, run: str) -> Path:

@@ -299,8 +299,9 @@ def _frame(file: SiteFile, run: Setup, made: Made) -> tuple[str, None]:
     if not row["ok"]:
         raise ConfigError(str(row["error"]))
     ended = time.perf_counter()
+    loss = f", loss {row['loss']:.3g}" if "loss" in row else ""  # with local privacy it stays at the site
     return (
-        f"{row['bytes_down']:,} bytes down, {row['bytes_up']:,} up, loss {row['loss']:.3g}; joined in {joined - started:.1f} s, "
+        f"{row['bytes_down']:,} bytes down, {row['bytes_up']:,} up{loss}; joined in {joined - started:.1f} s, "
         f"answered in {ended - joined:.1f} s"
     ), None
 

@@ -130,8 +130,8 @@ class Sites:
 
     hello: the frame that tells a site of the run. admit: its answer -> what it registers; Refused where it cannot take
     part. minimum: how many there must be before a round begins. seconds: of the wait where a round has none. schemas:
-    client -> the schema of its frames, noted here for who writes them. known: client -> its node and device. barred:
-    node -> when it was last told, and why it takes no part.
+    client -> the schema of its frames, noted here for who writes them. most: how many may take part, None for any number.
+    known: client -> its node and device. barred: node -> when it was last told, and why it takes no part.
     """
 
     grid: Grid
@@ -140,6 +140,7 @@ class Sites:
     minimum: int
     seconds: float | None
     schemas: dict[ClientId, int]
+    most: int | None = None
     known: dict[ClientId, tuple[int, Device]] = field(default_factory=dict)
     barred: dict[int, tuple[float, str]] = field(default_factory=dict)
     told: dict[str, int] = field(default_factory=dict)
@@ -193,6 +194,10 @@ class Sites:
                 raise Refused(told or "a message that holds no frame")
             found = self.admit(told)
             device = found.device
+            if self.most is not None and device.id not in self.known and len(self.known) >= self.most:
+                raise Refused(
+                    f"client {device.id}: the run is planned for clients.count={self.most} sites, and as many have registered"
+                )
             other = self.known.get(device.id, (node, device))[0]
             if other != node and other in here:
                 raise Refused(f"client {device.id} is there already, as another node")

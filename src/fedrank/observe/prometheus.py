@@ -22,7 +22,8 @@ GAUGES = {
     "epsilon": "Differential privacy spent so far.",
 }
 BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000)  # seconds
-REASONS = ("no_answer", "invalid", "memory", "error")
+REASONS = ("no_answer", "invalid", "memory", "refused", "not_merged", "error")
+SAID = {"DeviceError": "memory", "refused: ": "refused", "not merged: ": "not_merged"}  # what an error begins with
 
 
 def reason(row: Row) -> str:
@@ -31,7 +32,7 @@ def reason(row: Row) -> str:
         return "no_answer"
     if "adapter_bytes_up" not in row:
         return "invalid"  # its frame was not one to trust
-    return "memory" if row["error"].startswith("DeviceError") else "error"
+    return next((name for start, name in SAID.items() if row["error"].startswith(start)), "error")
 
 
 @contextmanager
@@ -44,14 +45,17 @@ def opened(given: Observe, path: Path) -> Iterator[Watch]:
     rounds = Counter("fedrank_rounds", "Rounds played.", registry=every)
     current = Gauge("fedrank_round", "The round that is played, or was last.", registry=every)
     planned = Gauge("fedrank_rounds_planned", "Rounds of the whole run.", registry=every)
-    awaited = Gauge("fedrank_clients_awaited", "Clients whose answer this round still waits for.", registry=every)
     told = dict[str, Any]()  # what rows have had so far
     played, clients, evaluation_bytes = added(path / "rounds.jsonl"), added(path / "clients.jsonl"), 0
+    hidden = False  # how many are drawn, which rows do not tell either
 
     def metric(kind: Callable[..., Any], name: str, text: str, **more: Any) -> Any:
         if name not in told:
             told[name] = kind(f"fedrank_{name}", text, registry=every, **more)
         return told[name]
+
+    def awaited() -> Any:
+        return metric(Gauge, "clients_awaited", "Clients whose answer this round still waits for.")
 
     def count(row: Row) -> None:
         rounds.inc()
@@ -85,19 +89,22 @@ def opened(given: Observe, path: Path) -> Iterator[Watch]:
         evaluation_bytes = total
 
     def watch(event: Event) -> None:
+        nonlocal hidden
         match event["event"]:
             case "start" | "resume":
                 config = settings.load(path / "config.yaml")
+                hidden = config.privacy.kind == "central"
                 build.info({"version": fedrank.__version__, "method": config.method["name"], "run": path.name})
                 planned.set(config.rounds.count)
                 current.set(event.get("round", 0))
             case "cohort":
                 current.set(event["round"])
-                awaited.set(len(event["clients"]))
-            case "client":
-                awaited.dec()
-            case "round":
-                awaited.set(0)
+                if not hidden:
+                    awaited().set(len(event["clients"]))
+            case "client" if not hidden:
+                awaited().dec()
+            case "round" if not hidden:
+                awaited().set(0)
             case "end":
                 evaluated(event["evaluation_bytes"] or evaluation_bytes)
         if event["event"] in GROWN:
