@@ -1,4 +1,4 @@
-"""A federation of real programs on loopback: a SuperLink with TLS and node authentication, and sites with SuperNodes."""
+"""A federation of real programs on loopback, with TLS and node authentication; and what its runs come to on one machine."""
 
 import json
 import os
@@ -7,20 +7,22 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 
-from fedrank import remote
+from fedrank import config, experiment, ledger, parts, remote, sites
 from fedrank.deploy import keys
 
 WORDS = {"colour": ("red", "green", "blue"), "animal": ("dog", "cat", "cow"), "motion": ("run", "walk", "jump")}
 LABELS = tuple(WORDS)
+PLAYED = {"compute": "float32", "products": "torch", "stack": 1}
 
 
 def rows(seed: int, count: int) -> list[dict[str, str]]:
@@ -68,6 +70,10 @@ class Federation:
     @property
     def keys(self) -> Path:
         return self.folder / "keys"
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.site(name) for name in self.names]
 
     def home(self, name: str) -> Path:
         return self.folder / "homes" / name
@@ -218,3 +224,54 @@ def federation(
         yield made
     finally:
         made.stop()
+
+
+# ---- the same on this machine
+
+
+def state(path: Path, round: int) -> bytes:
+    return (path / "states" / f"{round:04d}.safetensors").read_bytes()
+
+
+def answered(path: Path) -> dict[int, set[str]]:
+    """Whose updates were merged, by round."""
+    rows = ledger.read(path / "clients.jsonl")
+    return {
+        round: {row["client"] for row in rows if row["round"] == round and row["ok"]}
+        for round in {row["round"] for row in rows}
+    }
+
+
+def local(
+    files: Iterable[Path], raw: Mapping[str, Any], out: Path, answered: Mapping[int, set[str]] | None = None
+) -> None:
+    """A run of these sites by the local engine; answered: who did in which round, where not all did."""
+    data = sites.together(files, LABELS)
+
+    def prepare(settings: config.Config, method: Any, rows: Any) -> parts.Parts:
+        found = parts.prepare(settings, method, rows)
+        return found if answered is None else replace(found, carrier=partial(silenced, answered=answered))
+
+    loaded = config.load({**raw, "data": {"name": data.name}, "engine": PLAYED})
+    for _ in experiment.start(loaded, out, data=data, by=prepare):
+        pass
+
+
+def silenced(made: parts.Parts, wire: Any, store: Any, answered: Mapping[int, set[str]]) -> Any:
+    """The local engine, on which only these clients answer their training requests."""
+    engine = parts.here(made, wire, store)
+
+    class Some:
+        def fleet(self) -> Any:
+            return engine.fleet()
+
+        def exchange(self, requests: Any, seconds: float | None) -> Any:
+            asked = []
+            for client, build in requests:
+                frame = build()
+                request = wire.open_request(frame)
+                if request.kind != "train" or client in answered[request.round]:
+                    asked.append((client, lambda frame=frame: frame))
+            return engine.exchange(asked, seconds)
+
+    return Some()

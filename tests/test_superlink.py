@@ -6,19 +6,16 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import fedrank
-from federation import LABELS, Federation, federation, until
-from fedrank import config, experiment, ledger, parts, sites
+from federation import Federation, answered, federation, local, state, until
+from fedrank import ledger
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-PLAYED = {"compute": "float32", "products": "torch", "stack": 1}
 
 
 @pytest.fixture(scope="module")
@@ -27,58 +24,12 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
         yield made
 
 
-def state(path: Path, round: int) -> bytes:
-    return (path / "states" / f"{round:04d}.safetensors").read_bytes()
-
-
-def local(made: Federation, raw: Mapping[str, Any], out: Path, answered: Mapping[int, set[str]] | None = None) -> None:
-    """The same run on this machine; answered: who did in which round, where not all did."""
-    here = {**raw, "data": {"name": "sites"}, "engine": PLAYED}
-    data = sites.together([made.site(name) for name in made.names], LABELS)
-
-    def prepare(settings: config.Config, method: Any, rows: Any) -> parts.Parts:
-        found = parts.prepare(settings, method, rows)
-        return found if answered is None else replace(found, carrier=partial(silenced, answered=answered))
-
-    loaded = config.load({**here, "data": {"name": data.name}})
-    for _ in experiment.start(loaded, out, data=data, by=prepare):
-        pass
-
-
-def silenced(made: parts.Parts, wire: Any, store: Any, answered: Mapping[int, set[str]]) -> Any:
-    """The local engine, on which only these clients answer their training requests."""
-    engine = parts.here(made, wire, store)
-
-    class Some:
-        def fleet(self) -> Any:
-            return engine.fleet()
-
-        def exchange(self, requests: Any, seconds: float | None) -> Any:
-            asked = []
-            for client, build in requests:
-                frame = build()
-                request = wire.open_request(frame)
-                if request.kind != "train" or client in answered[request.round]:
-                    asked.append((client, lambda frame=frame: frame))
-            return engine.exchange(asked, seconds)
-
-    return Some()
-
-
-def answered(path: Path) -> dict[int, set[str]]:
-    rows = ledger.read(path / "clients.jsonl")
-    return {
-        round: {row["client"] for row in rows if row["round"] == round and row["ok"]}
-        for round in {row["round"] for row in rows}
-    }
-
-
 @pytest.mark.parametrize("method", ["fedara", "pf2lora"])
 def test_a_real_federation_ends_in_the_local_state(method: str, running: Federation, tmp_path: Path) -> None:
     """Three sites with rows of their own, five rounds; the same bytes in the ledger."""
     raw = running.config(method={"name": method})
     running.play(raw, tmp_path / "flower", 600)
-    local(running, raw, tmp_path / "local")
+    local(running.files, raw, tmp_path / "local")
     for round in (3, 4, 5):
         assert state(tmp_path / "flower", round) == state(tmp_path / "local", round)
     theirs, ours = (ledger.read(tmp_path / name / "rounds.jsonl") for name in ("flower", "local"))
@@ -136,7 +87,7 @@ def follows(made: Federation, raw: Mapping[str, Any], path: Path, tmp_path: Path
     """Its State is what the answers that arrived imply."""
     rows = ledger.read(path / "rounds.jsonl")
     assert [row["round"] for row in rows] == list(range(1, raw["rounds"]["count"] + 1))
-    local(made, raw, tmp_path / "again", answered(path))
+    local(made.files, raw, tmp_path / "again", answered(path))
     last = raw["rounds"]["count"]
     assert state(path, last) == state(tmp_path / "again", last)
     assert fedrank.Run(path).summary["rounds"] == last
