@@ -243,8 +243,9 @@ def answered(path: Path) -> dict[int, set[str]]:
 
 
 def local(
-    files: Iterable[Path], raw: Mapping[str, Any], out: Path, answered: Mapping[int, set[str]] | None = None
-) -> None:
+    files: Iterable[Path], raw: Mapping[str, Any], out: Path, answered: Mapping[int, set[str]] | None = None,
+    imported: Path | None = None,
+) -> None:  # fmt: skip
     """A run of these sites by the local engine; answered: who did in which round, where not all did."""
     data = sites.together(files, LABELS)
 
@@ -253,7 +254,7 @@ def local(
         return found if answered is None else replace(found, carrier=partial(silenced, answered=answered))
 
     loaded = config.load({**raw, "data": {"name": data.name}, "engine": PLAYED})
-    for _ in experiment.start(loaded, out, data=data, by=prepare):
+    for _ in experiment.start(loaded, out, imported=imported, data=data, by=prepare):
         pass
 
 

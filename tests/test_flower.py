@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import shutil
 import socket
 import threading
@@ -19,12 +20,12 @@ from flwr.supercore.task_identity import TaskIdentity
 
 import fedrank
 from federation import LABELS, answered, local, rows, state
-from fedrank import central, client, config, experiment, hello, resident, sites
+from fedrank import apps, central, client, config, experiment, hello, remote, resident, sites
 from fedrank.config import ConfigError
 from fedrank.engines import flower
 from fedrank.frame import Refused, pack, unpack
 from fedrank.protocol import Device, Load
-from fedrank.store import StoreError
+from fedrank.store import Store, StoreError
 
 NAMES = ("north", "south", "west")
 
@@ -190,6 +191,34 @@ def test_what_differs_is_named(
     assert "client south computes otherwise than the server" in caplog.text
     assert "'cpu'" in caplog.text
     assert "ABACUS" in caplog.text
+
+
+@pytest.mark.parametrize("more", [
+    {"adapter": {"head": "frozen"}}, {"method": {"name": "pf2lora"}}, {"method": {"name": "flora"}},
+])  # fmt: skip
+def test_an_import_is_where_every_site_starts(
+    more: dict[str, Any], files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a server app is told of it, and what the sites are; a resumed run knows it too."""
+    play(settings(rounds={"count": 1}), tmp_path / "before", grid_of(files))
+    raw, adapter, grid = settings(rounds={"count": 1}, **more), tmp_path / "before" / "adapter", grid_of(files)
+
+    def played(settings: config.Config, path: Path, told: dict[str, Any]) -> Iterable[Any]:
+        (tmp_path / "run.yaml").write_text(config.dump(settings))
+        apps._play(grid, {**told, "out": str(path), "config": str(tmp_path / "run.yaml")})  # type: ignore[arg-type]
+        return ()
+
+    monkeypatch.setattr(remote, "_play", played)
+    monkeypatch.setattr(logging.getLogger("fedrank"), "handlers", [])
+    list(experiment.start(config.load(raw), tmp_path / "run", imported=adapter))
+    fedrank.resume(tmp_path / "run", "rounds.count=+1")
+    local(files.values(), {**raw, "rounds": {**raw["rounds"], "count": 2}}, tmp_path / "local", imported=adapter)
+    kept = [Store.open(tmp_path / name).state(0)[0] for name in ("run", "local", "before")]
+    now, then, other = ([hello.begun(one.adapter), *map(hello.begun, one.base_updates.values())] for one in kept)
+    assert now == then != other
+    last = [Store.open(tmp_path / name).state(2)[0] for name in ("run", "local")]
+    assert len({hello.begun(one.adapter) for one in last}) == 1
+    assert [row["ok"] for row in ledger(tmp_path / "run", "clients")] == [True] * 6
 
 
 # ---- what travels
