@@ -92,7 +92,7 @@ def main() -> None:
                 if arm == "echo":
                     found = echo(made, out, given.rounds, size)
                 elif arm == "local":
-                    local(made, raw, out)
+                    local(made.files, raw, out)
                     found = seconds(out)
                 else:
                     if arm == "warm":

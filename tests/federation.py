@@ -1,4 +1,4 @@
-"""A federation of real programs on loopback: a SuperLink with TLS and node authentication, and sites with SuperNodes."""
+"""A federation of real programs on loopback, with TLS and node authentication; and what its runs come to on one machine."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -77,6 +77,10 @@ class Federation:
     @property
     def keys(self) -> Path:
         return self.folder / "keys"
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.site(name) for name in self.names]
 
     def home(self, name: str) -> Path:
         return self.folder / "homes" / name
@@ -238,24 +242,40 @@ def federation(
         made.stop()
 
 
-# ---- what a run comes to
+# ---- the same on this machine
 
 
 def state(path: Path, round: int) -> bytes:
     return (path / "states" / f"{round:04d}.safetensors").read_bytes()
 
 
-def local(made: Federation, raw: Mapping[str, Any], out: Path, answered: Mapping[int, set[str]] | None = None) -> None:
-    """The same run on this machine; answered: who did in which round, where not all did."""
-    here = {**raw, "data": {"name": "sites"}, "engine": PLAYED}
-    data = sites.together([made.site(name) for name in made.names], LABELS)
+def committed(path: Path) -> list[int]:
+    """The rounds whose States are kept."""
+    return sorted(int(file.stem) for file in (path / "states").glob("*.safetensors"))
+
+
+def answered(path: Path) -> dict[int, set[str]]:
+    """Whose updates were merged, by round."""
+    rows = ledger.read(path / "clients.jsonl")
+    return {
+        round: {row["client"] for row in rows if row["round"] == round and row["ok"]}
+        for round in {row["round"] for row in rows}
+    }
+
+
+def local(
+    files: Iterable[Path], raw: Mapping[str, Any], out: Path, answered: Mapping[int, set[str]] | None = None,
+    imported: Path | None = None,
+) -> None:  # fmt: skip
+    """A run of these sites by the local engine; answered: who did in which round, where not all did."""
+    data = sites.together(files, LABELS)
 
     def prepare(settings: config.Config, method: Any, rows: Any) -> parts.Parts:
         found = parts.prepare(settings, method, rows)
         return found if answered is None else replace(found, carrier=partial(silenced, answered=answered))
 
-    loaded = config.load({**here, "data": {"name": data.name}})
-    for _ in experiment.start(loaded, out, data=data, by=prepare):
+    loaded = config.load({**raw, "data": {"name": data.name}, "engine": PLAYED})
+    for _ in experiment.start(loaded, out, imported=imported, data=data, by=prepare):
         pass
 
 
@@ -279,23 +299,11 @@ def silenced(made: parts.Parts, wire: Any, store: Any, answered: Mapping[int, se
     return Some()
 
 
-def answered(path: Path) -> dict[int, set[str]]:
-    rows = ledger.read(path / "clients.jsonl")
-    return {
-        round: {row["client"] for row in rows if row["round"] == round and row["ok"]}
-        for round in {row["round"] for row in rows}
-    }
-
-
-def committed(path: Path) -> list[int]:
-    return sorted(int(file.stem) for file in (path / "states").glob("*.safetensors"))
-
-
 def follows(made: Federation, raw: Mapping[str, Any], path: Path, tmp_path: Path) -> None:
     """Its State is what the answers that arrived imply."""
     rows = ledger.read(path / "rounds.jsonl")
     assert [row["round"] for row in rows] == list(range(1, raw["rounds"]["count"] + 1))
-    local(made, raw, tmp_path / "again", answered(path))
+    local(made.files, raw, tmp_path / "again", answered(path))
     last = raw["rounds"]["count"]
     assert state(path, last) == state(tmp_path / "again", last)
     assert fedrank.Run(path).summary["rounds"] == last

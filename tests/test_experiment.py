@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +16,6 @@ import toy
 from fedrank import experiment, ledger
 from fedrank.config import ConfigError, load
 from fedrank.engines.local import Local
-from fedrank.export import adopt, read_peft
 from fedrank.frame import sizes
 from fedrank.methods.fedavg import FedAvg
 from fedrank.products import Increment
@@ -410,8 +408,7 @@ class Odd(FedAvg):
 
 
 def play(config: dict[str, Any], path: Path, folder: Path) -> list[dict[str, Any]]:
-    found = read_peft(folder)
-    return list(experiment.start(load(config), path, first=partial(adopt, imported=found)))
+    return list(experiment.start(load(config), path, imported=folder))
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedara"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import shutil
 import socket
 import threading
@@ -12,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from flwr import serverapp
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
@@ -20,7 +20,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from typer.testing import CliRunner
 
 import fedrank
-from fedrank import central, cli, config, experiment, hello, privacy, resident, resolve, sites
+from federation import LABELS, answered, local, rows, state
+from fedrank import apps, central, cli, client, config, experiment, hello, privacy, remote, resident, resolve, sites
 from fedrank import frame as frames
 from fedrank.config import ConfigError, PrivacySettings
 from fedrank.engines import flower
@@ -30,8 +31,6 @@ from fedrank.protocol import Device, Load
 from fedrank.store import Store, StoreError
 from fedrank.wire import Wire
 
-WORDS = {"colour": ("red", "green", "blue"), "animal": ("dog", "cat", "cow"), "motion": ("run", "walk", "jump")}
-LABELS = tuple(WORDS)
 NAMES = ("north", "south", "west")
 Answer = Callable[[bytes], bytes]
 
@@ -41,12 +40,6 @@ def a_task(monkeypatch: pytest.MonkeyPatch) -> None:
     """What Flower's own processes know of themselves, without which no message is made."""
     for name in ("run_id", "node_id", "task_id"):
         monkeypatch.setattr(TaskIdentity, f"_{name}", 1, raising=False)
-
-
-def rows(seed: int, count: int) -> list[dict[str, str]]:
-    random = np.random.default_rng(seed)
-    labels = [LABELS[at] for at in random.integers(len(LABELS), size=count)]
-    return [{"text": " ".join(random.choice([*WORDS[label], "the", "of"], 8)), "label": label} for label in labels]
 
 
 def written(path: Path, found: list[dict[str, str]]) -> Path:
@@ -84,6 +77,7 @@ class Grid(serverapp.Grid):
     def __init__(self, answers: dict[int, Callable[[bytes], bytes] | None]) -> None:
         self.answers, self.replies, self.sent = answers, dict[str, Message](), list[tuple[int, bytes]]()
         self.open = dict[str, Message]()
+        self.copies = 1  # of every answer
 
     run = None  # type: ignore[assignment]
 
@@ -122,7 +116,8 @@ class Grid(serverapp.Grid):
 
     def pull_messages(self, numbers: Iterable[str]) -> list[Message]:
         # The last asked answers first: nothing may hang on the order.
-        return [self.replies.pop(number) for number in reversed(list(numbers)) if number in self.replies]
+        found = [self.replies.pop(number) for number in reversed(list(numbers)) if number in self.replies]
+        return found * self.copies
 
 
 def grid_of(files: dict[str, Path]) -> Grid:
@@ -141,10 +136,6 @@ def ledger(path: Path, name: str) -> list[dict[str, Any]]:
         ({k: v for k, v in row.items() if k not in timed} for row in found),
         key=lambda row: (row["round"], row.get("client", "")),
     )
-
-
-def state(path: Path, round: int) -> bytes:
-    return (path / "states" / f"{round:04d}.safetensors").read_bytes()
 
 
 # ---- parity
@@ -304,6 +295,34 @@ def test_what_differs_is_named(
     assert "ABACUS" in caplog.text
 
 
+@pytest.mark.parametrize("more", [
+    {"adapter": {"head": "frozen"}}, {"method": {"name": "pf2lora"}}, {"method": {"name": "flora"}},
+])  # fmt: skip
+def test_an_import_is_where_every_site_starts(
+    more: dict[str, Any], files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a server app is told of it, and what the sites are; a resumed run knows it too."""
+    play(settings(rounds={"count": 1}), tmp_path / "before", grid_of(files))
+    raw, adapter, grid = settings(rounds={"count": 1}, **more), tmp_path / "before" / "adapter", grid_of(files)
+
+    def played(settings: config.Config, path: Path, told: dict[str, Any]) -> Iterable[Any]:
+        (tmp_path / "run.yaml").write_text(config.dump(settings))
+        apps._play(grid, {**told, "out": str(path), "config": str(tmp_path / "run.yaml")})  # type: ignore[arg-type]
+        return ()
+
+    monkeypatch.setattr(remote, "_play", played)
+    monkeypatch.setattr(logging.getLogger("fedrank"), "handlers", [])
+    list(experiment.start(config.load(raw), tmp_path / "run", imported=adapter))
+    fedrank.resume(tmp_path / "run", "rounds.count=+1")
+    local(files.values(), {**raw, "rounds": {**raw["rounds"], "count": 2}}, tmp_path / "local", imported=adapter)
+    kept = [Store.open(tmp_path / name).state(0)[0] for name in ("run", "local", "before")]
+    now, then, other = ([hello.begun(one.adapter), *map(hello.begun, one.base_updates.values())] for one in kept)
+    assert now == then != other
+    last = [Store.open(tmp_path / name).state(2)[0] for name in ("run", "local")]
+    assert len({hello.begun(one.adapter) for one in last}) == 1
+    assert [row["ok"] for row in ledger(tmp_path / "run", "clients")] == [True] * 6
+
+
 # ---- what travels
 
 
@@ -367,6 +386,61 @@ def test_a_site_that_is_silent_or_sends_garbage_ends_no_round(files: dict[str, P
     assert [found[name]["ok"] for name in NAMES] == [True, False, True]
     assert "too short" in found["south"]["error"]
     assert ledger(tmp_path / "run", "rounds")[0]["clients_failed"] == 1
+
+
+def test_whatever_a_site_does_the_run_goes_on(files: dict[str, Path], tmp_path: Path) -> None:
+    """Crashes in training, answers for an old round, too late and twice; leaves, and joins late: each is told in the
+    ledger, and the State is what the answers that were good imply."""
+    grid, run = grid_of(files), tmp_path / "run"
+    desk, kept = sites.Desk(sites.read(files["south"])), dict[int, bytes]()
+
+    def crash(*args: Any, **kwargs: Any) -> Any:
+        raise ZeroDivisionError
+
+    def south(frame: bytes) -> bytes:
+        meta, _ = unpack(frame)
+        if meta["kind"] == "train" and meta["round"] == 2:
+            session = desk.sessions[meta["run"]]
+            return client.handle(frame, replace(session.site, fit=crash))
+        kept[meta.get("round", 0)] = desk.answer(frame)
+        return kept[1 if meta.get("round") == 3 else meta.get("round", 0)]
+
+    west = grid.answers.pop(3)  # it joins in the third round
+    grid.answers[2] = south
+    raw = settings(
+        method={"name": "pf2lora"},
+        rounds={"count": 6, "minimum": 1, "deadline": 0.2, "evaluate_every": 6, "personal": 0},
+    )
+    for event in experiment.start(config.load(raw), run, by=partial(central.prepare, grid=grid)):
+        match event["event"], event.get("round"):
+            case "round", 2:
+                grid.answers[3] = west
+            case "round", 3:
+                grid.answers[2] = None
+            case "cohort", 5:
+                grid.answers[2] = south
+                grid.late(desk.answer)  # to the fourth round's request
+            case "round", 4:
+                grid.copies = 2
+            case "round", 5:
+                del grid.answers[3]
+    found = {(row["round"], row["client"]): row.get("error", "") for row in ledger(run, "clients")}
+    wrong = {at: error for at, error in found.items() if error}
+    assert wrong.keys() == {(2, "south"), (3, "south"), (4, "south")}
+    assert wrong[2, "south"] == "ZeroDivisionError: the message stays with the client"
+    assert "an answer to run, round, client, plan" in wrong[3, "south"]
+    assert wrong[4, "south"] == "no answer within 0.2 s, though its node is connected"
+    assert answered(run) == {
+        1: {"north", "south"}, 2: {"north"}, 3: {"north", "west"}, 4: {"north", "west"},
+        5: {"north", "south", "west"}, 6: {"north", "south"},
+    }  # fmt: skip
+    local(files.values(), raw, tmp_path / "local", answered(run))
+    assert state(run, 6) == state(tmp_path / "local", 6)
+
+
+def test_a_last_look_goes_before_the_deadline() -> None:
+    """What is there by then counts, however long it took to ask everyone."""
+    assert dict(flower.converse(Grid({1: lambda frame: frame}), [("a", 1, b"x")], 1e-9)) == {"a": b"x"}  # type: ignore[arg-type]
 
 
 def test_too_few_answers_are_not_merged(files: dict[str, Path], tmp_path: Path) -> None:
@@ -489,6 +563,21 @@ def test_one_client_is_one_node(caplog: pytest.LogCaptureFixture) -> None:
     made.engine.barred.clear()
     made.engine.fleet()
     assert made.engine.known["a"][0] == 3 - first
+
+
+def test_a_greeting_that_is_lost_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a SuperNode ends over it and is back before anyone looks."""
+    monkeypatch.setattr(flower, "GREETING", 0.0)
+    monkeypatch.setattr(flower, "SLOWEST", 0.01)
+    made = Admitted(a=lambda frame: b"a", b=None)
+    assert list(made.engine.fleet()) == ["a"]
+    made.grid.answers[2] = lambda frame: b"b"
+    assert list(made.engine.fleet()) == ["a"]
+    assert [node for node, _ in made.grid.sent] == [1, 2]
+    monkeypatch.setattr(flower, "LOST", 0.0)
+    assert list(made.engine.fleet()) == ["a", "b"]
+    assert [node for node, _ in made.grid.sent] == [1, 2, 2]
+    assert made.engine.told == {}
 
 
 def test_a_site_that_lost_its_store_is_told_again(files: dict[str, Path], tmp_path: Path) -> None:
@@ -937,6 +1026,19 @@ def test_a_worker_says_why_it_refuses(worker: sites.SiteFile) -> None:
 def test_a_worker_s_socket_is_its_owner_s(worker: sites.SiteFile) -> None:
     assert worker.socket.stat().st_mode & 0o077 == 0
     assert worker.store.stat().st_mode & 0o077 == 0
+
+
+def test_who_says_nothing_does_not_hold_a_worker_up(
+    monkeypatch: pytest.MonkeyPatch, worker: sites.SiteFile, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(resident, "PATIENCE", 1)
+    with socket.socket(socket.AF_UNIX) as line, socket.socket(socket.AF_UNIX) as half:
+        line.connect(str(worker.socket))
+        half.connect(str(worker.socket))
+        half.sendall(b"\0\0\1\0abc")  # 256 bytes are announced
+        with pytest.raises(Refused, match="too short"):
+            resident.ask(worker, b"garbage")
+    assert caplog.text.count("whoever connected sent no frame") == 2
 
 
 def test_two_workers_of_one_site(worker: sites.SiteFile) -> None:

@@ -28,7 +28,7 @@ def test_a_real_federation_ends_in_the_local_state(method: str, running: Federat
     """Three sites with rows of their own, five rounds; the same bytes in the ledger."""
     raw = running.config(method={"name": method})
     running.play(raw, tmp_path / "flower", 600)
-    local(running, raw, tmp_path / "local")
+    local(running.files, raw, tmp_path / "local")
     for round in (3, 4, 5):
         assert state(tmp_path / "flower", round) == state(tmp_path / "local", round)
     theirs, ours = (ledger.read(tmp_path / name / "rounds.jsonl") for name in ("flower", "local"))
@@ -65,7 +65,7 @@ def test_a_private_federation_ends_in_the_local_state(kind: str, running: Federa
         put_key(tmp_path / place)
     until(lambda: online(running) == 3, 300, "three SuperNodes")  # a central round begins with one
     running.play(raw, tmp_path / "flower", 600)
-    local(running, raw, tmp_path / "local")
+    local(running.files, raw, tmp_path / "local")
     assert state(tmp_path / "flower", 2) == state(tmp_path / "local", 2)
     mine, theirs = (fedrank.Run(tmp_path / place) for place in ("flower", "local"))
     assert [row["epsilon"] for row in mine.rounds] == [row["epsilon"] for row in theirs.rounds]
@@ -107,7 +107,7 @@ def test_plain_text_is_refused(running: Federation, tmp_path: Path) -> None:
 
 def test_what_is_killed_in_turn_loses_no_round(running: Federation, tmp_path: Path) -> None:
     """Each in a round of its own; all rounds are played, and the State is what the answers that arrived imply."""
-    count = len(PROGRAMS) + 2
+    count = len(PROGRAMS) + 3
     raw = running.config(
         method={"name": "pf2lora"},
         rounds={"count": count, "minimum": 1, "deadline": 60.0, "evaluate_every": count, "personal": 0},

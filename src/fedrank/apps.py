@@ -35,7 +35,8 @@ def _play(grid: flower.Grid, told: Mapping[str, Any]) -> None:
             if (out / "config.yaml").exists():
                 events = experiment.go_on(out, json.loads(str(told.get("overrides") or "[]")), by=prepare)
             else:
-                events = experiment.start(settings.load(str(told["config"])), out, by=prepare)
+                imported = Path(str(told["imported"])) if told.get("imported") else None
+                events = experiment.start(settings.load(str(told["config"])), out, imported=imported, by=prepare)
             for event in events:
                 tell(event)
         except Exception as error:

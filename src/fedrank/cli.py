@@ -6,7 +6,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -145,13 +144,11 @@ def import_(
 ) -> None:  # fmt: skip
     """Start a run from a PEFT adapter: its increment is the first state's."""
     from fedrank import experiment
-    from fedrank.export import adopt, read_peft
 
     with mistakes():
         resolved = settings.load(config, overrides or [])
-        found = read_peft(adapter)
         where = experiment.default_out(resolved) if out is None else out
-    _follow(lambda: experiment.start(resolved, where, first=partial(adopt, imported=found)), where, output, False)
+    _follow(lambda: experiment.start(resolved, where, imported=adapter), where, output, False)
 
 
 @app.command()

@@ -17,7 +17,7 @@ import fedrank
 from fedrank import config as settings
 from fedrank import ledger, remote
 from fedrank.config import Config, ConfigError
-from fedrank.export import export, obstacle
+from fedrank.export import adopt, export, obstacle, read_peft
 from fedrank.observe.watching import watching
 from fedrank.parts import Parts, prepare
 from fedrank.protocol import Method, State
@@ -106,22 +106,24 @@ def start(
     config: Config,
     path: Path,
     method: Method | None = None,
-    first: Callable[[Method, State], State] = lambda method, state: state,
+    imported: Path | None = None,
     data: ClientData | None = None,
     by: Prepare | None = None,
 ) -> Iterator[Event]:
-    """Set up a new run directory and play. first: what to make of the method's first state (an import).
+    """Set up a new run directory and play. imported: the folder of a PEFT adapter to start from.
 
     by: how the parts are made; by default as the engine's kind says, here or on Flower.
     """
+    found = None if imported is None else read_peft(imported)
     if by is None and config.engine.kind != "local":
         _named(config, method, data)
-        yield from remote.start(config, path)
+        yield from remote.start(config, path, imported)
         return
     with watching(config.observe, path) as told:
         with span("loading"):
             parts = (by or prepare)(config, method, data)  # before anything is written: most mistakes show here
-        parts = replace(parts, begin=first(parts.method, parts.begin))
+        if found is not None:
+            parts = replace(parts, begin=adopt(parts.method, parts.begin, found))
         store = Store.create(path)
         with store.locked():
             store.save_state(parts.begin, parts.numerics)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Listener
 from pathlib import Path
@@ -29,7 +29,8 @@ from fedrank.store import Store
 APP = Path("fedrank_app", "app.py")
 NAME = "fedrank"  # of the connection in Flower's own config
 LOOK = 10.0  # seconds between looks at a run that has not been heard of
-UP = 60.0  # seconds in which a SuperLink of one's own is up
+UP, DOWN = 60.0, 10.0  # seconds in which a SuperLink of one's own is up, and has ended with all that it started
+STOPPED = 60.0  # seconds in which a server has ended that was stopped: it asks for that about every 20
 POLL = {
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25"
 }  # seconds, of 1 by default, that every message waits for; less costs a core
@@ -40,11 +41,14 @@ class RemoteError(ValueError):
     """A run that Flower did not take, or that ended there: what it said."""
 
 
-def start(config: Config, path: Path) -> Iterator[Event]:
-    """Play a new run on the SuperLink that the config names, in this directory; the SuperLink must be able to reach it."""
+def start(config: Config, path: Path, imported: Path | None = None) -> Iterator[Event]:
+    """Play a new run on the SuperLink that the config names, in this directory; the SuperLink must be able to reach it.
+
+    imported: the folder of a PEFT adapter to start from, which it must be able to reach too.
+    """
     resolved, _ = resolve.resolve(config)
     Store.create(path)
-    yield from _play(resolved, path, {"overrides": "[]"})
+    yield from _play(resolved, path, {"overrides": "[]", "imported": str(imported.absolute()) if imported else ""})
 
 
 def go_on(config: Config, path: Path, overrides: Iterable[str]) -> Iterator[Event]:
@@ -130,7 +134,7 @@ def _play(config: Config, path: Path, told: dict[str, Any]) -> Iterator[Event]:
                     "engine.insecure=true, for plain text"
                 )
             write_connection(home, engine.superlink, certificate)
-            yield from _follow(place, path, [])
+            yield from _follow(place, path)
             return
         with _superlink(home, path) as address:
             write_connection(home, address, None)
@@ -138,12 +142,16 @@ def _play(config: Config, path: Path, told: dict[str, Any]) -> Iterator[Event]:
             yield from _follow(place, path, ["--federation-config", nodes])
 
 
-def _follow(place: Path, path: Path, more: list[str]) -> Iterator[Event]:
-    """Submit the app, and yield what its server tells until it ends."""
+def _follow(place: Path, path: Path, own: Sequence[str] = ()) -> Iterator[Event]:
+    """Submit the app, and yield what its server tells until it ends.
+
+    own: what a SuperLink of one's own is told besides; a run that is left ends with it.
+    """
     heard = queue.Queue[Event | None]()
     with Listener(str(place / "watch"), "AF_UNIX") as listener:
-        threading.Thread(target=_listen, args=(listener, heard), daemon=True).start()
-        run = _flwr(place / "home", "run", str(place / "app"), NAME, *more)["run-id"]
+        listening = threading.Thread(target=_listen, args=(listener, heard), daemon=True)
+        listening.start()
+        run = _flwr(place / "home", "run", str(place / "app"), NAME, *own)["run-id"]
         ended, early = False, True  # until it is heard of, it may have ended without a word
         try:
             while (event := _next(heard, place / "home", str(run) if early else None)) is not None:
@@ -159,10 +167,11 @@ def _follow(place: Path, path: Path, more: list[str]) -> Iterator[Event]:
             if not ended:
                 raise RemoteError(f"the server app ended before the run did; fedrank resume {path}")
         finally:
-            if not ended:
+            if not ended and not own:
                 with suppress(RemoteError):
                     _flwr(place / "home", "stop", str(run), NAME)
-            _last(heard)
+            if not early and not own:  # once the server has ended its directory is free
+                listening.join(STOPPED)
 
 
 def _listen(listener: Listener, heard: "queue.Queue[Event | None]") -> None:
@@ -185,13 +194,6 @@ def _next(heard: "queue.Queue[Event | None]", home: Path, run: str | None) -> Ev
                 raise RemoteError(
                     f"Flower ended the run before its server was heard of ({found['status']}): {found.get('details') or ''}"
                 ) from None
-
-
-def _last(heard: "queue.Queue[Event | None]") -> None:
-    """Wait for the server to end, so that its directory is free."""
-    with suppress(queue.Empty):
-        while heard.get(timeout=LOOK) is not None:
-            pass
 
 
 def _flwr(home: Path, *words: str) -> dict[str, Any]:
@@ -231,11 +233,34 @@ def _superlink(home: Path, path: Path) -> Iterator[str]:
             time.sleep(0.1)
         yield f"127.0.0.1:{port}"
     finally:
+        groups = _groups(process.pid)
         for end in (signal.SIGTERM, signal.SIGKILL):
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, end)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(10)
+            _signal(groups, end)
+            until = time.monotonic() + DOWN
+            while _signal(groups, 0) and time.monotonic() < until:
+                process.poll()  # else it stays, as a zombie
+                time.sleep(0.1)
+
+
+def _groups(program: int) -> set[int]:
+    """The process groups of a program and of what it started: Flower puts that in one of its own, Ray beside it."""
+    found = {program}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            _, parent, group, *_ = path.read_text().rpartition(")")[2].split()
+            if int(parent) == program:
+                found.add(int(group))
+    return found
+
+
+def _signal(groups: Iterable[int], number: int) -> bool:
+    """Signal these process groups, with 0 nothing; whether any is there."""
+    there = False
+    for group in groups:
+        with suppress(ProcessLookupError):
+            os.killpg(group, number)
+            there = True
+    return there
 
 
 def _open(port: int) -> bool:

@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 
 LARGEST = 1 << 33  # bytes of a frame
 FRAME, REFUSED = b"\x00", b"\x01"  # what an answer begins with
+PATIENCE = 60  # seconds with who connects and then neither sends nor takes anything: others wait behind it
 
 
 def ask(file: SiteFile, frame: bytes) -> bytes:
@@ -62,9 +63,13 @@ def _serve(desk: Desk, line: Connection) -> None:
     if (user := _peer(line)) not in (os.getuid(), 0):
         log.error("user %d may not connect to this site", user)
         return
+    _hurry(line)
     try:
         frame = line.recv_bytes(LARGEST)
-    except (EOFError, OSError):  # someone who only looked whether it is there
+    except EOFError:  # someone who only looked whether it is there
+        return
+    except (OSError, MemoryError) as error:
+        log.warning("whoever connected sent no frame: %s", error)
         return
     try:
         line.send_bytes(_answer(desk, frame))
@@ -89,6 +94,13 @@ def _answer(desk: Desk, frame: bytes) -> bytes:
         len(answer), time.perf_counter() - started,
     )  # fmt: skip
     return FRAME + answer
+
+
+def _hurry(line: Connection) -> None:
+    """No read or write of it takes longer than that: BlockingIOError."""
+    with socket.socket(fileno=os.dup(line.fileno())) as end:
+        for way in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            end.setsockopt(socket.SOL_SOCKET, way, struct.pack("ll", PATIENCE, 0))
 
 
 def _peer(line: Connection) -> int:

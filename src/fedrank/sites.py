@@ -1,5 +1,6 @@
 """A site: one file that says what a client has, and what it makes of the frames that come to it."""
 
+import gc
 import hashlib
 import logging
 import os
@@ -220,13 +221,16 @@ class Desk:
         Refused where there is none to be given: the text may go to the server, and says nothing of where things are.
         """
         kind, run = hello.kind(frame)
+        kept = _folder(self.file, run) / "setup.frame"
         if kind == "setup":
-            session = self._open(hello.read_setup(frame))
+            setup = hello.read_setup(frame)
+            if run in self.sessions and kept.exists() and kept.read_bytes() == frame:  # its server has started anew
+                return self.sessions[run].registration
+            session = self._open(setup)
             self.file.store.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write(_folder(self.file, run) / "setup.frame", frame)  # it is there when a fresh process is asked
+            write(kept, frame)  # it is there when a fresh process is asked
             return session.registration
         if run not in self.sessions:
-            kept = _folder(self.file, run) / "setup.frame"
             if not kept.exists():
                 raise Refused(hello.UNKNOWN)
             self._open(hello.read_setup(kept.read_bytes()))
@@ -239,6 +243,8 @@ class Desk:
         return session.answered[asked]
 
     def _open(self, setup: Setup) -> Session:
+        self.sessions.clear()  # one model at a time
+        gc.collect()
         try:
             session = open_session(self.file, setup)
         except Mismatch as error:
@@ -250,6 +256,5 @@ class Desk:
                 f"client {self.file.client}: {type(error).__name__}: what is wrong is said in the site's own log"
                 f"{hello.versions(setup.version)}"
             ) from error
-        self.sessions.clear()  # one model at a time
         self.sessions[setup.run] = session
         return session

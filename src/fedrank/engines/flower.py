@@ -24,6 +24,7 @@ POLL, SLOWEST = 0.05, 1.0  # seconds between looks for answers, at first and aft
 WORD = 60.0  # seconds after which the log names who is awaited
 GREETING = 120.0  # seconds that the first round waits for sites that were told of the run and still load it
 AGAIN = 60.0  # seconds after which a site that could not take part is asked again
+LOST = 600.0  # seconds after which a site that has not answered is told again: its SuperNode may have ended over it
 
 
 # A frame, the run's settings, its SuperNode's, and the deadline of the round on the client's own clock -> the frame that
@@ -82,17 +83,17 @@ def converse(
     pause, word = POLL, WORD
     while sent:
         waited = time.monotonic() - started
+        found = list(grid.pull_messages(list(sent)))
+        for message in found:
+            one, content = sent.pop(message.metadata.reply_to_message_id, None), _content(message)
+            if one is not None and content is not None:
+                yield one[0], content
         if seconds is not None and waited > seconds:
             here = set(grid.get_node_ids())
             for client, node in sent.values():
                 state = "though its node is connected" if node in here else "and its node is gone"
                 yield client, f"no answer within {seconds:g} s, {state}"
             return
-        found = list(grid.pull_messages(list(sent)))
-        for message in found:
-            one, content = sent.pop(message.metadata.reply_to_message_id, None), _content(message)
-            if one is not None and content is not None:
-                yield one[0], content
         if waited > word:
             names = sorted(client for client, _ in sent.values())
             log.warning("awaited for %.0f s: %s", waited, ", ".join(names[:20]))
@@ -131,7 +132,8 @@ class Sites:
     hello: the frame that tells a site of the run. admit: its answer -> what it registers; Refused where it cannot take
     part. minimum: how many there must be before a round begins. seconds: of the wait where a round has none. schemas:
     client -> the schema of its frames, noted here for who writes them. most: how many may take part, None for any number.
-    known: client -> its node and device. barred: node -> when it was last told, and why it takes no part.
+    known: client -> its node and device. barred: node -> when it was last told, and why it takes no part. told: message
+    -> the node that it told of the run, and when.
     """
 
     grid: Grid
@@ -143,7 +145,7 @@ class Sites:
     most: int | None = None
     known: dict[ClientId, tuple[int, Device]] = field(default_factory=dict)
     barred: dict[int, tuple[float, str]] = field(default_factory=dict)
-    told: dict[str, int] = field(default_factory=dict)
+    told: dict[str, tuple[int, float]] = field(default_factory=dict)
     begun: bool = False
 
     def fleet(self) -> dict[ClientId, Device]:
@@ -178,14 +180,15 @@ class Sites:
     def _greet(self) -> set[int]:
         """Tell new nodes of the run, and take in what has been answered; the nodes that are connected."""
         here, now = set(self.grid.get_node_ids()), time.monotonic()
-        at_work = {node for node, _ in self.known.values()} | set(self.told.values())
+        at_work = {node for node, _ in self.known.values()}
+        at_work |= {node for node, at in self.told.values() if now - at < LOST}
         for node in here - at_work:
             due = node not in self.barred or now - self.barred[node][0] > AGAIN
             if due and (number := _send(self.grid, node, self.hello, KEPT)) is not None:
-                self.told[number] = node
+                self.told[number] = (node, now)
         for message in self.grid.pull_messages(list(self.told)) if self.told else ():
             if (told := self.told.pop(message.metadata.reply_to_message_id, None)) is not None:
-                self._take(told, _content(message), here)
+                self._take(told[0], _content(message), here)
         return here
 
     def _take(self, node: int, told: bytes | str | None, here: set[int]) -> None:
@@ -206,6 +209,7 @@ class Sites:
             log.warning("a site takes no part: %s", error)
         else:
             self.barred.pop(node, None)
+            self.told = {number: one for number, one in self.told.items() if one[0] != node}
             self.known[device.id] = (node, device)
             self.schemas[device.id] = found.schema
             log.info(
