@@ -10,7 +10,7 @@
 | a blanket timeout hides a hang | test_flower: who_is_awaited_is_named, late_sites_are_told_apart_from_those_that_are_gone |
 | mixed ranks are summed by broadcasting | here; test_aggregation: what_a_client_without_a_component_counts_as; test_wire: tensors_that_do_not_belong_into_an_answer |
 | personal state is lost with the node | here; test_flower: a_fresh_process_for_every_frame_changes_no_bit |
-| two runs differ, as replies are summed in the order of arrival | test_flower: on_flower_a_run_is_the_local_one, whose grid answers the last asked first; test_aggregation: any_order_of_arrival_gives_the_same_bits |
+| two runs differ, as replies are summed in the order of arrival | here; test_flower: on_flower_a_run_is_the_local_one, whose grid answers the last asked first; test_aggregation: any_order_of_arrival_gives_the_same_bits |
 """
 
 import os
@@ -253,3 +253,31 @@ def test_personal_state_outlives_its_node(files: dict[str, Path], tmp_path: Path
             grid.answers[old + 1] = sites.Desk(sites.read(files["west"])).answer
     assert [row["ok"] for row in ledger(tmp_path / "run", "clients")] == [True] * 9
     assert state(tmp_path / "run", 3) == state(tmp_path / "undisturbed", 3)
+
+
+# ---- two runs differ, as replies are summed in the order of arrival
+
+
+def test_no_figure_hangs_on_the_order_of_arrival(files: dict[str, Path], tmp_path: Path) -> None:
+    """Nor do the ledgers', of scores whose sum in float64 does."""
+    scores = {1: 0.1, 2: 0.2, 3: 0.3}
+
+    def scored(answer: Any, score: float, frame: bytes) -> bytes:
+        meta, tensors = unpack(answer(frame))
+        if "metrics" in meta:
+            meta["metrics"] |= dict.fromkeys(meta["metrics"].keys() & {"loss", "accuracy", "majority"}, score)
+        return pack(meta, {name: array.copy() for name, array in tensors.items()})
+
+    class Forward(test_flower.Grid):
+        def pull_messages(self, numbers: Any) -> Any:
+            return super().pull_messages(reversed(list(numbers)))
+
+    raw = settings(rounds={"count": 1})
+    for name, kind in (("forward", Forward), ("backward", test_flower.Grid)):
+        grid = kind({n: partial(scored, answer, scores[n]) for n, answer in grid_of(files).answers.items()})
+        play(raw, tmp_path / name, grid)
+    assert state(tmp_path / "forward", 1) == state(tmp_path / "backward", 1)
+    assert ledger(tmp_path / "forward", "rounds") == ledger(tmp_path / "backward", "rounds")
+    timed = dict.fromkeys(("path", "wall_seconds", "train_seconds"))
+    one, other = (fedrank.Run(tmp_path / name).summary | timed for name in ("forward", "backward"))
+    assert one == other

@@ -293,7 +293,7 @@ class Server:
         alive = {m.block for m in self.wire.spec.modules if m.name in adapter.blocks}
         return {
             **after.metrics, "round": t, "accuracy": None, "loss": None, "personal_accuracy": None,
-            "train_loss": sum(row["loss"] * row["examples"] for row in ok if "loss" in row) / examples if ok else None,
+            "train_loss": math.fsum(row["loss"] * row["examples"] for row in ok if "loss" in row) / examples if ok else None,
             **sums, "clients_ok": len(ok), "clients_failed": len(rows) - len(ok), "components": adapter.components,
             "modules_alive": len(adapter.blocks), "lowest_active_block": min(alive, default=None),
             "train_seconds": round(sum(row.get("seconds", 0.0) for row in ok), 4),
@@ -368,15 +368,20 @@ class Server:
             total = sum(row["rows"] for row in scored)
             most = [row["majority"] for row in scored if "majority" in row]
             result |= {
-                "personal_accuracy": float(np.mean([row["accuracy"] for row in scored])),
-                "personal_majority": float(np.mean(most)) if most else None,
-                "mean_accuracy": sum(row["accuracy"] * row["rows"] for row in scored) / total,
-                "mean_loss": sum(row["loss"] * row["rows"] for row in scored) / total,
+                "personal_accuracy": _mean([row["accuracy"] for row in scored]),
+                "personal_majority": _mean(most) if most else None,
+                "mean_accuracy": math.fsum(row["accuracy"] * row["rows"] for row in scored) / total,
+                "mean_loss": math.fsum(row["loss"] * row["rows"] for row in scored) / total,
             }
         for name in OF_TEXTS:
             if values := [row[name] for row in scored if name in row]:
-                result[f"personal_{name}"] = float(np.mean(values))
+                result[f"personal_{name}"] = _mean(values)
         return result
+
+
+def _mean(values: Sequence[float]) -> float:
+    """The same in whatever order the answers came."""
+    return math.fsum(values) / len(values)
 
 
 # What clients may score beside accuracy and loss, in task generate.
