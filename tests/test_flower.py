@@ -236,7 +236,7 @@ def test_a_site_that_goes_back_to_an_older_fedrank_is_told_again(
     raw = settings(rounds={"count": 3, "minimum": 2, "evaluate_every": 3, "personal": 0})
     for event in experiment.start(config.load(raw), tmp_path / "run", by=partial(central.prepare, grid=grid)):
         if event["event"] == "round" and event["round"] == 1:
-            grid.answers[2] = old(grid.answers[2], monkeypatch, [])
+            grid.answers[2] = old(sites.Desk(sites.read(files["south"])).answer, monkeypatch, [])
     found = {row["round"]: row for row in ledger(tmp_path / "run", "clients") if row["client"] == "south"}
     assert found[2]["error"].startswith("the frame has schema version 2, this fedrank ")
     assert found[3]["ok"]
