@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from flwr import serverapp
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
