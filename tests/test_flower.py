@@ -22,7 +22,21 @@ from typer.testing import CliRunner
 
 import fedrank
 from federation import LABELS, answered, local, rows, state
-from fedrank import apps, central, cli, client, config, experiment, hello, privacy, remote, resident, resolve, sites
+from fedrank import (
+    apps,
+    central,
+    cli,
+    client,
+    config,
+    experiment,
+    hello,
+    privacy,
+    remote,
+    resident,
+    resolve,
+    sites,
+    views,
+)
 from fedrank import frame as frames
 from fedrank.config import ConfigError, PrivacySettings
 from fedrank.engines import flower
@@ -604,6 +618,12 @@ def test_a_resumed_run_is_the_same(files: dict[str, Path], tmp_path: Path) -> No
     list(experiment.go_on(tmp_path / "cut", by=partial(central.prepare, grid=grid)))
     assert state(tmp_path / "cut", 3) == state(tmp_path / "whole", 3)
     assert ledger(tmp_path / "cut", "clients") == ledger(tmp_path / "whole", "clients")
+
+
+def test_the_start_says_what_is_known() -> None:
+    about = central.prepare(config.load(settings()), grid=Grid({})).about
+    said = views._about({"event": "start", "path": "runs/a", **about})
+    assert "the clients' own train and 0 test rows, 3 classes, sites as they come, tiny-encoder with" in said
 
 
 # ---- the two frames of a greeting

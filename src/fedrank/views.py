@@ -146,10 +146,11 @@ def budget(spent: dict[str, Any]) -> str:
 def _about(event: dict[str, Any]) -> str:
     on = f", on from round {event['round']}" if event["event"] == "resume" else ""
     rows = "the clients' own" if event["train_rows"] is None else event["train_rows"]
+    hashed = f" (sha256 {event['hash']}…)" if event["hash"] else ""  # of rows elsewhere none is known
     clients = "sites as they come" if event["clients"] is None else f"{event['clients']} clients"
     return (
         f"{event['method']} on {event['data']}: {rows} train and {event['test_rows']} test rows, "
-        f"{event['classes']} classes (sha256 {event['hash']}…), {clients}, "
+        f"{event['classes']} classes{hashed}, {clients}, "
         f"{event['model']} with {event['modules']} adapted modules{on}\nrun directory: {event['path']}"
     )
 
