@@ -386,6 +386,13 @@ def test_a_private_run_s_config_is_tried(tmp_path: Path, kind: str) -> None:
     assert ("loss" in found["frame"].text) == (kind == "central")
 
 
+def test_a_site_that_insists_on_its_noise(tmp_path: Path, config: str) -> None:
+    """Without a run's config nothing is sent to anyone."""
+    path = site(tmp_path / "a", model="tiny-encoder", local_noise=3.0)
+    assert failed(path) == {}
+    assert "this one has privacy.kind=none" in failed(path, None, config)["model"]
+
+
 def test_a_site_that_generates(tmp_path: Path) -> None:
     path = site(tmp_path / "a")
     rows = [{"prompt": f"say {n}", "completion": f"it is {n}"} for n in range(12)]

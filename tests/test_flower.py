@@ -781,6 +781,26 @@ def test_a_private_run_on_flower_is_the_local_one(kind: str, files: dict[str, Pa
     assert before == spent if kind == "central" else before >= spent  # of a site that is asked in every round
 
 
+@pytest.mark.parametrize(
+    ("kind", "privacy", "takes_part"),
+    [
+        ("local", {}, True),
+        ("local", {"noise": 2.9}, False),
+        ("local", {"votes_noise": 2.9}, False),
+        ("central", {}, False),
+    ],
+)
+def test_a_site_can_insist_on_its_noise(
+    kind: str, privacy: dict[str, Any], takes_part: bool, files: dict[str, Path]
+) -> None:
+    raw = private(kind, method={"name": "fedara"}, privacy={"noise": 3.0, "votes_noise": 3.0, **privacy})
+    setup = hello.Setup("0" * hello.RUN, hello.told(config.load(raw)), LABELS, "print", "start")
+    files["north"].write_text(f"{files['north'].read_text()}local_noise: 3\n")
+    asked = pytest.raises(sites.Mismatch, match="noise of 3 or more alone; this one has privacy")
+    with contextlib.nullcontext() if takes_part else asked:
+        sites.joined(sites.read(files["north"]), setup)
+
+
 @pytest.mark.parametrize("count", [5, 20])
 def test_a_site_knows_how_many_are_planned(count: int, files: dict[str, Path]) -> None:
     """Also where that is the default, which an older fedrank need not be told of other keys."""

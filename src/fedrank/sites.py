@@ -72,7 +72,8 @@ class SiteFile(BaseModel, extra="forbid", frozen=True):
     """client: its id in every run. model: a folder or a hub name; the run's where null. device: where it trains.
 
     hardware: what it registers. store: where its private state, and what it was told of each run, are kept.
-    trust_remote_code: of its model; a server cannot ask for it.
+    trust_remote_code: of its model; a server cannot ask for it. local_noise: the least noise multiplier of local privacy
+    with which it takes part, of its changes and its votes; in any run where null.
     """
 
     client: Annotated[str, Field(pattern=f"^{CLIENT.pattern}$")]
@@ -82,6 +83,7 @@ class SiteFile(BaseModel, extra="forbid", frozen=True):
     device: str = "cpu"
     hardware: Hardware = Hardware()
     trust_remote_code: bool = False
+    local_noise: Rate | None = None
 
     @property
     def socket(self) -> Path:
@@ -189,7 +191,10 @@ def open_session(file: SiteFile, setup: Setup) -> Session:
 
 
 def joined(file: SiteFile, setup: Setup) -> settings.Config:
-    """The run's config, on this site's rows and model: nothing of where these are is the server's to say."""
+    """The run's config, on this site's rows and model: nothing of where these are is the server's to say.
+
+    Mismatch where the site cannot take part, or will not.
+    """
     told = dict(setup.config)
     model = {**told.get("model", {}), "trust_remote_code": file.trust_remote_code}
     if file.model is not None:
@@ -201,7 +206,19 @@ def joined(file: SiteFile, setup: Setup) -> settings.Config:
     engine = {**told.get("engine", {}), "workers": 1}
     if file.device != told.get("device"):  # it has other kernels
         engine |= {"compute": "auto", "products": "auto"}
-    return settings.load({**told, "model": model, "data": data, "device": file.device, "engine": engine})
+    config = settings.load({**told, "model": model, "data": data, "device": file.device, "engine": engine})
+    _insist(file, config.privacy)
+    return config
+
+
+def _insist(file: SiteFile, privacy: settings.PrivacySettings) -> None:
+    """Mismatch where a run protects this site by less than its file asks for."""
+    noises = [noise for noise in (privacy.noise, privacy.votes_noise) if noise is not None]
+    if file.local_noise is not None and (privacy.kind != "local" or min(noises, default=0.0) < file.local_noise):
+        raise Mismatch(
+            f"it takes part in runs with privacy.kind=local and noise of {file.local_noise:g} or more alone; this one has "
+            f"privacy.kind={privacy.kind}" + "".join(f", {noise:g}" for noise in noises)
+        )
 
 
 def _folder(file: SiteFile, run: str) -> Path:
