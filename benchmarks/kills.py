@@ -62,7 +62,7 @@ def main() -> None:
             before, at = digests(out), time.monotonic()
             made.strike(what, site)
             if what in SERVERS:
-                if (code := process.wait(300)) != 2:
+                if (code := process.wait(300)) != 1:
                     raise SystemExit(f"{what} was killed, and the run ended with code {code}: {made.tail('run')}")
                 process = made.run(out, "resume", str(out))
             last = max(before)

@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 
 import fedrank
-from fedrank import config, experiment, ledger, parts, remote, sites
+from fedrank import config, experiment, ledger, parts, remote, resolve, sites, store
 from fedrank.deploy import keys
 
 WORDS = {"colour": ("red", "green", "blue"), "animal": ("dog", "cat", "cow"), "motion": ("run", "walk", "jump")}
@@ -243,6 +243,19 @@ def federation(
 
 
 # ---- the same on this machine
+
+
+def put_key(folder: Path, key: bytes = bytes(range(32))) -> None:
+    """Of the noise that is made there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / store.KEY).write_bytes(key)
+
+
+def named(raw: Mapping[str, Any], out: Path) -> str:
+    """What frames will call the run that is played there, which is told before it begins."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / store.NAME).write_bytes(b"n" * 32)
+    return resolve.run_id(resolve.resolve(config.load(raw))[0], store.Store(out).name)
 
 
 def state(path: Path, round: int) -> bytes:

@@ -524,7 +524,8 @@ def test_what_fails_at_a_desk_does_not_end_its_worker(tmp_path: Path, caplog: py
     file = sites.read(site(tmp_path / "a"))
     frame = fedrank.frame.pack({"schema": 1, "kind": "train", "run": "0" * 16}, {})
     (file.store / ("0" * 16)).mkdir(parents=True)
-    (file.store / ("0" * 16) / "setup.frame").mkdir()  # a file that cannot be read
+    for name in ("setup", "registration"):
+        (file.store / ("0" * 16) / f"{name}.frame").mkdir()  # a file that cannot be read
     answer = resident._answer(sites.Desk(file), frame)
     assert answer == resident.REFUSED + b"client north: what is wrong is said in the site's own log"
     assert "IsADirectoryError" in caplog.text

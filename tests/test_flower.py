@@ -21,7 +21,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from typer.testing import CliRunner
 
 import fedrank
-from federation import LABELS, answered, local, rows, state
+from federation import LABELS, answered, local, named, put_key, rows, state
 from fedrank import (
     apps,
     central,
@@ -33,7 +33,6 @@ from fedrank import (
     privacy,
     remote,
     resident,
-    resolve,
     sites,
     views,
 )
@@ -236,7 +235,7 @@ def test_new_sites_under_an_old_server(files: dict[str, Path], tmp_path: Path, m
     """Its setup names no other schema; so nothing comes that it would refuse."""
     play(settings(), tmp_path / "new", grid_of(files))
     setup, heard, grid = central.setup, list[bytes](), grid_of(files)
-    monkeypatch.setattr(central, "setup", lambda made: replace(setup(made), schema=1))
+    monkeypatch.setattr(central, "setup", lambda made, run: replace(setup(made, run), schema=1))
     for node, answer in grid.answers.items():
         grid.answers[node] = lambda frame, answer=answer: heard.append(answer(frame)) or heard[-1]
     play(settings(), tmp_path / "old", grid)
@@ -248,7 +247,7 @@ def test_a_site_that_goes_back_to_an_older_fedrank_is_told_again(
     files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grid = grid_of(files)
-    raw = settings(rounds={"count": 3, "minimum": 2, "evaluate_every": 3, "personal": 0})
+    raw = settings(rounds={"count": 3, "minimum": 2})  # in round 2 it is asked for a score, too
     for event in experiment.start(config.load(raw), tmp_path / "run", by=partial(central.prepare, grid=grid)):
         if event["event"] == "round" and event["round"] == 1:
             grid.answers[2] = old(sites.Desk(sites.read(files["south"])).answer, monkeypatch, [])
@@ -595,17 +594,82 @@ def test_a_greeting_that_is_lost_is_sent_again(monkeypatch: pytest.MonkeyPatch) 
     assert made.engine.told == {}
 
 
-def test_a_site_that_lost_its_store_is_told_again(files: dict[str, Path], tmp_path: Path) -> None:
+def renewed(raw: dict[str, Any], files: dict[str, Path], tmp_path: Path, change: Callable[[Path], None]) -> list[Any]:
+    """The rows of south, whose worker starts anew after the first round, on what the change has made of its folder."""
     grid = grid_of(files)
-    raw = settings(rounds={"count": 3, "minimum": 2, "evaluate_every": 3, "personal": 0})
-    events = experiment.start(config.load(raw), tmp_path / "run", by=partial(central.prepare, grid=grid))
-    for event in events:
+    for event in experiment.start(config.load(raw), tmp_path / "run", by=partial(central.prepare, grid=grid)):
         if event["event"] == "round" and event["round"] == 1:
-            shutil.rmtree(files["south"].parent / "store")
+            change(files["south"].parent)
             grid.answers[2] = sites.Desk(sites.read(files["south"])).answer
-    found = {(row["round"], row["client"]): row for row in ledger(tmp_path / "run", "clients")}
-    assert found[2, "south"]["error"] == hello.UNKNOWN
-    assert found[3, "south"]["ok"]
+    return [row for row in ledger(tmp_path / "run", "clients") if row["client"] == "south"]
+
+
+@pytest.mark.parametrize(("method", "back"), [("fedavg", 3), ("flora", 4), ("fedsa_lora", 4), ("pf2lora", 4)])
+def test_a_site_that_lost_its_store_begins_anew(method: str, back: int, files: dict[str, Path], tmp_path: Path) -> None:
+    """It is told of the run again; and, where it says that it lacks what it kept, it is sent all."""
+    raw = settings(rounds={"count": back, "minimum": 2}, method={"name": method})
+    found = renewed(raw, files, tmp_path, lambda folder: shutil.rmtree(folder / "store"))
+    assert found[1]["error"] == hello.UNKNOWN
+    assert all(row["error"].startswith("StoreError: ") for row in found[2 : back - 1])
+    assert [row["ok"] for row in found] == [True, *[False] * (back - 2), True]
+
+
+def test_a_site_with_other_rows_registers_anew(files: dict[str, Path], tmp_path: Path) -> None:
+    def more(folder: Path) -> None:
+        written(folder / "rows" / "train.jsonl", rows(9, 60))
+
+    found = renewed(settings(rounds={"count": 3, "minimum": 2}), files, tmp_path, more)
+    assert found[1]["error"] == hello.UNKNOWN
+    assert found[2]["ok"]
+    assert found[2]["examples"] > found[0]["examples"]
+
+
+def test_two_runs_of_one_config_keep_apart_at_the_sites(files: dict[str, Path], tmp_path: Path) -> None:
+    raw, grid = settings(method={"name": "pf2lora"}, rounds={"count": 3}), grid_of(files)
+    play(raw, tmp_path / "alone", grid_of(files))
+    for event in experiment.start(config.load(raw), tmp_path / "first", by=partial(central.prepare, grid=grid)):
+        if event["event"] == "round" and event["round"] == 2:
+            play({**raw, "rounds": {**raw["rounds"], "count": 1}}, tmp_path / "second", grid)
+    assert state(tmp_path / "first", 3) == state(tmp_path / "alone", 3)
+
+
+def test_a_request_that_comes_late_costs_nothing_that_was_kept(files: dict[str, Path], tmp_path: Path) -> None:
+    """The frame of round 2 is worked off once more, by another process, after that of round 3."""
+    raw, grid = settings(method={"name": "pf2lora"}, rounds={"count": 4}), grid_of(files)
+    for event in experiment.start(config.load(raw), tmp_path / "run", by=partial(central.prepare, grid=grid)):
+        if event["event"] == "round" and event["round"] == 3:
+            train = [frame for node, frame in grid.sent if node == 2 and unpack(frame)[0]["kind"] == "train"]
+            assert unpack(train[1])[0]["round"] == 2
+            sites.Desk(sites.read(files["south"])).answer(train[1])
+    assert all(row["ok"] for row in ledger(tmp_path / "run", "clients"))
+
+
+def test_what_a_client_app_cannot_do_is_told_without_a_path(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(Refused) as error:
+        apps._answer(b"", {}, {"site": str(tmp_path / "oncology" / "site.yaml")}, None)
+    assert str(error.value) == "ConfigError: what is wrong is said in the site's own log"
+    assert "oncology" in caplog.text
+
+
+def test_what_other_machines_say_moves_no_cursor() -> None:
+    assert str(Refused("a\x1b[2Jb\ud800\nc")) == "a[2Jbc"
+    found = replace(REGISTRATION, numerics={"fedrank": "1\x1b[2J\n"})
+    assert hello.read_registration(hello.write_registration(found), REGISTRATION.run).version == "1[2J"
+    odd = replace(REGISTRATION, device=replace(DEVICE, kind="a\nb"))
+    with pytest.raises(Refused, match="of id and kind"):
+        hello.read_registration(hello.write_registration(odd), REGISTRATION.run)
+    error = Message(Error(1, "\x1b[2J"), reply_to=Message(RecordDict(), 1, flower.ASK))
+    assert flower._content(error) == "Flower error 1: [2J"
+
+
+@pytest.mark.parametrize("raw", [settings(), settings(rounds={"personal": 0})], ids=["scored", "unscored"])
+def test_a_run_ends_though_its_sites_have_left(raw: dict[str, Any], files: dict[str, Path], tmp_path: Path) -> None:
+    grid = grid_of(files)
+    for event in experiment.start(config.load(raw), tmp_path / "run", by=partial(central.prepare, grid=grid)):
+        if event["event"] == "round" and event["round"] == 2:
+            grid.answers.clear()
+            grid.push_messages = lambda messages: [""]  # as a SuperLink answers for a node that it does not know
+    assert fedrank.Run(tmp_path / "run").summary["rounds"] == 2
 
 
 def test_a_resumed_run_is_the_same(files: dict[str, Path], tmp_path: Path) -> None:
@@ -677,7 +741,8 @@ def test_a_registration_of_another_run_is_refused() -> None:
 
 def setup_of(raw: dict[str, Any]) -> hello.Setup:
     """What a server of this config tells its sites, as they read it."""
-    return hello.read_setup(hello.write_setup(central.setup(central.prepare(config.load(raw), grid=Grid({})))))
+    made = central.prepare(config.load(raw), grid=Grid({}))
+    return hello.read_setup(hello.write_setup(central.setup(made, made.run_id)))
 
 
 def test_another_base_model_is_refused(files: dict[str, Path], tmp_path: Path) -> None:
@@ -748,23 +813,17 @@ def private(kind: str = "central", **sections: Any) -> dict[str, Any]:
     return settings(**{"privacy": told, "rounds": rounds, "clients": {"count": 3}, **sections})
 
 
-def put_key(folder: Path, key: bytes = KEY) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "noise.key").write_bytes(key)
-
-
-def give_keys(raw: dict[str, Any], files: dict[str, Path], key: bytes = KEY) -> None:
-    """A known one to each of these sites, for this run."""
-    run = resolve.run_id(resolve.resolve(config.load(raw))[0])
+def give_keys(raw: dict[str, Any], out: Path, files: dict[str, Path], key: bytes = KEY) -> None:
+    """A known one to each of these sites, for the run that is played there."""
     for name, file in files.items():
-        put_key(file.parent / "store" / run / "private" / name, key)
+        put_key(file.parent / "store" / named(raw, out) / "private" / name, key)
 
 
 @pytest.mark.parametrize("kind", ["central", "local"])
 def test_a_private_run_on_flower_is_the_local_one(kind: str, files: dict[str, Path], tmp_path: Path) -> None:
     """With the same keys the same State, bit for bit, the same cohorts and the same epsilon."""
     raw = private(kind, method={"name": "fedara"}, rounds={"count": 3}, privacy={"votes_noise": 2.0})
-    give_keys(raw, files)
+    give_keys(raw, tmp_path / "flower", files)
     put_key(tmp_path / "flower")
     play(raw, tmp_path / "flower", grid_of(files))
     for folder in (tmp_path / "local", *(tmp_path / "local" / "clients" / name for name in files)):
@@ -779,6 +838,52 @@ def test_a_private_run_on_flower_is_the_local_one(kind: str, files: dict[str, Pa
     assert ledger(tmp_path / "flower", "clients")
     before, spent = forecast(config.load(raw))["epsilon"], fedrank.Run(tmp_path / "flower").summary["epsilon"]
     assert before == spent if kind == "central" else before >= spent  # of a site that is asked in every round
+
+
+def test_a_private_run_takes_no_more_sites_than_planned_over_a_restart(files: dict[str, Path], tmp_path: Path) -> None:
+    raw = private("local", clients={"count": 2}, rounds={"count": 1, "cohort": 1, "minimum": 1})
+    both = {name: files[name] for name in ("north", "south")}
+    play(raw, tmp_path / "run", grid_of(both))
+    again = partial(central.prepare, grid=grid_of(files))
+    for event in experiment.go_on(tmp_path / "run", ["rounds.count=4"], by=again):
+        assert event["event"] != "cohort" or "west" not in event["clients"]
+    assert (tmp_path / "run" / "registered.jsonl").read_text().count("client") == 2
+
+
+def test_a_round_that_was_begun_is_not_left_out_of_epsilon(files: dict[str, Path], tmp_path: Path) -> None:
+    raw, grid = private("local", rounds={"count": 3}), grid_of(files)
+    for event in experiment.start(config.load(raw), tmp_path / "run", by=partial(central.prepare, grid=grid)):
+        if event["event"] == "client" and event["round"] == 2:
+            break
+    with pytest.raises(ConfigError, match=r"rounds.count=1: round 2 was begun"):
+        list(experiment.go_on(tmp_path / "run", ["rounds.count=1"], by=partial(central.prepare, grid=grid)))
+
+
+def test_a_site_gives_nothing_that_no_noise_covers(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that leaves its own check out."""
+    monkeypatch.setattr(privacy, "check", lambda *args: None)
+    raw = private("local", method={"name": "lora_a2"}, rounds={"count": 1, "cohort": 3})
+    for path in files.values():
+        path.write_text(f"{path.read_text()}hardware: {{rank: 1}}\n")
+    play(raw, tmp_path / "run", grid_of(files))
+    assert [row["error"] for row in ledger(tmp_path / "run", "clients")] == [
+        "Error: the message stays with the client"
+    ] * 3
+
+
+@pytest.mark.parametrize("what", ["baselines", "cost", "profile"])
+def test_what_needs_the_sites_rows_is_refused(what: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(json.dumps(settings()))
+    words = (
+        ["run", str(tmp_path / "run.yaml"), "--baselines"]
+        if what == "baselines"
+        else [what, str(tmp_path / "run.yaml")]
+    )
+    said = CliRunner().invoke(cli.app, words)
+    assert said.exit_code == 2
+    assert "engine.kind=flower" in said.stderr
 
 
 @pytest.mark.parametrize(
@@ -908,7 +1013,7 @@ def test_what_leaves_a_site_is_clipped_and_noised(noise: float, files: dict[str,
 
     grid.answers = {node: partial(listened, answer) for node, answer in grid.answers.items() if answer is not None}
     for path, key in zip(files.values(), (b"n" * 32, b"s" * 32, b"w" * 32), strict=True):  # so that it repeats
-        give_keys(raw, {path.parent.name: path}, key)
+        give_keys(raw, tmp_path / "run", {path.parent.name: path}, key)
     play(raw, tmp_path / "run", grid)
     store = Store.open(tmp_path / "run")
     wire, begin = central.prepare(config.load(raw), grid=grid).server(store).wire, store.state(0)[0]

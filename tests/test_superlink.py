@@ -11,8 +11,21 @@ from pathlib import Path
 import pytest
 
 import fedrank
-from federation import PROGRAMS, SERVERS, Federation, answered, committed, federation, follows, local, state, until
-from fedrank import config, ledger, remote, resolve
+from federation import (
+    PROGRAMS,
+    SERVERS,
+    Federation,
+    answered,
+    committed,
+    federation,
+    follows,
+    local,
+    named,
+    put_key,
+    state,
+    until,
+)
+from fedrank import ledger, remote
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -40,11 +53,6 @@ def test_a_real_federation_ends_in_the_local_state(method: str, running: Federat
     assert (tmp_path / "flower" / "adapter" / "adapter_model.safetensors").exists()
 
 
-def put_key(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "noise.key").write_bytes(bytes(range(32)))
-
-
 def online(made: Federation) -> int:
     nodes = remote._flwr(made.home("cli"), "supernode", "list", remote.NAME)["nodes"]
     return sum(node["status"] == "online" for node in nodes)
@@ -57,7 +65,7 @@ def test_a_private_federation_ends_in_the_local_state(kind: str, running: Federa
         method={"name": "fedavg"}, clients={"count": 3}, rounds={"count": 2, "minimum": 1, "personal": 0},
         privacy={"kind": kind, "clip": 0.2, "noise": 3.0, "delta": 0.01},
     )  # fmt: skip
-    run = resolve.run_id(resolve.resolve(config.load(raw))[0])
+    run = named(raw, tmp_path / "flower")
     for name in running.names:
         put_key(running.site(name).parent / "store" / run / "private" / name)
         put_key(tmp_path / "local" / "clients" / name)
@@ -122,7 +130,7 @@ def test_what_is_killed_in_turn_loses_no_round(running: Federation, tmp_path: Pa
         last = max(before)
         running.strike(what, "south")
         if what in SERVERS:
-            assert process.wait(300) == 2
+            assert process.wait(300) == 1
             process = running.run(out, "resume", str(out))
         assert all(state(out, round) == before[round] for round in committed(out) if round in before)
     running.wait(process, 600)

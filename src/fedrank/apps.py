@@ -40,7 +40,9 @@ def _play(grid: flower.Grid, told: Mapping[str, Any]) -> None:
             for event in events:
                 tell(event)
         except Exception as error:
-            tell({"event": "error", "kind": type(error).__name__, "error": str(error)})
+            from fedrank.exits import mistaken  # clients' processes need none of what it brings
+
+            tell({"event": "error", "mistake": mistaken(error), "error": f"{error}" or type(error).__name__})
             raise
 
 
@@ -77,7 +79,13 @@ def _answer(frame: bytes, told: Mapping[str, Any], node: Mapping[str, Any], seco
         return _simulated(str(told["out"])).answer(frame, seconds)
     if "site" not in node:
         raise Refused("this SuperNode names no site file: --node-config 'site=\"/path/to/site.yaml\"'")
-    return resident.ask(sites.read(str(node["site"])), frame)
+    try:
+        return resident.ask(sites.read(str(node["site"])), frame)
+    except Refused:
+        raise
+    except Exception as error:  # Flower would send its text, in which paths may be
+        log.exception("a frame could not be answered")
+        raise Refused(f"{type(error).__name__}: what is wrong is said in the site's own log") from None
 
 
 class _Everyone:

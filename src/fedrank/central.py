@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
-from fedrank import fleet, hello, machine, parts, privacy, resolve
+from fedrank import fleet, hello, ledger, machine, parts, privacy, resolve
 from fedrank.config import Config, ConfigError
 from fedrank.engines import flower
 from fedrank.engines.local import fails
@@ -16,6 +16,8 @@ from fedrank.store import Store
 from fedrank.training import data as rows
 from fedrank.training.data import ClientData
 from fedrank.wire import Wire
+
+REGISTERED = "registered.jsonl"  # the sites of a private run, which are no more than it is planned for
 
 
 @machine.uncollected()
@@ -55,27 +57,37 @@ def prepare(
 def _sites(made: Parts, wire: Wire, store: Store, grid: flower.Grid | None) -> Engine:
     assert grid is not None
 
+    most = None if made.config.privacy.kind == "none" else made.clients
+    registered = {row["client"] for row in ledger.read(store.path / REGISTERED)}
+
     def admit(frame: bytes) -> Registration:
-        found = hello.read_registration(frame, made.run_id)
+        found = hello.read_registration(frame, wire.run)
         if found.fingerprint != made.spec.fingerprint:
             raise Refused(
                 f"client {found.device.id} has base model {found.fingerprint}, not {made.spec.fingerprint}"
                 f"{hello.versions(found.version)}"
             )
+        if most is not None and (client := found.device.id) not in registered:
+            if len(registered) >= most:
+                raise Refused(
+                    f"client {client}: the run is planned for clients.count={most} sites, and as many have registered"
+                )
+            registered.add(client)
+            ledger.append(store.path / REGISTERED, [{"client": client}])
         return found
 
-    rounds, most = made.config.rounds, None if made.config.privacy.kind == "none" else made.clients
-    told = hello.write_setup(setup(made))
-    return flower.Sites(grid, told, admit, rounds.minimum, rounds.deadline, wire.schemas, most)
+    rounds = made.config.rounds
+    told = hello.write_setup(setup(made, wire.run))
+    return flower.Sites(grid, told, admit, rounds.minimum, rounds.deadline, wire.schemas)
 
 
-def setup(made: Parts) -> Setup:
-    """What a site is told of the run."""
+def setup(made: Parts, run: str) -> Setup:
+    """What a site is told of the run, by this id."""
     config, start = made.config, made.begin.adapter
     own = made.method.begin(made.spec, config.rounds.count, config.seed).adapter
     imported = None if hello.begun(own) == hello.begun(start) else start
     labels = tuple(made.machine.population.labels)
-    return Setup(made.run_id, hello.told(config), labels, made.spec.fingerprint, hello.begun(start), imported)
+    return Setup(run, hello.told(config), labels, made.spec.fingerprint, hello.begun(start), imported)
 
 
 def _carried(made: Parts, grid: flower.Grid | None) -> Parts:

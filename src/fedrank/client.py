@@ -88,7 +88,8 @@ def handle(frame: bytes, site: Site, deadline: float | None = None) -> bytes:
                     Path(where.filename).name, where.lineno)  # fmt: skip
             # Other libraries' messages may quote the client's own text, which must not leave it.
             ours = type(error).__module__.startswith("fedrank") and not site.withholds
-            kind = "Error" if site.withholds else type(error).__name__
+            lost = isinstance(error, StoreError)  # the server then begins anew with this client
+            kind = "Error" if site.withholds and not lost else type(error).__name__
             said = str(error).replace(str(site.private.root), "the client's store")  # where that is stays here too
             text = f"{kind}: {said if ours else 'the message stays with the client'}"
             return site.wire.error(request, text)

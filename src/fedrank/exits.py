@@ -9,21 +9,28 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from fedrank.remote import RunError
 from fedrank.store import StoreError
 
 errors = Console(stderr=True)
 
 
+def mistaken(error: BaseException | None) -> bool:
+    """Whether the user can mend it."""
+    ours = isinstance(error, ValueError | StoreError) and type(error).__module__.startswith("fedrank")
+    return ours or isinstance(error, OSError | ImportError)
+
+
 class mistakes:
-    """What the user can mend is one line on stderr and exit code 2; anything else keeps its traceback."""
+    """What the user can mend is one line on stderr and exit code 2, a run that failed elsewhere the same with 1; anything
+    else keeps its traceback."""
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        ours = isinstance(error, ValueError | StoreError) and type(error).__module__.startswith("fedrank")
-        if ours or isinstance(error, OSError | ImportError):
+        if mistaken(error) or isinstance(error, RunError):
             errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-            raise typer.Exit(2) from None
+            raise typer.Exit(2 if mistaken(error) else 1) from None
 
 
 @contextmanager

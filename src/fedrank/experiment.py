@@ -181,6 +181,11 @@ def go_on(
         for name in ("rounds.jsonl", "clients.jsonl"):
             ledger.cut(path / name, state.round)
         ledger.cut(path / ASKED, state.round + 1)  # who was asked in a killed round stays asked
+        if config.rounds.count == state.round and any(row["round"] > state.round for row in ledger.read(path / ASKED)):
+            raise ConfigError(
+                f"rounds.count={state.round}: round {state.round + 1} was begun, and who answered it has told of its rows, which "
+                "epsilon counts once it is played; a larger one"
+            )
         store.write("config.yaml", settings.dump(parts.config))
         if config.rounds.count > state.round:  # what a finished run came to is no longer true
             for name in ("summary.json", "texts.jsonl"):

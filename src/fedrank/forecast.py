@@ -11,7 +11,7 @@ from typing import Any
 
 from fedrank import privacy
 from fedrank.client import Site
-from fedrank.config import Config, PrivacySettings
+from fedrank.config import Config, ConfigError, PrivacySettings
 from fedrank.cost import Cost
 from fedrank.parts import Parts, here, prepare
 from fedrank.protocol import ClientId, Device, Method, Plan, State
@@ -45,7 +45,11 @@ def forecast(
     comes to; of one on Flower, whose sites' rows and devices are theirs, nothing else. watch: called with every event of
     the rounds.
     """
-    if config.engine.kind == "flower" and config.privacy.kind != "none":
+    if config.engine.kind == "flower":
+        if config.privacy.kind == "none":
+            raise ConfigError(
+                "engine.kind=flower: what a run costs hangs on the sites' rows and devices; engine.kind=local on data like theirs"
+            )
         return _apart(config, method)
     engine = config.engine.model_copy(
         update={"failure_rate": 0.0, "timing": "modelled", "threads": 1, "workers": 1, "stack": 1}

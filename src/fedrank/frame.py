@@ -34,11 +34,16 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _NAMES = {np.dtype(kind): code for code, kind in _CODES.items()}
 
 
+def printable(text: str) -> str:
+    """It without what would move a terminal's cursor, or could not be written at all: other machines may send any text."""
+    return "".join(character for character in text if character.isprintable())
+
+
 class Refused(ValueError):
     """A frame that is damaged, of another run or round, not what was asked for, or not fit to be sent."""
 
     def __init__(self, text: str) -> None:
-        super().__init__(text[:400])  # it may quote the frame, and is logged
+        super().__init__(printable(text[:400]))  # it may quote the frame, and is logged
 
 
 def pack(meta: Mapping[str, Any], tensors: Mapping[str, np.ndarray | list[np.ndarray]]) -> bytes:

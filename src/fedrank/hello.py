@@ -11,7 +11,7 @@ from fedrank import config as settings
 from fedrank import increments
 from fedrank.adapter import Adapter, from_arrays, to_arrays
 from fedrank.config import Config
-from fedrank.frame import OLDEST, SCHEMA, Refused, pack, spoken, unpack
+from fedrank.frame import OLDEST, SCHEMA, Refused, pack, printable, spoken, unpack
 from fedrank.protocol import Device, Load
 from fedrank.store import CLIENT
 
@@ -55,7 +55,7 @@ class Registration:
     @property
     def version(self) -> str:
         """The site's fedrank."""
-        return f"{self.numerics.get('fedrank')!s:.40}"
+        return printable(f"{self.numerics.get('fedrank')!s:.40}")
 
 
 def write_setup(setup: Setup) -> bytes:
@@ -170,6 +170,7 @@ def _device(record: dict[str, Any]) -> Device:
     rank, named = record["rank"], (record["id"], record["kind"])
     if not (rank is None or (type(rank) is int and rank > 0)) or not all(type(word) is str for word in named):
         raise Refused(f"a device of id and kind {named!r} and rank {rank!r}")
-    if not CLIENT.fullmatch(record["id"]) or len(record["kind"]) > 64 or not record["examples"]:
+    kind = record["kind"]
+    if not CLIENT.fullmatch(record["id"]) or len(kind) > 64 or kind != printable(kind) or not record["examples"]:
         raise Refused(f"a device of id and kind {named!r} with {record['examples']} examples")
     return Device(**{**record, "load": Load(**load)})

@@ -88,6 +88,10 @@ class Parts:
     def run_id(self) -> str:
         return resolve.run_id(self.config)
 
+    def name(self, store: Store) -> str:
+        """What frames call the run in this directory: sites keep what is theirs of it apart from others of its config."""
+        return resolve.run_id(self.config, store.name) if self.config.engine.kind == "flower" else self.run_id
+
     def held(self, client: ClientId) -> Any:
         """A client's rows."""
         return self.machine.held(client)
@@ -100,7 +104,7 @@ class Parts:
 
     def server(self, store: Store) -> Server:
         config, timed = self.config, self.config.engine.timing == "modelled"
-        wire = Wire(self.spec, self.begin.adapter, config.wire.dtype, self.run_id, config.seed, self.numerics)
+        wire = Wire(self.spec, self.begin.adapter, config.wire.dtype, self.name(store), config.seed, self.numerics)
         return Server(
             self.method, self.carrier(self, wire, store), wire, store, config.rounds, config.seed, config.adapter.head,
             self.evaluate, config.server, self.cost if timed else None, config.privacy, self.clients,

@@ -172,6 +172,10 @@ def withheld(
 
     received: the adapter it started from.
     """
+    if plan.select is not None or any(array.dtype != np.uint8 for array in update.arrays.values()):
+        raise PrivacyError(
+            "the server asks for what no noise covers: a choice by the rows, or arrays that are no votes"
+        )
     sent = update.adapter.only(plan.up).astype(np.float64)
     start = received.take(sent.ids)
     bound, noise = _mechanism(settings, 0)

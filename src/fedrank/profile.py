@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from fedrank import experiment, trace
-from fedrank.config import Config, Observe
+from fedrank.config import Config, ConfigError, Observe
 from fedrank.engines.workers import fitting
 
 
@@ -15,6 +15,10 @@ def profile(config: Config, rounds: int, to: Path) -> dict[str, Any]:
 
     The first round counts too: a run pays for its warming up once.
     """
+    if config.engine.kind != "local":
+        raise ConfigError(
+            f"engine.kind={config.engine.kind}: only what runs in one process is timed part by part; local"
+        )
     played = {
         "count": rounds,
         "evaluate_every": rounds,

@@ -41,6 +41,10 @@ class RemoteError(ValueError):
     """A run that Flower did not take, or that ended there: what it said."""
 
 
+class RunError(RuntimeError):
+    """A run that ended there before it was over; to go on with it is to resume it."""
+
+
 def start(config: Config, path: Path, imported: Path | None = None) -> Iterator[Event]:
     """Play a new run on the SuperLink that the config names, in this directory; the SuperLink must be able to reach it.
 
@@ -161,11 +165,11 @@ def _follow(place: Path, path: Path, own: Sequence[str] = ()) -> Iterator[Event]
                     continue
                 if event["event"] == "error":
                     ended = True
-                    raise RemoteError(str(event["error"]))
+                    raise (RemoteError if event["mistake"] else RunError)(str(event["error"]))
                 ended = ended or event["event"] == "end"
                 yield event
             if not ended:
-                raise RemoteError(f"the server app ended before the run did; fedrank resume {path}")
+                raise RunError(f"the server app ended before the run did; fedrank resume {path}")
         finally:
             if not ended and not own:
                 with suppress(RemoteError):

@@ -76,14 +76,14 @@ def enough(config: Config, clients: int) -> None:
         )
 
 
-def run_id(config: Config) -> str:
-    """What a run's frames call it: by its config, less what a resumed run may change."""
+def run_id(config: Config, directory: str = "") -> str:
+    """What a run's frames call it: by its config, less what a resumed run may change, and a name of its directory."""
     data, model = config.data.model_copy(update={"path": None}), config.model.model_copy(update={"name": ""})
     fixed: dict[str, Any] = {
         "rounds": settings.Rounds(), "engine": settings.EngineSettings(), "data": data, "model": model,
         "generation": settings.Generation(), "observe": settings.Observe(),
     }  # fmt: skip
-    identity = settings.dump(config.model_copy(update=fixed))
+    identity = settings.dump(config.model_copy(update=fixed)) + directory
     return f"{rng(config.seed, 'run', identity).integers(1 << 62):016x}"
 
 

@@ -62,12 +62,12 @@ class Server:
         self.store.clear_spool()  # of a round that a kill left unfinished
         played = [row for row in ledger.read(self.store.path / "rounds.jsonl") if row["round"] <= state.round]
         clock = next((row["clock_seconds"] or 0.0 for row in reversed(played)), 0.0)
+        fleet = None
         while state.round < state.rounds:
             started = time.perf_counter()
-            cohort = self.cohort(state.round + 1)
-            if (
-                self.privacy.kind == "local"
-            ):  # before it is asked: a client that answers a killed round has told of itself
+            fleet = self.engine.fleet()
+            cohort = self._drawn(state.round + 1, fleet)
+            if self.privacy.kind == "local":  # before they are asked: who answers a killed round has told of itself
                 ledger.append(self.store.path / ASKED, [{"round": state.round + 1, "clients": list(cohort)}])
             state, row, rows = yield from self.train(state, clock, cohort)
             clock = row["clock_seconds"]
@@ -85,7 +85,12 @@ class Server:
             self.store.save_state(state, self.wire.numerics)
             self.store.clear_spool()
             yield {"event": "round", "rounds": state.rounds, **row}
-        fleet = self.engine.fleet()
+        if self.rounds.personal == 0:
+            fleet = {}
+        elif (
+            fleet is None
+        ):  # the rounds were played before; else who was there then: a site that left is not waited for
+            fleet = self.engine.fleet()
         everyone = roster.names(fleet)
         if self.rounds.personal is not None:
             everyone = sample(everyone, self.rounds.personal, self.seed, 0)
@@ -121,7 +126,11 @@ class Server:
         arrived = tuple(sorted(row["client"] for row in rows if row["ok"]))
         always = self.privacy.kind == "central"  # that nobody came is not to be seen
         merged = self._merge(state, plans, arrived) if arrived or always else replace(state, metrics={})
-        after = replace(merged, round=t, seen={**merged.seen, **dict.fromkeys(arrived, t)})
+        lost = {row["client"] for row in rows if row.get("error", "").startswith(StoreError.__name__)}
+        seen = {client: round for client, round in merged.seen.items() if client not in lost}
+        for client in lost & merged.seen.keys():
+            log.warning("client %s has lost what it kept, and begins anew", client)
+        after = replace(merged, round=t, seen={**seen, **dict.fromkeys(arrived, t)})
         row = self._row(t, rows, after) | clocked | {"clients_out": len(cohort) - len(plans)}
         if self.privacy.kind != "none":
             row["noise_multiplier"] = privacy.multiplier(self.privacy, self._common(state))
@@ -129,14 +138,16 @@ class Server:
 
     def cohort(self, round: int) -> dict[ClientId, Device]:
         """Who is asked in a round of 1..."""
-        fleet = self.engine.fleet()  # once: sites come and go
-        return {client: fleet[client] for client in self._drawn(round, fleet)}
+        return self._drawn(round, self.engine.fleet())
 
-    def _drawn(self, round: int, fleet: Mapping[ClientId, Device]) -> list[ClientId]:
+    def _drawn(self, round: int, fleet: Mapping[ClientId, Device]) -> dict[ClientId, Device]:
+        """fleet: as it was looked at once: sites come and go."""
         clients = roster.names(fleet)
         if self.privacy.kind == "central":  # of the seed, who took part would be known, and sampling hide nobody
-            return privacy.poisson(clients, self._expected / self.clients, self.store.key, round)
-        return sample(clients, self.rounds.cohort, self.seed, round)
+            drawn = privacy.poisson(clients, self._expected / self.clients, self.store.key, round)
+        else:
+            drawn = sample(clients, self.rounds.cohort, self.seed, round)
+        return {client: fleet[client] for client in drawn}
 
     @property
     def _expected(self) -> float:
@@ -144,10 +155,9 @@ class Server:
         return float(min(self.rounds.cohort, self.clients))
 
     def _common(self, state: State) -> Plan:
-        """What a round asks of a client, whoever is drawn."""
-        fleet = self.engine.fleet()
-        first = roster.names(fleet)[0]
-        return self._plans(state, {first: fleet[first]})[first]
+        """What a round of a private run asks of a client, whoever is drawn, or nobody."""
+        one = Device("site", 1)
+        return self._plans(state, {one.id: one})[one.id]
 
     @span("planning")
     def _plans(self, state: State, cohort: Mapping[ClientId, Device], training: bool = False) -> dict[ClientId, Plan]:
@@ -192,7 +202,7 @@ class Server:
                 log.warning("round %d: an answer from client %r that was not awaited is dropped", t, client)
                 continue
             answered.add(client)
-            row |= self._down(sizes[client])
+            row |= self._down(sizes.get(client))
             if isinstance(frame, str):  # why none will come
                 yield row | {"error": frame}
                 continue
@@ -215,11 +225,14 @@ class Server:
             yield row | {"ok": True, **{n: v for n, v in reply.metrics.items() if n not in (*row, "error", "event")}}
         for client in plans:
             if client not in answered:
-                down = self._down(sizes[client]) if client in sizes else {}
+                down = self._down(sizes.get(client))
                 what = "no answer" if deadline is None else f"no answer within the deadline of {deadline:g} s"
                 yield {"round": t, "client": client, "ok": False, **down, "error": what}
 
-    def _down(self, size: Sizes) -> dict[str, int]:
+    def _down(self, size: Sizes | None) -> dict[str, int]:
+        """size: None where nothing was sent."""
+        if size is None:
+            return {}
         return {"bytes_down": size.frame, "adapter_bytes_down": size.adapter, "head_bytes_down": size.head}
 
     def _open(self, kind: Kind, state: State, client: ClientId, plan: Plan, frame: bytes) -> Reply:

@@ -144,9 +144,11 @@ def together(files: Iterable[str | Path], labels: tuple[str, ...] = ()) -> Clien
 
 @dataclass(frozen=True, eq=False)
 class Session:
-    """A run, as one site takes part in it. answered: its last request, by a hash of it, and the answer."""
+    """A run, as one site takes part in it. device: as it is registered. answered: its last request, by a hash of it, and
+    the answer."""
 
     site: client.Site
+    device: Device
     registration: bytes
     answered: dict[bytes, bytes] = field(default_factory=dict)
 
@@ -187,7 +189,7 @@ def open_session(file: SiteFile, setup: Setup) -> Session:
     if config.privacy.kind == "local":  # how many rows there are, and how long, would leave this place without noise
         device = replace(device, examples=1, load=Load(0, 0, 0, 0, 0))
     registration = Registration(setup.run, device, made.spec.fingerprint, made.numerics, setup.schema)
-    return Session(site, hello.write_registration(registration))
+    return Session(site, device, hello.write_registration(registration))
 
 
 def joined(file: SiteFile, setup: Setup) -> settings.Config:
@@ -238,20 +240,24 @@ class Desk:
         Refused where there is none to be given: the text may go to the server, and says nothing of where things are.
         """
         kind, run = hello.kind(frame)
-        kept = _folder(self.file, run) / "setup.frame"
+        kept, registered = (_folder(self.file, run) / f"{name}.frame" for name in ("setup", "registration"))
         if kind == "setup":
             setup = hello.read_setup(frame)
             if run in self.sessions and kept.exists() and kept.read_bytes() == frame:  # its server has started anew
+                write(registered, self.sessions[run].registration)
                 return self.sessions[run].registration
             session = self._open(setup)
             self.file.store.mkdir(parents=True, exist_ok=True, mode=0o700)
             write(kept, frame)  # it is there when a fresh process is asked
+            write(registered, session.registration)
             return session.registration
         if run not in self.sessions:
-            if not kept.exists():
+            if not kept.exists() or not registered.exists():
                 raise Refused(hello.UNKNOWN)
             self._open(hello.read_setup(kept.read_bytes()))
         session = self.sessions[run]
+        if session.device != hello.read_registration(registered.read_bytes(), run).device:  # rows came, or went
+            raise Refused(hello.UNKNOWN)
         asked = hashlib.blake2b(frame).digest()
         if asked not in session.answered:  # a carrier may ask again, whose process died over the answer
             reply = client.handle(frame, session.site)
@@ -260,9 +266,10 @@ class Desk:
         return session.answered[asked]
 
     def _open(self, setup: Setup) -> Session:
-        self.sessions.clear()  # one model at a time
-        gc.collect()
         try:
+            joined(self.file, setup)  # what refuses a run by its config keeps the model that is loaded
+            self.sessions.clear()  # one model at a time
+            gc.collect()
             session = open_session(self.file, setup)
         except Mismatch as error:
             raise Refused(f"client {self.file.client}: {error}{hello.versions(setup.version)}") from None

@@ -23,7 +23,7 @@ from fedrank.protocol import ClientId, State, Total, Update
 from fedrank.trace import span
 
 KEEP_LAST, KEEP_EVERY = 3, 10
-KEY = "noise.key"
+KEY, NAME = "noise.key", "run.id"
 RETRIES = 20  # of the lock, a tenth of a second apart
 CLIENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
@@ -120,12 +120,15 @@ class Private:
         return _load(path) if since >= 0 and path.exists() else None
 
     def save(self, client: ClientId, round: int, since: int, arrays: Mapping[str, np.ndarray] | None) -> None:
-        """Write this round's version, none for None; all others but `since`, which a redone round needs, are over."""
+        """Write this round's version, none for None; all before it but `since`, which a redone round needs, are over.
+
+        Later ones stay: a request that comes late, for a round that is over, must not cost the client what it has.
+        """
         folder = _of(self.root, client)
         if arrays is not None:
             write(folder / f"{round:04d}.safetensors", save({n: np.asarray(a, order="C") for n, a in arrays.items()}))
         for number, path in _numbered(folder).items():
-            if number not in (since, -1 if arrays is None else round):
+            if (number < round and number != since) or (number == round and arrays is None):
                 path.unlink()
 
 
@@ -169,6 +172,7 @@ class Store:
             "config.yaml",
             "flower.log",
             KEY,
+            NAME,
         }
         if begun or path.is_file() or held - left:
             hint = f", or go on with: fedrank resume {path}" if begun else ""
@@ -190,6 +194,11 @@ class Store:
         if not (self.path / KEY).exists() and max(_numbered(self.path / "states"), default=0):
             raise StoreError(f"{self.path / KEY} is gone: without it the run cannot go on to the same bits")
         return secret(self.path / KEY)
+
+    @property
+    def name(self) -> str:
+        """What no other run directory is called."""
+        return secret(self.path / NAME).hex()
 
     @property
     def private(self) -> Private:

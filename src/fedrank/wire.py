@@ -12,7 +12,7 @@ import numpy as np
 
 from fedrank import increments
 from fedrank.adapter import Adapter
-from fedrank.frame import SCHEMA, Dtype, Refused, Sizes, pack, sizes, spoken, unpack
+from fedrank.frame import SCHEMA, Dtype, Refused, Sizes, pack, printable, sizes, spoken, unpack
 from fedrank.layout import Layout
 from fedrank.protocol import ClientId, ModelSpec, Passes, Plan, State, Update, rng
 from fedrank.trace import span
@@ -195,7 +195,7 @@ class Wire:
             raise Refused("the reply has no numerics record")
         size = sizes(frame)
         if meta.get("kind") == "error" and not tensors:
-            return Reply(None, {}, "".join(c for c in str(meta.get("error"))[:400] if c.isprintable()), numerics, size)
+            return Reply(None, {}, printable(str(meta.get("error"))[:400]), numerics, size)
         expected = "update" if kind == "train" else "evaluation"
         if meta.get("kind") != expected:
             raise Refused(f"a frame of kind {meta.get('kind')!r} where {expected!r} was asked for")

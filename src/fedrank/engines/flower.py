@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid as Grid
 from flwr.serverapp import ServerApp
 
-from fedrank.frame import OTHER, Refused
+from fedrank.frame import OTHER, Refused, printable
 from fedrank.hello import UNKNOWN, Registration
 from fedrank.protocol import ClientId, Device
 
@@ -112,7 +112,7 @@ def _send(grid: Grid, node: int, frame: bytes, kept: float, clock: float | None 
 def _content(message: Message) -> bytes | str | None:
     """What a message of another machine says, None for nothing; its sender may have written anything."""
     if message.has_error():
-        return f"Flower error {message.error.code}: {str(message.error.reason)[:300]}"
+        return f"Flower error {message.error.code}: {printable(str(message.error.reason)[:300])}"
     try:
         record = message.content.config_records["frame"]
     except (KeyError, AttributeError, ValueError):
@@ -121,7 +121,7 @@ def _content(message: Message) -> bytes | str | None:
     if isinstance(frame, bytes):
         return frame
     if isinstance(refused, str):
-        return "".join(c for c in refused[:300] if c.isprintable())
+        return printable(refused[:300])
     return "a message that holds no frame" if record else None
 
 
@@ -131,9 +131,8 @@ class Sites:
 
     hello: the frame that tells a site of the run. admit: its answer -> what it registers; Refused where it cannot take
     part. minimum: how many there must be before a round begins. seconds: of the wait where a round has none. schemas:
-    client -> the schema of its frames, noted here for who writes them. most: how many may take part, None for any number.
-    known: client -> its node and device. barred: node -> when it was last told, and why it takes no part. told: message
-    -> the node that it told of the run, and when.
+    client -> the schema of its frames, noted here for who writes them. known: client -> its node and device. barred:
+    node -> when it was last told, and why it takes no part. told: message -> the node that it told of the run, and when.
     """
 
     grid: Grid
@@ -142,7 +141,6 @@ class Sites:
     minimum: int
     seconds: float | None
     schemas: dict[ClientId, int]
-    most: int | None = None
     known: dict[ClientId, tuple[int, Device]] = field(default_factory=dict)
     barred: dict[int, tuple[float, str]] = field(default_factory=dict)
     told: dict[str, tuple[int, float]] = field(default_factory=dict)
@@ -170,8 +168,10 @@ class Sites:
     def exchange(
         self, requests: Iterable[tuple[ClientId, Callable[[], bytes]]], seconds: float | None
     ) -> Iterator[tuple[ClientId, bytes | str]]:
-        asked = ((client, self.known[client][0], build()) for client, build in requests)
-        for client, reply in converse(self.grid, asked, seconds or self.seconds):
+        asked = list(requests)
+        there = ((client, self.known[client][0], build()) for client, build in asked if client in self.known)
+        yield from ((client, "it is told of the run again first") for client, _ in asked if client not in self.known)
+        for client, reply in converse(self.grid, there, seconds or self.seconds):
             # Its store is gone, or an older fedrank is there now: it is told again before the next round.
             if isinstance(reply, str) and reply.startswith((UNKNOWN, OTHER)):
                 self.known.pop(client, None)
@@ -197,10 +197,6 @@ class Sites:
                 raise Refused(told or "a message that holds no frame")
             found = self.admit(told)
             device = found.device
-            if self.most is not None and device.id not in self.known and len(self.known) >= self.most:
-                raise Refused(
-                    f"client {device.id}: the run is planned for clients.count={self.most} sites, and as many have registered"
-                )
             other = self.known.get(device.id, (node, device))[0]
             if other != node and other in here:
                 raise Refused(f"client {device.id} is there already, as another node")

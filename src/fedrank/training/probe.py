@@ -13,6 +13,10 @@ def check(config: Config) -> None:
     """ConfigError where baselines cannot be had, before anything is run."""
     if config.task != "classify":
         raise ConfigError("--baselines: they classify; this config's task is generate")
+    if config.engine.kind == "flower":
+        raise ConfigError(
+            "--baselines: they are fitted to the clients' rows, which with engine.kind=flower stay at the sites"
+        )
     if config.privacy.kind != "none":
         raise ConfigError(
             f"--baselines: they are fitted to clients' rows without noise; privacy.kind is {config.privacy.kind}"
