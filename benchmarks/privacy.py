@@ -8,7 +8,7 @@ ten rounds on the validation split, with a seed of their own: clip and learning 
 private arms alike, and the learning rate without privacy. An arm of noise 0 clips alone, so that what the clip costs and
 what the noise costs are told apart. Killed, it goes on where it was; what the file of results holds is not played again.
 Each run is a process of its own with one thread.
---smoke: two rounds of 20 clients, one seed, to see that it works.
+--smoke: two rounds of 20 clients, one seed, to see that it works; its results are in --out, too.
 """
 
 import argparse
@@ -53,10 +53,11 @@ def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--data", required=True, help="the folder of clinc150")
     words.add_argument("--out", type=Path, required=True, help="where the runs go")
-    words.add_argument("--results", type=Path, default=HERE / "results" / "privacy.json")
+    words.add_argument("--results", type=Path, help="default: benchmarks/results/privacy.json")
     words.add_argument("--workers", type=int, default=2, help="runs at once")
     words.add_argument("--smoke", action="store_true")
     given = words.parse_args()
+    given.results = given.results or (given.out if given.smoke else HERE / "results") / "privacy.json"
     plan, noises, clips, rates, seeds = BASE, NOISES, CLIPS, RATES, SEEDS
     if given.smoke:
         plan = merge(BASE, {"rounds": {"count": 2, "cohort": 20, "evaluate_every": 1}})

@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -191,6 +193,28 @@ def test_refused_updates_are_counted_by_their_reason(texts: Path, tmp_path: Path
     assert 0 < len(refused) == found["fedrank_clients_failed_total", "refused"]
     assert found["fedrank_clients_failed_total", "not_merged"] == 2 * len(refused)
     assert found["fedrank_clients_failed_total", "error"] == 0
+
+
+def test_the_pages_filter_finds_all_failures_of_clients(texts: Path, tmp_path: Path) -> None:
+    """Those that were silent, refused, or too few to be merged, as the ledger has them."""
+    page = (Path(__file__).parents[1] / "docs" / "observe.md").read_text()
+    (found,) = re.findall(r"""^jq -r 'select\((.*)\) \| "(.*)"' runs.jsonl$""", page, re.MULTILINE)
+    names = re.compile(r"\.(\w+)")
+    chosen, shown = names.sub(r"line.get('\1')", found[0]), re.compile(r"\\\(\.(\w+)\)").sub(r"{\1}", found[1])
+    raw, out = settings(texts, log=str(tmp_path / "log")), tmp_path / "run"
+    raw["engine"]["attack"] = {"share": 0.25, "kind": "scale", "factor": 100}
+    events = Counter[str]()
+    fedrank.run(
+        raw, "server.max_norm_ratio=10", "rounds.minimum=3", out=out, watch=lambda e: events.update([e["event"]])
+    )
+    failed = [row for row in clients(out) if not row["ok"]]
+    assert {reason(row) for row in failed} == {"no_answer", "refused", "not_merged"}
+    assert events["not_merged"] == sum(reason(row) == "not_merged" for row in failed)
+    told = [shown.format(**line) for line in lines(tmp_path / "log") if eval(chosen, {"line": line})]
+    assert sorted(told) == sorted(f"run {row['round']} {row['client']} {row['error']}" for row in failed)
+    if jq := shutil.which("jq"):
+        words = [jq, "-r", f'select({found[0]}) | "{found[1]}"', str(tmp_path / "log")]
+        assert subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines() == told
 
 
 def test_how_many_are_drawn_in_secret_is_no_metric(texts: Path, tmp_path: Path) -> None:
@@ -462,9 +486,10 @@ def test_a_tracking_server_that_cannot_be_used_is_told_before_anything_is_writte
 ) -> None:
     with pytest.raises(ConfigError, match=r"observe\.mlflow: .*Connection refused"):
         fedrank.run(settings(texts, mlflow=f"http://127.0.0.1:{port()}"), out=tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"observe\.mlflow: .*MLFLOW_TRACKING_PASSWORD") as told:
-        fedrank.run(settings(texts, mlflow="https://me:hidden@localhost"), out=tmp_path / "run")
-    assert "hidden" not in str(told.value)
+    for scheme in ("https", "HTTP", "postgresql", "mysql+pymysql"):
+        with pytest.raises(ConfigError, match=r"observe\.mlflow: .*MLFLOW_TRACKING_PASSWORD") as told:
+            fedrank.run(settings(texts, mlflow=f"{scheme}://me:hidden@localhost"), out=tmp_path / "run")
+        assert "hidden" not in str(told.value)
     assert not (tmp_path / "run").exists()
     run = fedrank.run(settings(texts), "rounds.count=1", out=tmp_path / "run")
     (run.path / "mlflow.json").write_text(json.dumps({"uri": folder, "experiment": "fedrank", "run": "0" * 32}))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import runpy
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -780,6 +781,30 @@ def scores(arrived: SimpleNamespace, runs: int, settings: PrivacySettings | None
             found.append(float(apart(average(arrived.before, some), arrived.before) @ arrived.direction))
         result.append(np.array(found))
     return result[0], result[1]
+
+
+def test_a_smoke_of_the_benchmark_leaves_its_results_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = Path(__file__).parents[1] / "benchmarks" / "privacy.py"
+    monkeypatch.syspath_prepend(str(file.parent))
+    benchmark = SimpleNamespace(**runpy.run_path(str(file)))
+    played = []
+
+    def play(folder: Path, config: dict[str, Any]) -> Path:
+        folder.mkdir(parents=True)
+        (folder / "rounds.jsonl").write_text(json.dumps({"round": 1, "accuracy": 0.5}))
+        (folder / "summary.json").write_text(json.dumps({"epsilon": None}))
+        played.append(config)
+        return folder
+
+    (tmp_path / "results").mkdir()
+    monkeypatch.setitem(benchmark.main.__globals__, "play", play)
+    monkeypatch.setitem(benchmark.main.__globals__, "HERE", tmp_path)
+    out = tmp_path / "out"
+    monkeypatch.setattr("sys.argv", ["privacy.py", "--data", "rows", "--out", str(out), "--workers", "1", "--smoke"])
+    benchmark.main()
+    assert [config["rounds"]["count"] for config in played] == [2] * 5  # pilots with and without, none, and two noises
+    assert json.loads((out / "privacy.json").read_text())["accuracy"]["none"]["mean"] == 0.5
+    assert not list((tmp_path / "results").iterdir())
 
 
 @pytest.mark.slow

@@ -18,11 +18,12 @@ from rich.console import Console
 import fedrank
 import toy
 from fedrank import ledger, methods, robust, views
-from fedrank.adapter import Adapter, Block, to_rows
-from fedrank.aggregation import average, uniform
+from fedrank.adapter import Adapter, Block, from_rows, to_rows
+from fedrank.aggregation import average, uniform, vote
 from fedrank.client import Site
 from fedrank.config import AttackSettings, ServerSettings
 from fedrank.engines.attack import attackers, distort
+from fedrank.methods.fedara import FedARA
 from fedrank.methods.fedavg import FedAvg
 from fedrank.protocol import Plan, State, Update
 from fedrank.selection import everything
@@ -290,14 +291,161 @@ def test_a_refused_client_is_named_and_is_as_if_it_had_not_answered(tmp_path: Pa
     assert all(toy.equal(f.states[t], lost.states[t]) for t in (1, 2, 3))
 
 
-def test_a_refusal_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "error"), [("refused", "refused: its change has norm 38"), ("not_merged", "not merged: fewer answered")]
+)
+def test_a_refusal_is_shown(kind: str, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(views, "Console", lambda: Console(file=screen, force_terminal=True, width=160))
-    event = {"event": "refused", "round": 3, "client": "c4", "error": "refused: its change has norm 38"}
+    event = {"event": kind, "round": 3, "client": "c4", "error": error}
     showing = views.VIEWS[views.Output.live](iter([event]))
     assert next(showing) == event
     showing.close()
-    assert "round 3: client c4 refused: its change has norm 38" in screen.getvalue()
+    assert f"round 3: client c4 {error}" in screen.getvalue()
+
+
+def test_a_method_asks_for_the_share_of_votes_not_for_their_middle() -> None:
+    masks = ([1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0])
+    updates = toy.Arrived({
+        f"c{at}": Update(one(float(at)), 1 + at, arrays={"keep": np.packbits(mask)}) for at, mask in enumerate(masks)
+    })  # fmt: skip
+    for rule in RULES.values():
+        assert vote(robust.centred(updates, rule, ["keep"]), "keep", 4).tolist() == [0.8, 0.6, 0.4, 0.0]
+
+
+@dataclass(frozen=True)
+class Counting(FedARA):
+    """It compares the share of votes with its clients' masks, counted one by one."""
+
+    def merge(self, state: State, updates: Any) -> State:
+        merged, count = super().merge(state, updates), state.adapter.components
+        if self.budget(state) is None:
+            return merged
+        share = np.mean([np.unpackbits(update.arrays["keep"], count=count) for _, update in updates], axis=0)
+        apart = float(np.abs(vote(updates, "keep", count) - share).max())
+        return replace(merged, metrics={"apart": apart, "split": float(np.mean((share > 0) & (share < 1)))})
+
+
+@pytest.mark.parametrize("kind", ["median", "trimmed_mean"])
+def test_fedara_counts_votes_where_a_centre_is_taken(kind: str, tmp_path: Path) -> None:
+    f = federation(Counting(target_rank=1, warmup=0.0, settle=0.0), tmp_path / "run", RULES[kind], rounds=2)
+    f.play()
+    assert f.last.metrics["apart"] < 1e-12
+    assert f.last.metrics["split"] > 0  # so that the middle would be another
+
+
+# ---- numbers that no client learns, and merges that are not finite
+
+
+ADAM = ServerSettings(optimizer="fedadam", lr=0.01)
+FINITE = [
+    ("fedavg", ADAM),
+    ("flexlora", ServerSettings()),
+    ("flora", ServerSettings()),
+    ("fedex_lora", ServerSettings()),
+]
+
+
+@pytest.mark.parametrize(("name", "rule"), FINITE, ids=[name for name, _ in FINITE])
+def test_one_who_sends_numbers_that_overflow_is_refused_and_the_round_goes_on(
+    name: str, rule: ServerSettings, tmp_path: Path
+) -> None:
+    f = federation(methods.build({"name": name}), tmp_path / "run", rule, SCALED.model_copy(update={"factor": 1e30}))
+    events = f.play()
+    rows = [row for row in ledger.read(f.store.path / "clients.jsonl") if not row["ok"]]
+    assert [(row["round"], row["client"]) for row in rows] == [(1, "c4"), (2, "c4"), (3, "c4")]
+    assert all(row["error"].endswith("; an update's are at most 1e+06") for row in rows)
+    assert [row["clients_ok"] for row in events["round"]] == [5, 5, 5]
+    assert "c4" not in f.last.seen
+
+
+@pytest.mark.parametrize(("name", "rule"), FINITE, ids=[name for name, _ in FINITE])
+def test_the_largest_numbers_that_pass_end_no_run(name: str, rule: ServerSettings, tmp_path: Path) -> None:
+    """The model is lost, which no bound but one on lengths prevents; the rounds are played."""
+    f = federation(methods.build({"name": name}), tmp_path / "run", rule)
+
+    def attack(job: Any, update: Update) -> Update:
+        rows = {name: np.full_like(own, robust.LARGEST) for name, (_, own) in to_rows(update.adapter).items()}
+        return replace(update, adapter=from_rows(update.adapter, rows))
+
+    f.sites["c4"] = replace(f.sites["c4"], attack=attack)  # type: ignore[index]
+    with np.errstate(over="ignore", invalid="ignore"):  # in the scores of what is lost
+        events = f.play()
+    assert [row["round"] for row in events["round"]] == [1, 2, 3]
+    assert events["round"][0]["clients_ok"] == 6
+    assert f.last.round == 3
+
+
+@dataclass(frozen=True)
+class Overflowing(FedAvg):
+    """In round 2 a part of what it makes is not finite."""
+
+    part: str = "adapter"
+
+    def merge(self, state: State, updates: Any) -> State:
+        merged = super().merge(state, updates)
+        if state.round != 1:
+            return merged
+        wrong = merged.adapter.astype(np.float64)
+        wrong = from_rows(wrong, {name: rows * 1e300 * 1e300 for name, (_, rows) in to_rows(wrong).items()})
+        return {
+            "adapter": replace(merged, adapter=wrong), "base": replace(merged, base_updates={2: wrong}),
+            "arrays": replace(merged, arrays={"mine": np.array([1.0, np.inf])}),
+        }[self.part]  # fmt: skip
+
+
+@pytest.mark.parametrize("part", ["adapter", "base", "arrays"])
+def test_a_merge_that_is_not_finite_is_a_round_that_merges_nothing(
+    part: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    f = federation(Overflowing(part=part), tmp_path / "run", ServerSettings())
+    events = f.play()
+    everyone = [(2, f"c{at}", "refused: the merge was not finite") for at in range(6)]
+    rows = [row for row in ledger.read(f.store.path / "clients.jsonl") if not row["ok"]]
+    assert [(row["round"], row["client"], row["error"]) for row in rows] == everyone
+    assert [(row["round"], row["client"], row["error"]) for row in events["refused"]] == everyone
+    assert [(row["clients_ok"], row["clients_failed"]) for row in events["round"]] == [(6, 0), (0, 6), (6, 0)]
+    assert "round 2: Overflowing.merge made NaN or infinity in ['" in caplog.text
+    before, void, after = f.states[1], f.states[2], f.states[3]
+    assert toy.equal(replace(before, round=2, metrics={}), void)
+    assert set(after.seen.values()) == {3}
+    assert not toy.same(after.adapter, before.adapter)
+
+
+def test_what_a_server_optimizer_keeps_is_finite(tmp_path: Path) -> None:
+    """tau^2 = 1e60 is none of float32's numbers, where the step itself is 0."""
+    f = federation(FedAvg(), tmp_path / "run", ServerSettings(optimizer="fedadam", tau=1e30), rounds=1)
+    events = f.play()
+    assert {event["error"] for event in events["refused"]} == {"refused: the merge was not finite"}
+    assert f.last.arrays == {}
+
+
+# ---- claims of many examples
+
+
+def test_a_claim_of_many_examples_counts_for_as_many_as_are_set(tmp_path: Path) -> None:
+    """All have ten; on Flower a site says by itself how many it registers."""
+    many = 1 << 52
+
+    def played(name: str, lie: bool, most: int | None) -> Any:
+        def alter(site: Site) -> Site:
+            if not lie or site.device.id != "c4":
+                return site
+            device = replace(site.device, examples=many)
+            return replace(site, device=device, attack=lambda job, update: replace(update, examples=many))
+
+        f = toy.federation(FedAvg(), tmp_path / name, cohort=6, shares=SIX, alter=alter, rounds=1)
+        f = replace(f, server=replace(f.server, optimizer=ServerSettings(max_examples=most)))
+        f.play()
+        return f
+
+    honest, believed, capped = played("honest", False, None), played("lie", True, None), played("capped", True, 10)
+    assert toy.same(capped.last.adapter, honest.last.adapter)
+    assert not toy.same(believed.last.adapter, honest.last.adapter)
+    examples = [row["examples"] for row in ledger.read(capped.store.path / "clients.jsonl")]
+    assert examples == [10] * 6
+    assert ledger.read(capped.store.path / "clients.jsonl")[4]["ok"]
+    assert toy.same(played("all", False, 3).last.adapter, honest.last.adapter)  # then they count alike
 
 
 def test_private_state_goes_on_from_the_last_merge(tmp_path: Path) -> None:
@@ -489,7 +637,9 @@ def test_a_config_with_an_attack_and_a_rule_plays_and_goes_on(base: dict[str, An
 
 def test_what_is_not_set_is_off(base: dict[str, Any], tmp_path: Path) -> None:
     run = fedrank.run(base, out=tmp_path / "run")
-    assert run.config.server == ServerSettings(aggregation="mean", hostile=None, max_norm=None, max_norm_ratio=None)
+    assert run.config.server == ServerSettings(
+        aggregation="mean", hostile=None, max_norm=None, max_norm_ratio=None, max_examples=None
+    )
     assert run.config.engine.attack is None
     assert "hostile" not in json.loads((run.path / "data.json").read_text())
 
@@ -526,6 +676,7 @@ def test_bounds_are_for_every_method(name: str, tmp_path: Path) -> None:
         (["server.aggregation=medain"], "did you mean 'median'"),
         (["server.max_norm=0"], "server.max_norm: input should be greater than 0"),
         (["server.max_norm_ratio=1"], "server.max_norm_ratio: input should be greater than 1"),
+        (["server.max_examples=0"], "server.max_examples: input should be greater than 0"),
         (["server.trim=0.1"], "unknown key 'server.trim'"),
         (["engine.attack.share=0.1"], "engine.attack.kind: field required"),
         (["engine.attack.kind=scale", "engine.attack.share=0.5"], "factor: scaled by 1 an update is honest"),

@@ -135,7 +135,14 @@ class Federation:
     ) -> dict[str, list[Event]]:
         if state is None:
             self.store.save_state(self.begin, self.server.wire.numerics)
-        found: dict[str, list[Event]] = {"cohort": [], "client": [], "refused": [], "round": [], "end": []}
+        found: dict[str, list[Event]] = {
+            "cohort": [],
+            "client": [],
+            "refused": [],
+            "not_merged": [],
+            "round": [],
+            "end": [],
+        }
         for event in self.server.play(self.begin if state is None else state):
             found[event["event"]].append(event)
             watch(event)

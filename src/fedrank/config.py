@@ -278,7 +278,7 @@ class ServerSettings(BaseModel, extra="forbid", frozen=True):
     aggregation: what methods that average take for the mean. hostile: how many updates of a round may be hostile;
     trimmed_mean cuts so many at each end, krum and multi_krum are made for so many.
     max_norm, max_norm_ratio: an update is refused where its change is longer, or longer than so many times the median of
-    the round's.
+    the round's. max_examples: no client counts for more, in any weight.
     """
 
     optimizer: Literal["none", "fedavgm", "fedadam", "fedyogi"] = "none"
@@ -290,6 +290,7 @@ class ServerSettings(BaseModel, extra="forbid", frozen=True):
     hostile: Positive | None = None
     max_norm: Above0 | None = None
     max_norm_ratio: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    max_examples: Positive | None = None
 
     @model_validator(mode="before")
     @classmethod

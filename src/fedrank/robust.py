@@ -1,6 +1,6 @@
 """Robust aggregation: which updates are refused as a whole, and medians and trimmed means in the place of means."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,6 +13,7 @@ from fedrank.config import ServerSettings
 from fedrank.protocol import ClientId, Total, Update, Updates
 from fedrank.trace import span
 
+LARGEST = 1e6  # an update's number may be: far above what is ever learnt, and far below what overflows in a merge
 HELD = 1 << 28  # bytes of all updates together that are in memory at once, where one factor of a module takes no more
 
 
@@ -78,6 +79,14 @@ def norm(adapter: Adapter) -> float:
     return float(np.sqrt(sum(np.sum(np.square(rows)) for _, rows in to_rows(adapter).values())))
 
 
+def largest(adapter: Adapter) -> float:
+    """The largest of its numbers, signs aside; 0 where it has none."""
+    return max(
+        (float(abs(end)) for _, rows in to_rows(adapter).values() if rows.size for end in (rows.min(), rows.max())),
+        default=0.0,
+    )
+
+
 def krum_scores(squared: Float[np.ndarray, "n n"], hostile: int) -> Float[np.ndarray, "n"]:
     """Of each vector the sum of its squared distances to the n - f - 2 nearest others.
 
@@ -98,10 +107,10 @@ def squared_distances(updates: Updates, changed: Callable[[Update], Adapter]) ->
     return found + found.T
 
 
-def centred(updates: Updates, rule: ServerSettings) -> Updates:
-    """The same updates, with the totals that the rule asks for."""
+def centred(updates: Updates, rule: ServerSettings, returns: Collection[str] = ()) -> Updates:
+    """The same updates, with the totals that the rule asks for. returns: the names of plans' arrays, which are votes."""
     if rule.aggregation in ("median", "trimmed_mean"):
-        return Centred(updates, rule.hostile)
+        return Centred(updates, rule.hostile, returns)
     return updates
 
 
@@ -112,11 +121,13 @@ class Centred:
     By coordinate, over those that carry the component: the mean of what is left once the `hostile` smallest and largest
     values are cut off, or all but the middle, the median, where it is None (Yin, Chen, Ramchandran and Bartlett, 2018,
     definitions 1 and 2). Of a component that too few carry to cut so many, the median. Every client counts the same:
-    a claim of many examples would be a way round. What is read of the updates one by one is not centred.
+    a claim of many examples would be a way round. What is read of the updates one by one is not centred, nor are sums of
+    `returns`, votes: the middle of yes and no is the majority's word, where a method asks for its share.
     """
 
     updates: Updates
     hostile: int | None
+    returns: Collection[str]
 
     def __len__(self) -> int:
         return len(self.updates)
@@ -126,6 +137,8 @@ class Centred:
 
     def total(self, fn: Callable[[Update], Adapter], weight: Callable[[Update], float]) -> Total:
         plain = self.updates.total(fn, uniform)
+        if not plain.sums.dense.keys().isdisjoint(self.returns):
+            return plain
         rows = {name: self._sum(values) for name, values in _stacks(self.updates, fn, plain.sums)}
         return replace(plain, sums=from_rows(plain.sums, rows))
 

@@ -5,9 +5,9 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -115,21 +115,22 @@ class Server:
         clocked = self._clock(rows, clock)  # a client that is refused was waited for
         arrived = tuple(sorted(row["client"] for row in rows if row["ok"]))
         refused = robust.screen(self._spooled(state, plans, arrived), state.adapter, self.optimizer)
-        for row in rows:
-            if (why := refused.get(row["client"])) is not None:
-                row |= {"ok": False, "error": f"refused: {why}"}
-                yield {"event": "refused", "round": t, "client": row["client"], "error": row["error"]}
+        yield from _drop(rows, "refused", refused)
         if sum(row["ok"] for row in rows) < self.rounds.minimum:
-            for row in rows:
-                if row["ok"]:
-                    row |= {"ok": False, "error": "not merged: fewer answered than rounds.minimum"}
-        arrived = tuple(sorted(row["client"] for row in rows if row["ok"]))
-        always = self.privacy.kind == "central"  # that nobody came is not to be seen
-        merged = self._merge(state, plans, arrived) if arrived or always else replace(state, metrics={})
+            yield from _drop(rows, "not merged", dict.fromkeys(arrived, "fewer answered than rounds.minimum"))
+        arrived, merged = tuple(sorted(row["client"] for row in rows if row["ok"])), replace(state, metrics={})
+        if arrived or self.privacy.kind == "central":  # that nobody came is not to be seen
+            found = self._merge(state, plans, arrived)
+            if odd := _odd(found):  # whoever sent it would end the run, and end it again whenever it is resumed
+                log.warning("round %d: %s.merge made NaN or infinity in %s", t, type(self.method).__name__, odd[:3])
+                yield from _drop(rows, "refused", dict.fromkeys(arrived, "the merge was not finite"))
+                arrived = ()
+            else:
+                merged = found
         lost = {row["client"] for row in rows if row.get("error", "").startswith(StoreError.__name__)}
-        seen = {client: round for client, round in merged.seen.items() if client not in lost}
         for client in lost & merged.seen.keys():
             log.warning("client %s has lost what it kept, and begins anew", client)
+        seen = {client: round for client, round in merged.seen.items() if client not in lost}
         after = replace(merged, round=t, seen={**seen, **dict.fromkeys(arrived, t)})
         row = self._row(t, rows, after) | clocked | {"clients_out": len(cohort) - len(plans)}
         if self.privacy.kind != "none":
@@ -211,6 +212,8 @@ class Server:
                 reply = self._open(kind, state, client, plans[client], frame)
                 if reply.update is not None and reply.update.examples > devices[client].examples:
                     raise Refused(f"{reply.update.examples} examples, more than the client registered")
+                if reply.update is not None and (size := robust.largest(reply.update.adapter)) > robust.LARGEST:
+                    raise Refused(f"numbers of up to {size:.4g}; an update's are at most {robust.LARGEST:g}")
             except Refused as error:
                 yield row | {"error": str(error)}
                 continue
@@ -221,7 +224,7 @@ class Server:
             self._compare(client, reply.numerics)
             if reply.update is not None:
                 self.store.spool(client, frame)
-                row["examples"] = reply.update.examples
+                row["examples"] = self._counted(reply.update).examples
             yield row | {"ok": True, **{n: v for n, v in reply.metrics.items() if n not in (*row, "error", "event")}}
         for client in plans:
             if client not in answered:
@@ -246,9 +249,14 @@ class Server:
         def read(client: ClientId, frame: bytes) -> Update:
             update = self._open("train", state, client, plans[client], frame).update
             assert update is not None  # it was checked on arrival
-            return update
+            return self._counted(update)
 
         return self.store.spooled(arrived, read)
+
+    def _counted(self, update: Update) -> Update:
+        """The update with as many examples as it may count for."""
+        most = self.optimizer.max_examples
+        return update if most is None or update.examples <= most else replace(update, examples=most)
 
     @span("aggregation")
     def _merge(self, state: State, plans: Mapping[ClientId, Plan], arrived: tuple[ClientId, ...]) -> State:
@@ -258,15 +266,12 @@ class Server:
             updates = privacy.Noised(
                 updates, state.adapter, plan.up, plan.returns, self._expected, self.privacy, self.store.key, state.round + 1
             )  # fmt: skip
-        merged = self.method.merge(state, robust.centred(updates, self.optimizer))
-        if self.rounds.exactness:  # of the method's own mean; against the plain one where another centre is taken
-            merged = exactness.noted(self.method, state, merged, plans, updates)
-        merged = optimizer.step(state, merged, self.optimizer)
-        if odd := [
-            n for part in (merged.adapter, *merged.base_updates.values()) for n in part.odd()
-        ]:  # not saved: the state before it stays the one to resume from
-            raise ValueError(f"{type(self.method).__name__}.merge made NaN or infinity in {odd[:3]}")
-        return merged
+        returned = {name for plan in plans.values() for name in plan.returns}
+        with np.errstate(over="ignore", invalid="ignore"):  # it is looked for in what comes out
+            merged = self.method.merge(state, robust.centred(updates, self.optimizer, returned))
+            if self.rounds.exactness:  # of the method's own mean; against the plain one where another centre is taken
+                merged = exactness.noted(self.method, state, merged, plans, updates)
+            return optimizer.step(state, merged, self.optimizer)
 
     def _compare(self, client: ClientId, theirs: Mapping[str, Any]) -> None:
         """Other numerics are no fault, but end the claim that this run can be repeated to the bit."""
@@ -390,6 +395,25 @@ class Server:
             if values := [row[name] for row in scored if name in row]:
                 result[f"personal_{name}"] = _mean(values)
         return result
+
+
+def _drop(
+    rows: Iterable[Event], what: Literal["refused", "not merged"], why: Mapping[ClientId, str]
+) -> Iterator[Event]:
+    """Make failures of these clients' rows that are in order; an event for each."""
+    for row in rows:
+        if row["ok"] and row["client"] in why:
+            row |= {"ok": False, "error": f"{what}: {why[row['client']]}"}
+            name = what.replace(" ", "_")
+            yield {"event": name, "round": row["round"], "client": row["client"], "error": row["error"]}
+
+
+def _odd(merged: State) -> list[str]:
+    """Where a merge holds NaN or infinity: modules, dense tensors, arrays of the method and of the server's optimizer."""
+    parts = (merged.adapter, *merged.base_updates.values())
+    return [name for part in parts for name in part.odd()] + [
+        name for name, array in merged.arrays.items() if not np.isfinite(array).all()
+    ]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -70,7 +70,7 @@ def _live(events: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                             f"[yellow]round {event['round']}: client {event['client']} failed: {escape(event['error'])}[/]",
                             highlight=False,
                         )
-                case "refused":
+                case "refused" | "not_merged":
                     console.print(
                         f"[yellow]round {event['round']}: client {event['client']} {escape(event['error'])}[/]",
                         highlight=False,

@@ -33,8 +33,11 @@ def opened(given: Observe, path: Path) -> Iterator[Watch]:
     from mlflow.entities import Metric, Param, RunTag
 
     assert given.mlflow is not None
-    if given.mlflow.startswith("http") and urlsplit(given.mlflow).password is not None:
-        raise ConfigError("observe.mlflow: a password would stay in the run directory; give it as MLFLOW_TRACKING_PASSWORD")  # fmt: skip
+    if urlsplit(given.mlflow).password is not None:
+        raise ConfigError(
+            "observe.mlflow: a password would stay in the run directory; give it as MLFLOW_TRACKING_PASSWORD, or that of a "
+            "database as its driver reads it"
+        )
     client, place = MlflowClient(given.mlflow), {"uri": given.mlflow, "experiment": given.mlflow_experiment}
     file = Path(given.mlflow.removeprefix("sqlite:///"))
     files = str(file.parent / "mlruns") if given.mlflow.startswith("sqlite:") else None  # else where this process is
