@@ -195,6 +195,7 @@ def test_it_repeats_and_resumes_to_the_same_bits(played: Played, tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", METHODS)
 def test_other_methods_learn_on_it_too(played: Played, method: str, tmp_path: Path) -> None:
     settings = {**played.settings, "method": {"name": method, **METHODS[method]}}

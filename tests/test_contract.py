@@ -42,7 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pf2lora-finite": {"derivative": "finite"}, "pf2lora-first": {"derivative": "first"},
 }  # fmt: skip
 core = pytest.mark.parametrize(
-    "method", [*toy.EVERY, *(pytest.param(name, marks=[pytest.mark.slow, pytest.mark.exhaustive]) for name in VARIANTS)],
+    "method", [*toy.EVERY, *(pytest.param(name, marks=toy.EXHAUSTIVE) for name in VARIANTS)],
     indirect=True, scope="module",
 )  # fmt: skip
 

@@ -519,7 +519,7 @@ def test_a_run_stands_an_attack(kind: str, attack: str, loss: Any) -> None:
 
 QUICK = [("fedavg", "median"), ("fedavg", "multi_krum"), ("fedara", "trimmed_mean")]
 AVERAGE = [name for name in methods.names() if methods.find(name).about.averages]
-EACH = [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in product(AVERAGE, RULES)]
+EACH = [pytest.param(*case, marks=[] if case in QUICK else toy.EXHAUSTIVE) for case in product(AVERAGE, RULES)]
 
 
 @pytest.mark.parametrize(("name", "kind"), EACH)

@@ -27,7 +27,8 @@ from federation import (
 )
 from fedrank import ledger, remote
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+# One federation for all of them.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.xdist_group("superlink")]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
         yield made
 
 
-@pytest.mark.parametrize("method", ["fedara", "pf2lora"])
+@pytest.mark.parametrize("method", ["fedara", pytest.param("pf2lora", marks=pytest.mark.exhaustive)])
 def test_a_real_federation_ends_in_the_local_state(method: str, running: Federation, tmp_path: Path) -> None:
     """Three sites with rows of their own, five rounds; the same bytes in the ledger."""
     raw = running.config(method={"name": method})
@@ -58,6 +59,7 @@ def online(made: Federation) -> int:
     return sum(node["status"] == "online" for node in nodes)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ["central", "local"])
 def test_a_private_federation_ends_in_the_local_state(kind: str, running: Federation, tmp_path: Path) -> None:
     """With the same keys; sites make their noise in processes of their own."""

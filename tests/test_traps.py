@@ -125,6 +125,7 @@ def test_nothing_is_installed_at_run_time(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 def test_an_app_s_own_fedrank_shadows_none(tmp_path: Path) -> None:
     """Flower's own command plays the app of `fedrank deploy init`, whose server was asked to install another fedrank."""

@@ -45,6 +45,7 @@ SHARES = {
 }  # rows; no two alike
 QUICK = ("fedara", "fedavg")  # the methods whose contract `make test-fast` runs
 EVERY = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in methods.names()]
+EXHAUSTIVE = (pytest.mark.slow, pytest.mark.exhaustive)  # the marks of what `make test-all` alone runs
 EXAMPLES = {name: len(rows) for name, rows in SHARES.items()}
 RANKS = (1, 2, 4, 4)  # of the devices, in client order
 RATES = (8e6, 8e6, 12e6, 10e6)  # FLOPs per second of the devices
