@@ -24,7 +24,8 @@ from typer.testing import CliRunner
 
 import fedrank
 import toy
-from fedrank import cli, resident, sites
+from federation import free_port
+from fedrank import cli, remote, resident, sites
 from fedrank.config import ConfigError
 from fedrank.deploy import doctor, kit
 from fedrank.deploy.doctor import Link
@@ -237,8 +238,11 @@ def test_the_folders_are_ready(tmp_path: Path, config: str) -> None:
     folder = tmp_path / "fed"
     kit.init(folder, config, ["localhost"], 8123, SITES, False)
     assert yaml.safe_load((folder / "server" / "config.yaml").read_text())["engine"] == {
-        "kind": "flower", "superlink": "127.0.0.1:8123", "root_certificate": "certificates/ca.crt",
+        "kind": "flower", "superlink": "127.0.0.1:8124", "root_certificate": "certificates/ca.crt",
     }  # fmt: skip
+    script = (folder / "server" / "server.sh").read_text()
+    assert "flower-superlink --host 127.0.0.1 --port 8124" in script  # who reaches it may submit apps
+    assert "--port 8123 --inner 8124 --certificates certificates" in script
     app = tomllib.loads((folder / "server" / "app" / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     assert app["components"] == {"serverapp": "fedrank_app.app:server", "clientapp": "fedrank_app.app:client"}
     assert app["config"]["config"] == "config.yaml"
@@ -297,6 +301,12 @@ def test_plain_text_only_when_said(tmp_path: Path, config: str) -> None:
     assert not list((tmp_path / "fed").rglob("*.key"))
     for path in (tmp_path / "fed").rglob("*.sh"):
         assert "--insecure" in path.read_text()
+
+
+def test_the_superlink_s_own_port_is_another(tmp_path: Path, config: str) -> None:
+    kit.init(tmp_path / "fed", config, ["localhost"], 65535, SITES, True)
+    script = (tmp_path / "fed" / "server" / "server.sh").read_text()
+    assert "--port 65535 --inner 65534 --insecure" in script
 
 
 def test_mistakes_in_init_are_named(tmp_path: Path, config: str) -> None:
@@ -550,13 +560,34 @@ def _left(folder: Path) -> list[str]:
     return found
 
 
+def _a_stranger_is_turned_away(folder: Path, port: int, environment: dict[str, str], home: Path) -> None:
+    """What a site has, a stranger has; what Flower's own command says to the SuperLink passes on its machine alone."""
+    keys.make(home / "keys", ["localhost"], ["mine"])
+    ca = folder / "sites" / "north" / "ca.crt"
+    asked = {
+        "register": ["supernode", "register", str(home / "keys" / "mine.pub"), "fedrank"],
+        "list": ["supernode", "list", "fedrank"],
+        "run": ["run", str(folder / "server" / "app"), "fedrank"],
+    }
+    for at in (port, port + 1):
+        remote.write_connection(home / "flower", f"localhost:{at}", ca)
+        words = [*asked.items()] if at == port else [("list", asked["list"])]
+        for what, command in words:
+            done = subprocess.run(
+                [str(SCRIPTS / "flwr"), *command], env={**environment, "FLWR_HOME": str(home / "flower")}, text=True,
+                capture_output=True, timeout=120, check=False,
+            )  # fmt: skip
+            assert (done.returncode == 0) == (at != port), f"{what} at {at}: {done.stdout}{done.stderr}"
+    said = (folder / "server" / "server.log").read_text(errors="replace")
+    assert said.count("which is refused") >= 3
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_three_sites_from_nothing(tmp_path: Path, config: str) -> None:
     """The page's own steps by the real programs: two rounds with TLS and node keys, and nothing is left behind."""
     pytest.importorskip("flwr")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     folder = tmp_path / "fed"
     kit.init(folder, config, ["localhost"], port, SITES, False)
     environment = {**os.environ, "FEDRANK_BIN": str(SCRIPTS), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(fedrank.__file__).parents[1])}  # fmt: skip
@@ -580,9 +611,9 @@ def test_three_sites_from_nothing(tmp_path: Path, config: str) -> None:
         for at, name in enumerate(SITES):
             place = folder / "sites" / name
             (place / "rows.jsonl").write_text(lines(20 + at, at))
-            with socket.create_server(("127.0.0.1", 0)) as free:
-                environment["FEDRANK_PORT"] = str(free.getsockname()[1])
+            environment["FEDRANK_PORT"] = str(free_port())
             begin(place / "client.sh")
+        _a_stranger_is_turned_away(folder, port, environment, tmp_path / "stranger")
         command = [str(SCRIPTS / "fedrank"), "run", "config.yaml", "--out", "runs/first", "-o", "json"]
         done = subprocess.run(command, cwd=folder / "server", env=environment, capture_output=True, text=True, timeout=600, check=False)  # fmt: skip
         assert done.returncode == 0, done.stderr + read(server) + read(folder / "sites" / "north" / "client.sh")
