@@ -1,6 +1,6 @@
 """kill -9 at random moments in a real federation, and whether a committed round was ever lost.
 
-python benchmarks/kills.py [--kills 15] [--seed 1] [--results FILE]
+python benchmarks/kills.py [--kills 18] [--seed 1] [--results FILE]
 
 The federation of tests/federation.py: a SuperLink with TLS, node authentication and a database, and three sites with
 a SuperNode and a resident worker each, on loopback. One run of PF2LoRA, whose clients keep private adapters. Each of its
@@ -38,7 +38,7 @@ def digests(out: Path) -> dict[int, str]:
 
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--kills", type=int, default=15)
+    words.add_argument("--kills", type=int, default=18)
     words.add_argument("--rounds", type=int, default=60)
     words.add_argument("--seed", type=int, default=1)
     words.add_argument("--results", type=Path, default=HERE / "results" / "kills.json")

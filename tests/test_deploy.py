@@ -15,6 +15,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,14 +184,36 @@ def certified(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tls(certified: Path) -> Iterator[int]:
     """A server with the made certificate on a port of this machine."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certified / "ours" / "server.crt", certified / "ours" / "server.key")
-    yield from _serving(lambda line: context.wrap_socket(line, server_side=True).close())
+    yield from _serving(partial(_say, b"404 Not Found", _certified(certified)))
+
+
+@pytest.fixture
+def open_tls(certified: Path) -> Iterator[int]:
+    """One that answers as a SuperLink does."""
+    yield from _serving(partial(_say, b"200 OK", _certified(certified)))
 
 
 @pytest.fixture
 def plain() -> Iterator[int]:
-    yield from _serving(lambda line: (line.recv(9), line.sendall(b"HTTP/1.1 200 OK\r\n\r\n")))
+    yield from _serving(partial(_say, b"404 Not Found", None))
+
+
+@pytest.fixture
+def open_plain() -> Iterator[int]:
+    yield from _serving(partial(_say, b"200 OK", None))
+
+
+def _certified(folder: Path) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "ours" / "server.crt", folder / "ours" / "server.key")
+    return context
+
+
+def _say(status: bytes, context: ssl.SSLContext | None, raw: socket.socket) -> None:
+    line = raw if context is None else context.wrap_socket(raw, server_side=True)
+    with line:
+        if line.recv(200):
+            line.sendall(b"HTTP/1.1 " + status + b"\r\n\r\n")
 
 
 def _serving(answer: Callable[[socket.socket], Any]) -> Iterator[int]:
@@ -438,7 +461,7 @@ def test_each_mistake_of_a_site_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     assert ">=99 is needed; not-there is not installed: pip install 'fedrank[flower]'" in wrong
 
 
-def test_each_mistake_of_a_link_is_named(tmp_path: Path, certified: Path, tls: int, plain: int) -> None:
+def test_each_mistake_of_a_link_is_named(certified: Path, tls: int, plain: int, open_tls: int, open_plain: int) -> None:
     def link(port: Any, certificate: str = "ours/ca.crt", host: str = "localhost", insecure: bool = False) -> str:
         given = None if insecure else certified / certificate
         finding = doctor._try("link", lambda: doctor._link(Link(f"{host}:{port}", given, insecure)))[0]
@@ -451,6 +474,8 @@ def test_each_mistake_of_a_link_is_named(tmp_path: Path, certified: Path, tls: i
     assert "no file" in link(tls, "none.crt")
     assert "host:port" in link("many")
     assert link(plain, insecure=True).startswith("True")
+    assert "is the SuperLink itself" in link(open_tls)
+    assert "is the SuperLink itself" in link(open_plain, insecure=True)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     assert "cannot be reached" in link(port)

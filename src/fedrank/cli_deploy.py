@@ -95,7 +95,8 @@ def gate_(
     """Let sites reach the SuperLink for what a SuperNode says, and for nothing else, until it is stopped."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     with stoppable(code=0), mistakes():
-        _needs("flwr")  # which brings what it is made of
+        _needs("httpx")
+        _needs("uvicorn")
         if insecure == (certificates is not None):
             raise ConfigError(
                 "--certificates: the folder of the server's, or --insecure for plain text; one of the two"
