@@ -14,18 +14,20 @@ import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 import fedrank
 import toy
-from federation import free_port
+from federation import free_port, until
 from fedrank import cli, remote, resident, sites
 from fedrank.config import ConfigError
 from fedrank.deploy import doctor, kit
@@ -583,6 +585,37 @@ def _left(folder: Path) -> list[str]:
         except OSError:
             continue
     return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("what", ["deploy gate", "flower-superlink", "server.sh"])
+def test_superlink_and_gate_end_together(what: str, tmp_path: Path, config: str) -> None:
+    """In plain text; whichever is killed, or the script is stopped."""
+    pytest.importorskip("flwr")
+    folder, port, log = tmp_path / "fed", free_port(), tmp_path / "log"
+    kit.init(folder, config, ["localhost"], port, SITES, True)
+    environment = {**os.environ, "FEDRANK_BIN": str(SCRIPTS), "PYTHONPATH": str(Path(fedrank.__file__).parents[1])}
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            ["bash", str(folder / "server" / "server.sh")], stdout=out, stderr=out, env=environment
+        )
+    try:
+        until(lambda: process.poll() is not None or "server.sh: ready" in log.read_text(), 180, "server.sh")
+        link = Link(f"127.0.0.1:{port}", None, True)
+        assert doctor._try("link", lambda: doctor._link(link))[0].ok
+        found = doctor._try("link", lambda: doctor._link(replace(link, address=f"127.0.0.1:{port + 1}")))[0]
+        assert "is the SuperLink itself" in found.text
+        if what == "server.sh":
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 0
+        else:
+            (one,) = (one for one in psutil.Process(process.pid).children() if what in " ".join(one.cmdline()))
+            one.kill()
+            assert process.wait(60) == 128 + signal.SIGKILL
+        until(lambda: not _left(folder), 60, "an end of all")
+    finally:
+        process.terminate()
 
 
 def _a_stranger_is_turned_away(folder: Path, port: int, environment: dict[str, str], home: Path) -> None:

@@ -42,10 +42,10 @@ await() {
   done
 }
 
+await 127.0.0.1 @inner@
 # The sites' public keys are registered once; the database remembers them. With their folder empty, nothing is.
 for key in sites/*.pub; do
   [ -e "$key" ] || continue
-  await 127.0.0.1 @inner@
   said=$(flwr supernode register "$key" fedrank --format json 2>&1) || true
   case "$said" in
     *'"success": true'*) echo "server.sh: $key is registered" ;;
