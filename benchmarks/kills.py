@@ -1,10 +1,10 @@
 """kill -9 at random moments in a real federation, and whether a committed round was ever lost.
 
-python benchmarks/kills.py [--kills 15] [--seed 1] [--results FILE]
+python benchmarks/kills.py [--kills 18] [--seed 1] [--results FILE]
 
 The federation of tests/federation.py: a SuperLink with TLS, node authentication and a database, and three sites with
 a SuperNode and a resident worker each, on loopback. One run of PF2LoRA, whose clients keep private adapters. Each of its
-five programs is killed as often as the others, in a random order, at a random site, a random while after the run has
+six programs is killed as often as the others, in a random order, at a random site, a random while after the run has
 recovered from the last. After each kill another round must be committed, and every State from before be as it was. In the
 end every round must be in the ledger once, and the last State be that of a replay, on the local engine, of the answers that
 arrived.
@@ -38,7 +38,7 @@ def digests(out: Path) -> dict[int, str]:
 
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--kills", type=int, default=15)
+    words.add_argument("--kills", type=int, default=18)
     words.add_argument("--rounds", type=int, default=60)
     words.add_argument("--seed", type=int, default=1)
     words.add_argument("--results", type=Path, default=HERE / "results" / "kills.json")
@@ -69,7 +69,7 @@ def main() -> None:
             until(lambda last=last: max(committed(out)) > last, 400, f"a round after the kill of {what}")
             kept = digests(out)
             kills.append({
-                "what": what, "site": None if what in SERVERS else site, "seconds": round(at - started, 1), "after_round": last,
+                "what": what, "site": None if PROGRAMS[what][1] else site, "seconds": round(at - started, 1), "after_round": last,
                 "next_round_seconds": round(time.monotonic() - at, 1),
                 "states_as_before": all(kept[one] == digest for one, digest in before.items() if one in kept),
             })  # fmt: skip

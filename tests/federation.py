@@ -26,7 +26,7 @@ LABELS = tuple(WORDS)
 # Program and home of what can be killed; None: a site's.
 PROGRAMS = {
     "the worker": ("site", None), "the client app": ("flwr-clientapp", None), "the SuperNode": ("flower-supernode", None),
-    "the server app": ("flwr-serverapp", "link"), "the SuperLink": ("flower-superlink", "link"),
+    "the gate": ("gate", "gate"), "the server app": ("flwr-serverapp", "link"), "the SuperLink": ("flower-superlink", "link"),
 }  # fmt: skip
 PLAYED = {"compute": "float32", "products": "torch", "stack": 1}  # the engine of a replay
 SERVERS = ("the server app", "the SuperLink")  # with which the run's command ends, until it is resumed
@@ -48,6 +48,12 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
+def answers(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
+
+
 def until(true: Callable[[], Any], seconds: float, what: str) -> Any:
     """What this gives once it is something; TimeoutError says what was waited for."""
     end = time.monotonic() + seconds
@@ -60,11 +66,15 @@ def until(true: Callable[[], Any], seconds: float, what: str) -> Any:
 
 @dataclass
 class Federation:
-    """folder: all that it has. programs: those that it started, by name; each keeps running until it is stopped."""
+    """folder: all that it has. port: the gate's, where sites connect. inner: the SuperLink's own.
+
+    programs: those that it started, by name; each keeps running until it is stopped.
+    """
 
     folder: Path
     names: tuple[str, ...]
     port: int = field(default_factory=free_port)
+    inner: int = field(default_factory=free_port)
     programs: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -72,7 +82,7 @@ class Federation:
         for at, name in enumerate(self.names):
             write_rows(self.folder / name / "rows" / "train.jsonl", rows(at, 60 + at))
             self.site(name).write_text(f"client: {name}\ndata: {{path: rows}}\nstore: store\n")
-        remote.write_connection(self.home("cli"), f"127.0.0.1:{self.port}", self.keys / "ca.crt")
+        remote.write_connection(self.home("cli"), f"127.0.0.1:{self.inner}", self.keys / "ca.crt")
 
     @property
     def keys(self) -> Path:
@@ -95,7 +105,7 @@ class Federation:
             "local": {"lr": 0.01, "batch_size": 8}, "method": {"name": "fedara"},
             "rounds": {"count": 5, "cohort": len(self.names), "evaluate_every": 5, "minimum": len(self.names)},
             "engine": {
-                "kind": "flower", "superlink": f"127.0.0.1:{self.port}", "root_certificate": str(self.keys / "ca.crt"),
+                "kind": "flower", "superlink": f"127.0.0.1:{self.inner}", "root_certificate": str(self.keys / "ca.crt"),
                 "compute": "float32", "products": "torch",
             },
         }  # fmt: skip
@@ -118,16 +128,25 @@ class Federation:
     def start_link(self) -> None:
         k = self.keys
         self.start("link", [
-            remote.tool("flower-superlink"), "--port", str(self.port), "--database", str(self.folder / "state.db"),
+            remote.tool("flower-superlink"), "--port", str(self.inner), "--database", str(self.folder / "state.db"),
             "--ssl-ca-certfile", str(k / "ca.crt"), "--ssl-certfile", str(k / "server.crt"), "--ssl-keyfile", str(k / "server.key"),
             "--enable-supernode-auth", "--disable-runtime-dependency-installation",
         ], "link")  # fmt: skip
-        until(self.answers, 120, "the SuperLink")
+        until(lambda: answers(self.inner), 120, "the SuperLink")
 
-    def answers(self) -> bool:
-        with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
-            return True
-        return False
+    def start_gate(self) -> None:
+        words = [
+            "deploy",
+            "gate",
+            "--port",
+            str(self.port),
+            "--inner",
+            str(self.inner),
+            "--certificates",
+            str(self.keys),
+        ]
+        self.start("gate", [sys.executable, "-m", "fedrank.cli", *words], "gate")
+        until(lambda: answers(self.port), 120, "the gate")
 
     def register(self, name: str) -> None:
         self.flwr("supernode", "register", str(self.keys / f"{name}.pub"), remote.NAME)
@@ -204,6 +223,8 @@ class Federation:
         until(lambda: self.kill(word, home or site), 60, what)
         if what == "the worker":
             self.start_worker(site)
+        if what == "the gate":
+            self.start_gate()
         if what == "the SuperLink":
             self.start_link()
 
@@ -232,6 +253,7 @@ def federation(
     made = Federation(folder, names)
     try:
         made.start_link()
+        made.start_gate()
         for name in names:
             made.register(name)
             if warm:

@@ -14,17 +14,21 @@ import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 import fedrank
 import toy
-from fedrank import cli, resident, sites
+from federation import free_port, until
+from fedrank import cli, remote, resident, sites
 from fedrank.config import ConfigError
 from fedrank.deploy import doctor, kit
 from fedrank.deploy.doctor import Link
@@ -182,14 +186,36 @@ def certified(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tls(certified: Path) -> Iterator[int]:
     """A server with the made certificate on a port of this machine."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certified / "ours" / "server.crt", certified / "ours" / "server.key")
-    yield from _serving(lambda line: context.wrap_socket(line, server_side=True).close())
+    yield from _serving(partial(_say, b"404 Not Found", _certified(certified)))
+
+
+@pytest.fixture
+def open_tls(certified: Path) -> Iterator[int]:
+    """One that answers as a SuperLink does."""
+    yield from _serving(partial(_say, b"200 OK", _certified(certified)))
 
 
 @pytest.fixture
 def plain() -> Iterator[int]:
-    yield from _serving(lambda line: (line.recv(9), line.sendall(b"HTTP/1.1 200 OK\r\n\r\n")))
+    yield from _serving(partial(_say, b"404 Not Found", None))
+
+
+@pytest.fixture
+def open_plain() -> Iterator[int]:
+    yield from _serving(partial(_say, b"200 OK", None))
+
+
+def _certified(folder: Path) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "ours" / "server.crt", folder / "ours" / "server.key")
+    return context
+
+
+def _say(status: bytes, context: ssl.SSLContext | None, raw: socket.socket) -> None:
+    line = raw if context is None else context.wrap_socket(raw, server_side=True)
+    with line:
+        if line.recv(200):
+            line.sendall(b"HTTP/1.1 " + status + b"\r\n\r\n")
 
 
 def _serving(answer: Callable[[socket.socket], Any]) -> Iterator[int]:
@@ -237,8 +263,11 @@ def test_the_folders_are_ready(tmp_path: Path, config: str) -> None:
     folder = tmp_path / "fed"
     kit.init(folder, config, ["localhost"], 8123, SITES, False)
     assert yaml.safe_load((folder / "server" / "config.yaml").read_text())["engine"] == {
-        "kind": "flower", "superlink": "127.0.0.1:8123", "root_certificate": "certificates/ca.crt",
+        "kind": "flower", "superlink": "127.0.0.1:8124", "root_certificate": "certificates/ca.crt",
     }  # fmt: skip
+    script = (folder / "server" / "server.sh").read_text()
+    assert "flower-superlink --host 127.0.0.1 --port 8124" in script  # who reaches it may submit apps
+    assert "--port 8123 --inner 8124 --certificates certificates" in script
     app = tomllib.loads((folder / "server" / "app" / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     assert app["components"] == {"serverapp": "fedrank_app.app:server", "clientapp": "fedrank_app.app:client"}
     assert app["config"]["config"] == "config.yaml"
@@ -297,6 +326,12 @@ def test_plain_text_only_when_said(tmp_path: Path, config: str) -> None:
     assert not list((tmp_path / "fed").rglob("*.key"))
     for path in (tmp_path / "fed").rglob("*.sh"):
         assert "--insecure" in path.read_text()
+
+
+def test_the_superlink_s_own_port_is_another(tmp_path: Path, config: str) -> None:
+    kit.init(tmp_path / "fed", config, ["localhost"], 65535, SITES, True)
+    script = (tmp_path / "fed" / "server" / "server.sh").read_text()
+    assert "--port 65535 --inner 65534 --insecure" in script
 
 
 def test_mistakes_in_init_are_named(tmp_path: Path, config: str) -> None:
@@ -428,7 +463,7 @@ def test_each_mistake_of_a_site_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     assert ">=99 is needed; not-there is not installed: pip install 'fedrank[flower]'" in wrong
 
 
-def test_each_mistake_of_a_link_is_named(tmp_path: Path, certified: Path, tls: int, plain: int) -> None:
+def test_each_mistake_of_a_link_is_named(certified: Path, tls: int, plain: int, open_tls: int, open_plain: int) -> None:
     def link(port: Any, certificate: str = "ours/ca.crt", host: str = "localhost", insecure: bool = False) -> str:
         given = None if insecure else certified / certificate
         finding = doctor._try("link", lambda: doctor._link(Link(f"{host}:{port}", given, insecure)))[0]
@@ -441,6 +476,8 @@ def test_each_mistake_of_a_link_is_named(tmp_path: Path, certified: Path, tls: i
     assert "no file" in link(tls, "none.crt")
     assert "host:port" in link("many")
     assert link(plain, insecure=True).startswith("True")
+    assert "is the SuperLink itself" in link(open_tls)
+    assert "is the SuperLink itself" in link(open_plain, insecure=True)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     assert "cannot be reached" in link(port)
@@ -552,12 +589,64 @@ def _left(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("what", ["deploy gate", "flower-superlink", "server.sh"])
+def test_superlink_and_gate_end_together(what: str, tmp_path: Path, config: str) -> None:
+    """In plain text; whichever is killed, or the script is stopped."""
+    pytest.importorskip("flwr")
+    folder, port, log = tmp_path / "fed", free_port(), tmp_path / "log"
+    kit.init(folder, config, ["localhost"], port, SITES, True)
+    environment = {**os.environ, "FEDRANK_BIN": str(SCRIPTS), "PYTHONPATH": str(Path(fedrank.__file__).parents[1])}
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            ["bash", str(folder / "server" / "server.sh")], stdout=out, stderr=out, env=environment
+        )
+    try:
+        until(lambda: process.poll() is not None or "server.sh: ready" in log.read_text(), 180, "server.sh")
+        link = Link(f"127.0.0.1:{port}", None, True)
+        assert doctor._try("link", lambda: doctor._link(link))[0].ok
+        found = doctor._try("link", lambda: doctor._link(replace(link, address=f"127.0.0.1:{port + 1}")))[0]
+        assert "is the SuperLink itself" in found.text
+        if what == "server.sh":
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 0
+        else:
+            (one,) = (one for one in psutil.Process(process.pid).children() if what in " ".join(one.cmdline()))
+            one.kill()
+            assert process.wait(60) == 128 + signal.SIGKILL
+        until(lambda: not _left(folder), 60, "an end of all")
+    finally:
+        process.terminate()
+
+
+def _a_stranger_is_turned_away(folder: Path, port: int, environment: dict[str, str], home: Path) -> None:
+    """What a site has, a stranger has; what Flower's own command says to the SuperLink passes on its machine alone."""
+    keys.make(home / "keys", ["localhost"], ["mine"])
+    ca = folder / "sites" / "north" / "ca.crt"
+    asked = {
+        "register": ["supernode", "register", str(home / "keys" / "mine.pub"), "fedrank"],
+        "list": ["supernode", "list", "fedrank"],
+        "run": ["run", str(folder / "server" / "app"), "fedrank"],
+    }
+    for at in (port, port + 1):
+        remote.write_connection(home / "flower", f"localhost:{at}", ca)
+        words = [*asked.items()] if at == port else [("list", asked["list"])]
+        for what, command in words:
+            done = subprocess.run(
+                [str(SCRIPTS / "flwr"), *command], env={**environment, "FLWR_HOME": str(home / "flower")}, text=True,
+                capture_output=True, timeout=120, check=False,
+            )  # fmt: skip
+            assert (done.returncode == 0) == (at != port), f"{what} at {at}: {done.stdout}{done.stderr}"
+    said = (folder / "server" / "server.log").read_text(errors="replace")
+    assert said.count("which is refused") >= 3
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_three_sites_from_nothing(tmp_path: Path, config: str) -> None:
     """The page's own steps by the real programs: two rounds with TLS and node keys, and nothing is left behind."""
     pytest.importorskip("flwr")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     folder = tmp_path / "fed"
     kit.init(folder, config, ["localhost"], port, SITES, False)
     environment = {**os.environ, "FEDRANK_BIN": str(SCRIPTS), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(fedrank.__file__).parents[1])}  # fmt: skip
@@ -581,9 +670,9 @@ def test_three_sites_from_nothing(tmp_path: Path, config: str) -> None:
         for at, name in enumerate(SITES):
             place = folder / "sites" / name
             (place / "rows.jsonl").write_text(lines(20 + at, at))
-            with socket.create_server(("127.0.0.1", 0)) as free:
-                environment["FEDRANK_PORT"] = str(free.getsockname()[1])
+            environment["FEDRANK_PORT"] = str(free_port())
             begin(place / "client.sh")
+        _a_stranger_is_turned_away(folder, port, environment, tmp_path / "stranger")
         command = [str(SCRIPTS / "fedrank"), "run", "config.yaml", "--out", "runs/first", "-o", "json"]
         done = subprocess.run(command, cwd=folder / "server", env=environment, capture_output=True, text=True, timeout=600, check=False)  # fmt: skip
         assert done.returncode == 0, done.stderr + read(server) + read(folder / "sites" / "north" / "client.sh")

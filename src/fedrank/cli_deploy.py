@@ -1,4 +1,4 @@
-"""The command line of a deployment on Flower: its folders and keys, a site's check, and a site's worker."""
+"""The command line of a deployment on Flower: its folders and keys, its gate, a site's check, and a site's worker."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder; or that of a deployment, to add sites.")],
     config: Annotated[str | None, typer.Option(help="The run's config: a YAML file, or a preset.")] = None,
     host: Hosts = None,
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="The SuperLink's; by default 8000.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="At which sites connect; by default 8000. The next one is the SuperLink's own.")] = None,
     site: Sites = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Plain text: without TLS, certificates and keys.")] = False,
 ) -> None:  # fmt: skip
@@ -82,6 +82,28 @@ def doctor(
             mark = "[green]ok   [/]" if found.ok else "[bold red]wrong[/]"
             console.print(f"{mark} {found.name:8} {escape(found.text)}", highlight=False, soft_wrap=True)
     raise typer.Exit(int(wrong))
+
+
+@deploy.command("gate")
+def gate_(
+    inner: Annotated[int, typer.Option(min=1, max=65535, help="The SuperLink's port, on 127.0.0.1.")],
+    host: Annotated[str, typer.Option(help="The address to listen at.")] = "0.0.0.0",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port at which sites connect.")] = 8000,
+    certificates: Annotated[Path | None, typer.Option(metavar="DIR", help="Of ca.crt, server.crt and server.key.")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Plain text, to both sides.")] = False,
+) -> None:  # fmt: skip
+    """Let sites reach the SuperLink for what a SuperNode says, and for nothing else, until it is stopped."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    with stoppable(code=0), mistakes():
+        _needs("httpx")
+        _needs("uvicorn")
+        if insecure == (certificates is not None):
+            raise ConfigError(
+                "--certificates: the folder of the server's, or --insecure for plain text; one of the two"
+            )
+        from fedrank.deploy import gate
+
+        gate.serve(host, port, inner, certificates)
 
 
 @site.command()

@@ -1,1 +1,1 @@
-"""What a deployment on Flower is made of: its keys, the folders of server and sites, and a site's check."""
+"""What a deployment on Flower is made of: its keys, the folders of server and sites, its gate, and a site's check."""

@@ -127,14 +127,16 @@ def _link(link: Link) -> tuple[str, None]:
         raise ConfigError(f"--superlink {link.address}: host:port, such as fed.example.org:8000")
     host = host.strip("[]")
     if link.insecure:
-        with _connected(host, int(port)):
-            return f"{link.address} answers; in plain text, which anyone on the way can read and change", None
+        with _connected(host, int(port)) as line:
+            _closed(link, line)
+        return f"{link.address} answers; in plain text, which anyone on the way can read and change", None
     if link.certificate is not None and not link.certificate.is_file():
         raise ConfigError(f"--root-certificate: no file {str(link.certificate)!r}")
     try:
         context = ssl.create_default_context(cafile=link.certificate)
         with _connected(host, int(port)) as raw, context.wrap_socket(raw, server_hostname=host) as line:
             version, shown = line.version(), line.getpeercert() or {}
+            _closed(link, line)
     except ssl.SSLCertVerificationError as error:
         raise ConfigError(
             f"{link.address} is not to be trusted: {error.verify_message}; its certificate has to be signed by the CA of "
@@ -159,11 +161,25 @@ def _connected(host: str, port: int) -> socket.socket:
 def _plainly(host: str, port: int) -> bytes:
     """What comes back for a request without TLS."""
     with _connected(host, port) as raw:
-        try:
-            raw.sendall(f"GET / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
-            return raw.recv(16)
-        except OSError:
-            return b""
+        return _health(raw)
+
+
+def _closed(link: Link, line: socket.socket) -> None:
+    """The SuperLink says that it is well, and lets whoever can hear that submit apps; its gate does not."""
+    if b" 200 " in _health(line):
+        raise ConfigError(
+            f"{link.address} is the SuperLink itself: whoever has its certificate can submit apps, whose code sites run; it "
+            "should listen on its own machine alone, behind `fedrank deploy gate`"
+        )
+
+
+def _health(line: socket.socket) -> bytes:
+    """What comes back when it is asked for, where anything does."""
+    try:
+        line.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        return line.recv(16)
+    except OSError:
+        return b""
 
 
 def _disk(file: SiteFile) -> tuple[str, None]:

@@ -35,7 +35,13 @@ class Deployment:
 
     @property
     def port(self) -> int:
+        """At which sites connect, to the gate."""
         return int(self.superlink.rpartition(":")[2])
+
+    @property
+    def inner(self) -> int:
+        """The SuperLink's own, on the server's loopback: the next one, or the one before the last."""
+        return self.port + 1 if self.port < 65535 else self.port - 1
 
 
 def init(
@@ -97,7 +103,7 @@ def _address(host: str, port: int) -> str:
 def _played(source: str, made: Deployment) -> dict[str, Any]:
     """The run's config: what was said in it, and how the server's machine reaches the SuperLink."""
     how = "insecure=true" if made.insecure else "root_certificate=certificates/ca.crt"
-    connection = ["kind=flower", f"superlink=127.0.0.1:{made.port}", how]
+    connection = ["kind=flower", f"superlink=127.0.0.1:{made.inner}", how]
     config = settings.load(source, [f"engine.{one}" for one in connection])
     resolved, _ = resolve.resolve(config)
     rows.central(resolved)
@@ -111,20 +117,17 @@ def _played(source: str, made: Deployment) -> dict[str, Any]:
 
 
 def _server(folder: Path, made: Deployment, played: dict[str, Any]) -> None:
-    server, port = folder / "server", str(made.port)
+    server, port, inner = folder / "server", str(made.port), str(made.inner)
     if made.insecure:
-        connection, secure, secrets, doctor = (
-            "insecure = true",
-            "--insecure",
-            "",
-            f"--superlink {made.superlink} --insecure",
-        )
+        connection, secure, gate, secrets = "insecure = true", "--insecure", "--insecure", ""
+        doctor = f"--superlink {made.superlink} --insecure"
     else:
         connection = 'root-certificates = "$PWD/certificates/ca.crt"'
         secure = (
             "--enable-supernode-auth \\\n  --ssl-ca-certfile certificates/ca.crt "
             "--ssl-certfile certificates/server.crt --ssl-keyfile certificates/server.key"
         )
+        gate = "--certificates certificates"
         secrets = (
             "`keys/` stays with whoever deploys: who has `ca.key` can pose as the server. A certificate lasts a year.\n"
         )
@@ -139,7 +142,7 @@ def _server(folder: Path, made: Deployment, played: dict[str, Any]) -> None:
     app = {"out": "runs/first", "config": "config.yaml", "watch": "", "simulation": False, "overrides": "[]"}
     remote.write_app(server / "app", app)
     here = _here(server)
-    _render("server.sh", server / "server.sh", port=port, connection=connection, secure=secure)
+    _render("server.sh", server / "server.sh", port=port, inner=inner, connection=connection, secure=secure, gate=gate)
     _render("server.service", server / "fedrank-server.service", **here)
     _render("server.compose.yaml", server / "compose.yaml", port=port, **here)
     _render("README.md", folder / "README.md", superlink=made.superlink, secrets=secrets, doctor=doctor)

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# The SuperLink: sites connect to it, and it plays runs. It runs until it is stopped (Ctrl-C, SIGTERM).
-# FEDRANK_BIN: the folder of fedrank's programs, where they are not on the path. FEDRANK_LISTEN: the address to listen at.
+# The SuperLink, which plays runs, for this machine alone; and the gate, at which sites connect. The gate lets through what a
+# site says, and no more: who reaches the SuperLink itself may submit apps. Both run until one ends, or this is stopped
+# (Ctrl-C, SIGTERM). FEDRANK_BIN: the folder of fedrank's programs, where they are not on the path. FEDRANK_LISTEN: the
+# address to listen at.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 PATH="${FEDRANK_BIN:+$FEDRANK_BIN:}$PATH"
@@ -16,28 +18,34 @@ cat >flower/config.toml <<END
 default = "fedrank"
 
 [superlink.fedrank]
-address = "127.0.0.1:@port@"
+address = "127.0.0.1:@inner@"
 @connection@
 END
 
-flower-superlink --host "${FEDRANK_LISTEN:-0.0.0.0}" --port @port@ --database flower/superlink.db \
+flower-superlink --host 127.0.0.1 --port @inner@ --database flower/superlink.db \
   --disable-runtime-dependency-installation @secure@ &
-superlink=$!
+running=$!
 stop() {
   trap '' INT TERM
-  kill "$superlink" 2>/dev/null || true
-  wait "$superlink" || true
+  # shellcheck disable=SC2086 # two numbers
+  kill $running 2>/dev/null || true
+  wait || true
   exit "${1:-0}"
 }
 trap stop INT TERM
 
+# Until the program that was started last answers at this address.
+await() {
+  until (exec 3<>"/dev/tcp/$1/$2") 2>/dev/null; do
+    kill -0 "$!" 2>/dev/null || stop 1
+    sleep 0.2
+  done
+}
+
+await 127.0.0.1 @inner@
 # The sites' public keys are registered once; the database remembers them. With their folder empty, nothing is.
 for key in sites/*.pub; do
   [ -e "$key" ] || continue
-  until (exec 3<>/dev/tcp/127.0.0.1/@port@) 2>/dev/null; do
-    kill -0 "$superlink" 2>/dev/null || stop 1
-    sleep 0.2
-  done
   said=$(flwr supernode register "$key" fedrank --format json 2>&1) || true
   case "$said" in
     *'"success": true'*) echo "server.sh: $key is registered" ;;
@@ -45,5 +53,12 @@ for key in sites/*.pub; do
     *) echo "server.sh: $key cannot be registered: $said" >&2; stop 1 ;;
   esac
 done
+listen=${FEDRANK_LISTEN:-0.0.0.0}
+fedrank deploy gate --host "$listen" --port @port@ --inner @inner@ @gate@ &
+running="$running $!"
+await "$listen" @port@
 echo "server.sh: ready on port @port@"
-wait "$superlink"
+code=0
+# shellcheck disable=SC2086 # two numbers
+wait -n $running || code=$?
+stop "$code"
