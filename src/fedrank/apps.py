@@ -9,7 +9,7 @@ from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any
 
-from fedrank import central, experiment, resident, sites
+from fedrank import central, experiment, remote, resident, sites
 from fedrank import config as settings
 from fedrank.client import Late, handle
 from fedrank.engines import flower
@@ -40,9 +40,7 @@ def _play(grid: flower.Grid, told: Mapping[str, Any]) -> None:
             for event in events:
                 tell(event)
         except Exception as error:
-            from fedrank.exits import mistaken  # clients' processes need none of what it brings
-
-            tell({"event": "error", "mistake": mistaken(error), "error": f"{error}" or type(error).__name__})
+            tell({"event": "error", "mistake": remote.mistaken(error), "error": f"{error}" or type(error).__name__})
             raise
 
 

@@ -9,16 +9,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fedrank.remote import RunError
-from fedrank.store import StoreError
+from fedrank.remote import RunError, mistaken
 
 errors = Console(stderr=True)
-
-
-def mistaken(error: BaseException | None) -> bool:
-    """Whether the user can mend it."""
-    ours = isinstance(error, ValueError | StoreError) and type(error).__module__.startswith("fedrank")
-    return ours or isinstance(error, OSError | ImportError)
 
 
 class mistakes:

@@ -24,7 +24,7 @@ from fedrank import config as settings
 from fedrank import resolve
 from fedrank.config import Config, ConfigError
 from fedrank.server import Event
-from fedrank.store import Store
+from fedrank.store import Store, StoreError
 
 APP = Path("fedrank_app", "app.py")
 NAME = "fedrank"  # of the connection in Flower's own config
@@ -43,6 +43,12 @@ class RemoteError(ValueError):
 
 class RunError(RuntimeError):
     """A run that ended there before it was over; to go on with it is to resume it."""
+
+
+def mistaken(error: BaseException | None) -> bool:
+    """Whether it is a mistake in what was asked, and not one of the run."""
+    ours = isinstance(error, ValueError | StoreError) and type(error).__module__.startswith("fedrank")
+    return ours or isinstance(error, OSError | ImportError)
 
 
 def start(config: Config, path: Path, imported: Path | None = None) -> Iterator[Event]:

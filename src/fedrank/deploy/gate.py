@@ -80,7 +80,7 @@ async def _answer(link: httpx.AsyncHTTPTransport, base: str, scope: Any, receive
         return await say(404)
     if b"transfer-encoding" in dict(
         scope["headers"]
-    ):  # SuperNodes say a length; with both, two servers may read differently
+    ):  # two servers may read such a length differently, and SuperNodes say it
         return await say(411)
     headers = [*passed(scope["headers"]), (b"x-forwarded-for", asker.encode())]  # for the SuperLink's log
     try:
