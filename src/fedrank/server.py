@@ -85,11 +85,10 @@ class Server:
             self.store.save_state(state, self.wire.numerics)
             self.store.clear_spool()
             yield {"event": "round", "rounds": state.rounds, **row}
+        # Scored are those of the last round: a site that has left since is not waited for.
         if self.rounds.personal == 0:
             fleet = {}
-        elif (
-            fleet is None
-        ):  # the rounds were played before; else who was there then: a site that left is not waited for
+        elif fleet is None:  # no round was left to play
             fleet = self.engine.fleet()
         everyone = roster.names(fleet)
         if self.rounds.personal is not None:
