@@ -592,7 +592,7 @@ def _left(folder: Path) -> list[str]:
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("what", ["deploy gate", "flower-superlink", "server.sh"])
 def test_superlink_and_gate_end_together(what: str, tmp_path: Path, config: str) -> None:
-    """In plain text; whichever is killed, or the script is stopped."""
+    """In plain text; where the SuperLink is killed, or the script is stopped. The gate is started again."""
     pytest.importorskip("flwr")
     folder, port, log = tmp_path / "fed", free_port(), tmp_path / "log"
     kit.init(folder, config, ["localhost"], port, SITES, True)
@@ -607,13 +607,18 @@ def test_superlink_and_gate_end_together(what: str, tmp_path: Path, config: str)
         assert doctor._try("link", lambda: doctor._link(link))[0].ok
         found = doctor._try("link", lambda: doctor._link(replace(link, address=f"127.0.0.1:{port + 1}")))[0]
         assert "is the SuperLink itself" in found.text
-        if what == "server.sh":
+        if what != "server.sh":
+            here = psutil.Process(process.pid).children(recursive=True)
+            (one,) = (one for one in here if what in " ".join(one.cmdline()) and one.name() != "bash")
+            one.kill()
+        if what == "deploy gate":
+            until(lambda: "the gate ended (137); again in 2 s" in log.read_text(), 60, "the gate's end")
+            until(lambda: doctor._try("link", lambda: doctor._link(link))[0].ok, 60, "another gate")
+        if what == "flower-superlink":
+            assert process.wait(60) == 128 + signal.SIGKILL
+        else:
             process.send_signal(signal.SIGINT)
             assert process.wait(60) == 0
-        else:
-            (one,) = (one for one in psutil.Process(process.pid).children() if what in " ".join(one.cmdline()))
-            one.kill()
-            assert process.wait(60) == 128 + signal.SIGKILL
         until(lambda: not _left(folder), 60, "an end of all")
     finally:
         process.terminate()

@@ -286,7 +286,7 @@ def test_a_server_s_refusal_names_both_versions(files: dict[str, Path], tmp_path
     assert isinstance(engine, flower.Sites)
     found = replace(REGISTRATION, run=made.run_id, numerics={"fedrank": "9.9"})
     with pytest.raises(Refused, match=f"has base model print, not .*; fedrank {fedrank.__version__} here, 9.9 there$"):
-        engine.admit(hello.write_registration(found))
+        engine.admit(hello.write_registration(found), 1)
 
 
 def test_what_differs_is_named(
@@ -525,7 +525,7 @@ class Admitted:
         self.grid = Grid(dict(enumerate(answers.values(), 1)))
         self.engine = flower.Sites(self.grid, b"hello", self.admit, minimum, None, {})  # type: ignore[arg-type]
 
-    def admit(self, frame: bytes) -> hello.Registration:
+    def admit(self, frame: bytes, node: int) -> hello.Registration:
         if frame == b"stranger":
             raise Refused("another base model")
         return hello.Registration("", Device(frame.decode(), 5), "", {"fedrank": "0.0.7"})
@@ -847,7 +847,40 @@ def test_a_private_run_takes_no_more_sites_than_planned_over_a_restart(files: di
     again = partial(central.prepare, grid=grid_of(files))
     for event in experiment.go_on(tmp_path / "run", ["rounds.count=4"], by=again):
         assert event["event"] != "cohort" or "west" not in event["clients"]
-    assert (tmp_path / "run" / "registered.jsonl").read_text().count("client") == 2
+    assert json.loads((tmp_path / "run" / "registered.json").read_text()) == ["north", "south"]
+
+
+def test_a_node_takes_one_place_of_a_private_run(files: dict[str, Path], tmp_path: Path) -> None:
+    """However often it says that it is another site."""
+    raw, grid = private(rounds={"count": 1, "cohort": 3}), grid_of({"north": files["north"]})
+    engine = central.prepare(config.load(raw), grid=grid).server(Store.create(tmp_path / "run")).engine
+    assert isinstance(engine, flower.Sites)
+    told = sites.Desk(sites.read(files["north"])).answer(engine.hello)
+    other = sites.Desk(sites.read(files["south"])).answer(engine.hello)
+    assert engine.admit(told, 1).device.id == engine.admit(told, 1).device.id == "north"
+    with pytest.raises(Refused, match="client south: its node has registered as north"):
+        engine.admit(other, 1)
+    assert engine.admit(other, 2).device.id == "south"
+
+
+def test_a_run_without_its_name_does_not_go_on(files: dict[str, Path], tmp_path: Path) -> None:
+    """Sites would take it for another, and begin anew."""
+    play(settings(rounds={"count": 1}), tmp_path / "run", grid_of(files))
+    (tmp_path / "run" / "run.id").unlink()
+    again = experiment.go_on(tmp_path / "run", ["rounds.count=2"], by=partial(central.prepare, grid=grid_of(files)))
+    with pytest.raises(StoreError, match=r"run\.id is gone"):
+        list(again)
+
+
+def test_a_worker_whose_store_went_away_asks_to_be_told(files: dict[str, Path], tmp_path: Path) -> None:
+    grid = grid_of(files)
+    raw = settings(rounds={"count": 4, "minimum": 2, "personal": 0, "evaluate_every": 4}, method={"name": "fedavg"})
+    for event in experiment.start(config.load(raw), tmp_path / "run", by=partial(central.prepare, grid=grid)):
+        if event["event"] == "round" and event["round"] == 1:
+            shutil.rmtree(next((files["south"].parent / "store").iterdir()))
+    found = [row for row in ledger(tmp_path / "run", "clients") if row["client"] == "south"]
+    assert found[1]["error"] == hello.UNKNOWN
+    assert [row["ok"] for row in found] == [True, False, True, True]
 
 
 def test_a_round_that_was_begun_is_not_left_out_of_epsilon(files: dict[str, Path], tmp_path: Path) -> None:

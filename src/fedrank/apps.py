@@ -29,6 +29,7 @@ def _play(grid: flower.Grid, told: Mapping[str, Any]) -> None:
     prepare = partial(central.prepare, grid=grid)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")  # `flwr log` shows it
     logging.getLogger("fedrank").setLevel(logging.INFO)
+    begun = False
     with _listener(str(told.get("watch", ""))) as tell:
         logging.getLogger("fedrank").addHandler(_Told(tell))
         try:
@@ -38,9 +39,11 @@ def _play(grid: flower.Grid, told: Mapping[str, Any]) -> None:
                 imported = Path(str(told["imported"])) if told.get("imported") else None
                 events = experiment.start(settings.load(str(told["config"])), out, imported=imported, by=prepare)
             for event in events:
+                begun = True
                 tell(event)
         except Exception as error:
-            tell({"event": "error", "mistake": remote.mistaken(error), "error": f"{error}" or type(error).__name__})
+            mistake = remote.mistaken(error) and not (begun and isinstance(error, OSError | ImportError))  # a full disk
+            tell({"event": "error", "mistake": mistake, "error": f"{error}" or type(error).__name__})
             raise
 
 

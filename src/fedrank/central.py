@@ -1,23 +1,24 @@
 """The parts of a run whose clients are elsewhere: the server's model, its own test rows, and a Flower grid."""
 
+import json
 from dataclasses import replace
 from functools import partial
 
-from fedrank import fleet, hello, ledger, machine, parts, privacy, resolve
+from fedrank import fleet, hello, machine, parts, privacy, resolve
 from fedrank.config import Config, ConfigError
 from fedrank.engines import flower
 from fedrank.engines.local import fails
 from fedrank.frame import Refused
 from fedrank.hello import Registration, Setup
 from fedrank.parts import Parts
-from fedrank.protocol import Device, Engine, Method
+from fedrank.protocol import ClientId, Device, Engine, Method
 from fedrank.roster import Names, Roster
 from fedrank.store import Store
 from fedrank.training import data as rows
 from fedrank.training.data import ClientData
 from fedrank.wire import Wire
 
-REGISTERED = "registered.jsonl"  # the sites of a private run, which are no more than it is planned for
+REGISTERED = "registered.json"  # the sites of a private run, which are no more than it is planned for
 
 
 @machine.uncollected()
@@ -58,22 +59,28 @@ def _sites(made: Parts, wire: Wire, store: Store, grid: flower.Grid | None) -> E
     assert grid is not None
 
     most = None if made.config.privacy.kind == "none" else made.clients
-    registered = {row["client"] for row in ledger.read(store.path / REGISTERED)}
+    path, named = store.path / REGISTERED, dict[int, ClientId]()
+    registered = set(json.loads(path.read_text()) if path.exists() else ())
 
-    def admit(frame: bytes) -> Registration:
+    def admit(frame: bytes, node: int) -> Registration:
         found = hello.read_registration(frame, wire.run)
         if found.fingerprint != made.spec.fingerprint:
             raise Refused(
                 f"client {found.device.id} has base model {found.fingerprint}, not {made.spec.fingerprint}"
                 f"{hello.versions(found.version)}"
             )
-        if most is not None and (client := found.device.id) not in registered:
+        client = found.device.id
+        if most is not None and named.setdefault(node, client) != client:
+            raise Refused(
+                f"client {client}: its node has registered as {named[node]}, and each is one site of a private run"
+            )
+        if most is not None and client not in registered:
             if len(registered) >= most:
                 raise Refused(
                     f"client {client}: the run is planned for clients.count={most} sites, and as many have registered"
                 )
             registered.add(client)
-            ledger.append(store.path / REGISTERED, [{"client": client}])
+            store.write(REGISTERED, json.dumps(sorted(registered)))
         return found
 
     rounds = made.config.rounds

@@ -46,7 +46,7 @@ class RunError(RuntimeError):
 
 
 def mistaken(error: BaseException | None) -> bool:
-    """Whether it is a mistake in what was asked, and not one of the run."""
+    """Whether it is a mistake in what was asked, as far as one can tell before a run has begun."""
     ours = isinstance(error, ValueError | StoreError) and type(error).__module__.startswith("fedrank")
     return ours or isinstance(error, OSError | ImportError)
 

@@ -251,11 +251,9 @@ class Desk:
             write(kept, frame)  # it is there when a fresh process is asked
             write(registered, session.registration)
             return session.registration
-        if run not in self.sessions:
-            if not kept.exists() or not registered.exists():
-                raise Refused(hello.UNKNOWN)
-            self._open(hello.read_setup(kept.read_bytes()))
-        session = self.sessions[run]
+        if not kept.exists() or not registered.exists():
+            raise Refused(hello.UNKNOWN)
+        session = self.sessions.get(run) or self._open(hello.read_setup(kept.read_bytes()))
         if session.device != hello.read_registration(registered.read_bytes(), run).device:  # rows came, or went
             raise Refused(hello.UNKNOWN)
         asked = hashlib.blake2b(frame).digest()

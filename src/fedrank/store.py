@@ -122,13 +122,14 @@ class Private:
     def save(self, client: ClientId, round: int, since: int, arrays: Mapping[str, np.ndarray] | None) -> None:
         """Write this round's version, none for None; all before it but `since`, which a redone round needs, are over.
 
-        Later ones stay: a request that comes late, for a round that is over, must not cost the client what it has.
+        Later ones stay: a request that comes late, for a round that is over, must not cost the client what it has. So do
+        all where the server knows of none (`since` -1): it may have been told that they are lost, when they were only away.
         """
         folder = _of(self.root, client)
         if arrays is not None:
             write(folder / f"{round:04d}.safetensors", save({n: np.asarray(a, order="C") for n, a in arrays.items()}))
         for number, path in _numbered(folder).items():
-            if (number < round and number != since) or (number == round and arrays is None):
+            if (since >= 0 and number < round and number != since) or (number == round and arrays is None):
                 path.unlink()
 
 
@@ -191,13 +192,18 @@ class Store:
     @property
     def key(self) -> bytes:
         """What the server's noise and its private cohorts are made of; no frame, state or config holds it."""
-        if not (self.path / KEY).exists() and max(_numbered(self.path / "states"), default=0):
-            raise StoreError(f"{self.path / KEY} is gone: without it the run cannot go on to the same bits")
+        self._there(KEY)
         return secret(self.path / KEY)
+
+    def _there(self, name: str) -> None:
+        """StoreError where a run has been played and this file of it is gone."""
+        if not (self.path / name).exists() and max(_numbered(self.path / "states"), default=0):
+            raise StoreError(f"{self.path / name} is gone: without it the run cannot go on to the same bits")
 
     @property
     def name(self) -> str:
-        """What no other run directory is called."""
+        """What no other run directory is called, by which sites know what they keep of this run."""
+        self._there(NAME)
         return secret(self.path / NAME).hex()
 
     @property

@@ -52,7 +52,8 @@ def serve(host: str, port: int, inner: int, certificates: Path | None) -> None:
         scheme, config = "https", {"ssl_certfile": certificate, "ssl_keyfile": key}
         verify = ssl.create_default_context(cafile=ca)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, port), family=family, backlog=2048) as listening:
+    both = host == "::" and socket.has_dualstack_ipv6()
+    with socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=both) as listening:
         asyncio.run(_serve(f"{scheme}://127.0.0.1:{inner}", verify, listening, config))
 
 

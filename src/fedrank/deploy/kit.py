@@ -142,7 +142,10 @@ def _server(folder: Path, made: Deployment, played: dict[str, Any]) -> None:
     app = {"out": "runs/first", "config": "config.yaml", "watch": "", "simulation": False, "overrides": "[]"}
     remote.write_app(server / "app", app)
     here = _here(server)
-    _render("server.sh", server / "server.sh", port=port, inner=inner, connection=connection, secure=secure, gate=gate)
+    listen = "::" if made.superlink.startswith("[") else "0.0.0.0"
+    _render(
+        "server.sh", server / "server.sh", listen=listen, port=port, inner=inner, connection=connection, secure=secure, gate=gate
+    )  # fmt: skip
     _render("server.service", server / "fedrank-server.service", **here)
     _render("server.compose.yaml", server / "compose.yaml", port=port, **here)
     _render("README.md", folder / "README.md", superlink=made.superlink, secrets=secrets, doctor=doctor)

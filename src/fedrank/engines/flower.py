@@ -129,15 +129,15 @@ def _content(message: Message) -> bytes | str | None:
 class Sites:
     """The engine on which every client is a site with a SuperNode of its own.
 
-    hello: the frame that tells a site of the run. admit: its answer -> what it registers; Refused where it cannot take
-    part. minimum: how many there must be before a round begins. seconds: of the wait where a round has none. schemas:
+    hello: the frame that tells a site of the run. admit: its answer, its node -> what it registers; Refused where it cannot
+    take part. minimum: how many there must be before a round begins. seconds: of the wait where a round has none. schemas:
     client -> the schema of its frames, noted here for who writes them. known: client -> its node and device. barred:
     node -> when it was last told, and why it takes no part. told: message -> the node that it told of the run, and when.
     """
 
     grid: Grid
     hello: bytes
-    admit: Callable[[bytes], Registration]
+    admit: Callable[[bytes, int], Registration]
     minimum: int
     seconds: float | None
     schemas: dict[ClientId, int]
@@ -195,7 +195,7 @@ class Sites:
         try:
             if not isinstance(told, bytes):
                 raise Refused(told or "a message that holds no frame")
-            found = self.admit(told)
+            found = self.admit(told, node)
             device = found.device
             other = self.known.get(device.id, (node, device))[0]
             if other != node and other in here:

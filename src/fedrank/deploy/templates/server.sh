@@ -53,8 +53,23 @@ for key in sites/*.pub; do
     *) echo "server.sh: $key cannot be registered: $said" >&2; stop 1 ;;
   esac
 done
-listen=${FEDRANK_LISTEN:-0.0.0.0}
-fedrank deploy gate --host "$listen" --port @port@ --inner @inner@ @gate@ &
+listen=${FEDRANK_LISTEN:-@listen@}
+# It is what strangers can reach: where it ends it is started again, and the run goes on. 2 is a mistake in this file.
+gate() {
+  local child code
+  trap 'kill "$child" 2>/dev/null || true; wait "$child" || true; exit 0' TERM
+  while :; do
+    fedrank deploy gate --host "$listen" --port @port@ --inner @inner@ @gate@ &
+    child=$! code=0
+    wait "$child" || code=$?
+    [ "$code" != 2 ] || exit 2
+    echo "server.sh: the gate ended ($code); again in 2 s" >&2
+    sleep 2 &
+    child=$!
+    wait "$child"
+  done
+}
+gate &
 running="$running $!"
 await "$listen" @port@
 echo "server.sh: ready on port @port@"
