@@ -123,7 +123,7 @@ class Private:
         """Write this round's version, none for None; all before it but `since`, which a redone round needs, are over.
 
         Later ones stay: a request that comes late, for a round that is over, must not cost the client what it has. So do
-        all where the server knows of none (`since` -1): it may have been told that they are lost, when they were only away.
+        all in a round before which the server knows of none (`since` -1): they may have been away, and said to be lost.
         """
         folder = _of(self.root, client)
         if arrays is not None:
