@@ -122,14 +122,13 @@ class Private:
     def save(self, client: ClientId, round: int, since: int, arrays: Mapping[str, np.ndarray] | None) -> None:
         """Write this round's version, none for None; all before it but `since`, which a redone round needs, are over.
 
-        Later ones stay: a request that comes late, for a round that is over, must not cost the client what it has. So do
-        all in a round before which the server knows of none (`since` -1): they may have been away, and said to be lost.
+        Later ones stay: a request that comes late, for a round that is over, must not cost the client what it has.
         """
         folder = _of(self.root, client)
         if arrays is not None:
             write(folder / f"{round:04d}.safetensors", save({n: np.asarray(a, order="C") for n, a in arrays.items()}))
         for number, path in _numbered(folder).items():
-            if (since >= 0 and number < round and number != since) or (number == round and arrays is None):
+            if (number < round and number != since) or (number == round and arrays is None):
                 path.unlink()
 
 
