@@ -1,12 +1,17 @@
 """Shapes and types in annotations are checked at run time in every test; one torch thread per process."""
 
+import inspect
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from beartype import BeartypeConf
+import jaxtyping
+from beartype import BeartypeConf, beartype
 from beartype.claw import beartype_package
 from jaxtyping import TypeCheckError, install_import_hook
 
@@ -25,6 +30,20 @@ SHAPED = sorted(
 beartype_package("fedrank", conf=BeartypeConf(
     claw_is_pep526=False, claw_skip_package_names=(*UNCHECKED, *SHAPED), violation_type=TypeCheckError
 ))  # fmt: skip
+plain = beartype(conf=BeartypeConf(violation_type=TypeCheckError))
+
+
+def jaxtyped(*, typechecker: Callable, real: Callable = jaxtyping.jaxtyped) -> Callable:
+    """What the hook puts on every function and class of those modules; functions without shapes need beartype alone."""
+
+    def decorate(thing: Any) -> Any:
+        shapes = re.search(r"(Float|Int|UInt8|Bool)\[", str(getattr(thing, "__annotations__", {})))
+        return real(thing, typechecker=typechecker) if shapes or not inspect.isfunction(thing) else plain(thing)
+
+    return decorate
+
+
+jaxtyping.jaxtyped = jaxtyped
 hook = install_import_hook(SHAPED, "beartype.beartype")
 
 import numpy as np  # noqa: E402
@@ -39,10 +58,13 @@ SHARED = Path(os.environ.get("FEDRANK_DATA", Path(__file__).parents[1] / ".." / 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Coverage is that of the fast tests: traced ones take up to four times as long on Python 3.11."""
+    """Coverage is that of each fast test's first case: what is traced takes up to four times as long on Python 3.11."""
+    seen = set[object]()
     for item in items:
-        if item.get_closest_marker("slow"):
+        test = getattr(item, "function", item)
+        if item.get_closest_marker("slow") or test in seen:
             item.add_marker("no_cover")
+        seen.add(test)
 
 
 @pytest.fixture

@@ -599,8 +599,9 @@ def test_superlink_and_gate_end_together(what: str, tmp_path: Path, config: str)
     environment = {**os.environ, "FEDRANK_BIN": str(SCRIPTS), "PYTHONPATH": str(Path(fedrank.__file__).parents[1])}
     with log.open("wb") as out:
         process = subprocess.Popen(
-            ["bash", str(folder / "server" / "server.sh")], stdout=out, stderr=out, env=environment
-        )
+            ["bash", str(folder / "server" / "server.sh")], stdout=out, stderr=out, env=environment,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background of a script it is ignored
+        )  # fmt: skip
     try:
         until(lambda: process.poll() is not None or "server.sh: ready" in log.read_text(), 180, "server.sh")
         link = Link(f"127.0.0.1:{port}", None, True)

@@ -363,7 +363,7 @@ CASES: dict[str, tuple[str, ...]] = {
 QUICK = ("float32", "two levels", "bfloat16", "checkpoints", "int8", "nf4", "FedARA")
 
 
-@pytest.mark.parametrize("what", [pytest.param(w, marks=[] if w in QUICK else pytest.mark.slow) for w in CASES])
+@pytest.mark.parametrize("what", [pytest.param(w, marks=[] if w in QUICK else toy.EXHAUSTIVE) for w in CASES])
 def test_the_peak_is_what_was_reckoned(what, shelf):
     """Within a tenth."""
     if "model.quantise=int8" in CASES[what]:
@@ -399,7 +399,7 @@ def test_so_it_is_of_weights_held_in_bfloat16(shelf):
 
 
 @pytest.mark.parametrize(
-    "family", ["gpt2", pytest.param("bert", marks=pytest.mark.slow), pytest.param("words", marks=pytest.mark.slow)]
+    "family", ["gpt2", pytest.param("bert", marks=toy.EXHAUSTIVE), pytest.param("words", marks=toy.EXHAUSTIVE)]
 )
 def test_so_it_is_of_two_levels_on_other_models(family, tmp_path):
     """And where the vocabulary outweighs the blocks."""

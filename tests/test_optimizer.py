@@ -143,16 +143,12 @@ def federation(method: Any, path: Path, settings: ServerSettings, **more: Any) -
 
 EACH = ("fedara", "fedsa_lora", "hetlora")  # with every optimizer, as fedavg; all others that average with one
 OTHERS = [name for name in methods.names() if methods.find(name).about.averages and name not in ("fedavg", *EACH)]
-SLOW, EXHAUSTIVE = product(OTHERS, ["fedadam"]), product(EACH, KINDS)
+QUICK = [*product(["fedavg"], KINDS), ("fedara", "fedadam"), ("pf2lora", "fedadam")]
+CASES = [*product(["fedavg", *EACH], KINDS), *product(OTHERS, ["fedadam"])]
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        *product(["fedavg"], KINDS),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
-        *(pytest.param(*case, marks=toy.EXHAUSTIVE) for case in EXHAUSTIVE),
-    ],
+    ("name", "kind"), [pytest.param(*case, marks=[] if case in QUICK else toy.EXHAUSTIVE) for case in CASES]
 )
 def test_a_run_learns_and_resumes_to_the_same_bits(name, kind, tmp_path):
     method = methods.build({"name": name, **({"target_rank": 1} if name == "fedara" else {})})

@@ -510,7 +510,7 @@ def loss(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", RULES)
-@pytest.mark.parametrize("attack", ["scale", "sign_flip"])
+@pytest.mark.parametrize("attack", ["scale", pytest.param("sign_flip", marks=toy.EXHAUSTIVE)])
 def test_a_run_stands_an_attack(kind: str, attack: str, loss: Any) -> None:
     """Undefended, one client of six throws the run back; each rule ends nearer to the run without it."""
     assert loss("mean", attack) > loss("mean", "none") + 0.1

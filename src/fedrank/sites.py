@@ -266,8 +266,9 @@ class Desk:
     def _open(self, setup: Setup) -> Session:
         try:
             joined(self.file, setup)  # what refuses a run by its config keeps the model that is loaded
-            self.sessions.clear()  # one model at a time
-            gc.collect()
+            if self.sessions:  # one model at a time
+                self.sessions.clear()
+                gc.collect()
             session = open_session(self.file, setup)
         except Mismatch as error:
             raise Refused(f"client {self.file.client}: {error}{hello.versions(setup.version)}") from None
