@@ -401,6 +401,12 @@ def test_a_healthy_site(tmp_path: Path, certified: Path, tls: int) -> None:
     assert not list((tmp_path / "a" / "store").iterdir())  # the frame's store was another
 
 
+def test_a_site_with_too_few_rows_for_a_score_is_told(tmp_path: Path) -> None:
+    few = "no score with fewer than 5"
+    assert few in findings(site(tmp_path / "a", 24))["frame"].text
+    assert few not in findings(site(tmp_path / "b", 25))["frame"].text
+
+
 def test_the_run_s_own_config_is_tried(tmp_path: Path, config: str) -> None:
     path = site(tmp_path / "a")
     print_ = findings(path, None, config)["model"].text.rpartition(" ")[2]

@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 
 from fedrank import config as settings
 from fedrank import hello, parts, resolve, sites
+from fedrank.client import MIN_TEST_ROWS
 from fedrank.config import Config, ConfigError
 from fedrank.cost import Cost
 from fedrank.frame import Refused
@@ -304,7 +305,7 @@ def _frame(file: SiteFile, run: Setup, made: Made) -> tuple[str, None]:
         desk = Desk(file.model_copy(update={"store": Path(place) / "site"}))
         setup = Setup(NOBODY, run.config, run.labels, made.spec.fingerprint, hello.begun(made.begin.adapter))
         told = hello.read_registration(desk.answer(hello.write_setup(setup)), NOBODY)
-        joined = time.perf_counter()
+        joined, (session,) = time.perf_counter(), desk.sessions.values()
         store = Store.create(Path(place) / "server")
         server = Server(
             made.method, Alone(told.device, desk), made.wire, store, config.rounds, config.seed, config.adapter.head, None,
@@ -318,9 +319,10 @@ def _frame(file: SiteFile, run: Setup, made: Made) -> tuple[str, None]:
         raise ConfigError(str(row["error"]))
     ended = time.perf_counter()
     loss = f", loss {row['loss']:.3g}" if "loss" in row else ""  # with local privacy it stays at the site
+    few = f"; a fifth of the rows is its own test, and it has no score with fewer than {MIN_TEST_ROWS}"
     return (
         f"{row['bytes_down']:,} bytes down, {row['bytes_up']:,} up{loss}; joined in {joined - started:.1f} s, "
-        f"answered in {ended - joined:.1f} s"
+        f"answered in {ended - joined:.1f} s{few if session.site.evaluate is None else ''}"
     ), None
 
 
