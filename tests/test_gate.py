@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -313,6 +313,20 @@ def test_a_superlink_of_another_ca_is_not_spoken_to(certified: Path, tmp_path: P
             process.kill()
             process.communicate()
         assert link.asked == []
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_two_colons_are_all_addresses_of_both_families() -> None:
+    port = free_port()
+    process = begin(port, free_port(), "--host", "::", "--insecure")
+    try:
+        for address in ("127.0.0.1", "::1"):
+            with closing(http.client.HTTPConnection(address, port, timeout=30)) as line:
+                line.request("POST", "/v1/control/start-run")
+                assert line.getresponse().status == 404
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_mistakes_are_named(tmp_path: Path, certified: Path) -> None:
