@@ -13,11 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from flwr import serverapp
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from google.protobuf.message import DecodeError
 from typer.testing import CliRunner
 
 import fedrank
@@ -129,8 +131,7 @@ class Grid(serverapp.Grid):
         self.open.clear()
 
     def pull_messages(self, numbers: Iterable[str]) -> list[Message]:
-        # The last asked answers first: nothing may hang on the order.
-        found = [self.replies.pop(number) for number in reversed(list(numbers)) if number in self.replies]
+        found = [self.replies.pop(number) for number in numbers if number in self.replies]
         return found * self.copies
 
 
@@ -452,9 +453,13 @@ def test_whatever_a_site_does_the_run_goes_on(files: dict[str, Path], tmp_path: 
     assert state(run, 6) == state(tmp_path / "local", 6)
 
 
+def asked(grid: Any, requests: list[tuple[str, int, bytes]], seconds: float | None) -> dict[str, bytes | str]:
+    return dict(flower.converse(grid, requests, seconds, flower.Apart(grid)))
+
+
 def test_a_last_look_goes_before_the_deadline() -> None:
     """What is there by then counts, however long it took to ask everyone."""
-    assert dict(flower.converse(Grid({1: lambda frame: frame}), [("a", 1, b"x")], 1e-9)) == {"a": b"x"}  # type: ignore[arg-type]
+    assert asked(Grid({1: lambda frame: frame}), [("a", 1, b"x")], 1e-9) == {"a": b"x"}
 
 
 def test_too_few_answers_are_not_merged(files: dict[str, Path], tmp_path: Path) -> None:
@@ -471,9 +476,7 @@ def test_too_few_answers_are_not_merged(files: dict[str, Path], tmp_path: Path) 
 
 def test_late_sites_are_told_apart_from_those_that_are_gone(files: dict[str, Path]) -> None:
     grid = Grid({1: None, 2: lambda frame: frame})
-    asked = [("a", 1, b"x"), ("b", 2, b"y"), ("c", 3, b"z")]
-    found = dict(flower.converse(grid, asked, 0.3))  # type: ignore[arg-type]
-    assert found == {
+    assert asked(grid, [("a", 1, b"x"), ("b", 2, b"y"), ("c", 3, b"z")], 0.3) == {
         "b": b"y",
         "a": "no answer within 0.3 s, though its node is connected",
         "c": "no answer within 0.3 s, and its node is gone",
@@ -483,7 +486,7 @@ def test_late_sites_are_told_apart_from_those_that_are_gone(files: dict[str, Pat
 def test_who_is_awaited_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """A deadline must not be all that tells of a hang."""
     monkeypatch.setattr(flower, "WORD", 0.1)
-    list(flower.converse(Grid({1: None}), [("north", 1, b"x")], 0.4))  # type: ignore[arg-type]
+    asked(Grid({1: None}), [("north", 1, b"x")], 0.4)
     assert "awaited for 0 s: north" in caplog.text
 
 
@@ -497,25 +500,79 @@ def test_messages_that_hold_no_frame(content: RecordDict) -> None:
 
     def changed(numbers: Iterable[str]) -> list[Message]:
         for message in original(numbers):
-            asked = Message(RecordDict({}), 1, flower.ASK)
-            asked.metadata.__dict__["_message_id"] = message.metadata.reply_to_message_id
-            return [Message(content, reply_to=asked)]
+            said = Message(RecordDict({}), 1, flower.ASK)
+            said.metadata.__dict__["_message_id"] = message.metadata.reply_to_message_id
+            return [Message(content, reply_to=said)]
         return []
 
     grid.pull_messages = changed  # type: ignore[method-assign]
-    assert dict(flower.converse(grid, [("a", 1, b"x")], 5.0)) == {"a": "a message that holds no frame"}  # type: ignore[arg-type]
+    assert asked(grid, [("a", 1, b"x")], 5.0) == {"a": "a message that holds no frame"}
 
 
 def test_flowers_own_errors_are_reasons() -> None:
     grid = Grid({1: None})
-    asked = Message(RecordDict({}), 1, flower.ASK)
+    said = Message(RecordDict({}), 1, flower.ASK)
 
     def failed(numbers: Iterable[str]) -> list[Message]:
-        (asked.metadata.__dict__["_message_id"],) = numbers
-        return [Message(Error(3, "gone"), reply_to=asked)]
+        (said.metadata.__dict__["_message_id"],) = numbers
+        return [Message(Error(3, "gone"), reply_to=said)]
 
     grid.pull_messages = failed  # type: ignore[method-assign]
-    assert dict(flower.converse(grid, [("a", 1, b"x")], None)) == {"a": "Flower error 3: gone"}  # type: ignore[arg-type]
+    assert asked(grid, [("a", 1, b"x")], None) == {"a": "Flower error 3: gone"}
+
+
+def obstructed(grid: Grid, stalls: bool) -> threading.Event:
+    """Flower waits for what is announced and not there, and what it cannot read is an error of who pulls: node 2's is such."""
+    original, over = grid.pull_messages, threading.Event()
+
+    def pull(numbers: Iterable[str]) -> list[Message]:
+        found = original(numbers)
+        if any(message.metadata.src_node_id == 2 for message in found):
+            if not stalls:
+                raise DecodeError("Error parsing message")
+            over.wait(60)
+        return found
+
+    grid.pull_messages = pull  # type: ignore[method-assign]
+    return over
+
+
+@pytest.mark.parametrize("stalls", [False, True])
+def test_one_answer_that_cannot_be_had_holds_no_other_up(stalls: bool) -> None:
+    grid = Grid(dict.fromkeys((1, 2, 3), lambda frame: frame))
+    over = obstructed(grid, stalls)
+    started = time.monotonic()
+    found = asked(grid, [("a", 1, b"x"), ("b", 2, b"y"), ("c", 3, b"z")], 1.0)
+    assert time.monotonic() - started < 10
+    over.set()
+    why = (
+        "no answer within 1 s, though its node is connected"
+        if stalls
+        else "an answer that Flower cannot read: DecodeError"
+    )
+    assert found == {"a": b"x", "b": why, "c": b"z"}
+
+
+@pytest.mark.parametrize("stalls", [False, True])
+def test_a_registration_that_cannot_be_had_holds_no_other_up(stalls: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flower, "GREETING", 1.0)
+    monkeypatch.setattr(flower, "SLOWEST", 0.01)
+    made = Admitted(a=lambda frame: b"a", b=lambda frame: b"b")
+    over = obstructed(made.grid, stalls)
+    assert list(made.engine.fleet()) == ["a"]
+    over.set()
+
+
+def test_a_superlink_that_is_gone_ends_the_run() -> None:
+    """It is no client's fault, and the round is played again."""
+    grid = Grid({1: lambda frame: frame})
+
+    def gone(numbers: Iterable[str]) -> list[Message]:
+        raise httpx.ConnectError("refused")
+
+    grid.pull_messages = gone  # type: ignore[method-assign]
+    with pytest.raises(httpx.ConnectError):
+        asked(grid, [("a", 1, b"x")], 5.0)
 
 
 class Admitted:
@@ -642,6 +699,36 @@ def test_a_request_that_comes_late_costs_nothing_that_was_kept(files: dict[str, 
             assert unpack(train[1])[0]["round"] == 2
             sites.Desk(sites.read(files["south"])).answer(train[1])
     assert all(row["ok"] for row in ledger(tmp_path / "run", "clients"))
+
+
+def test_a_refusal_is_an_answer_and_ends_the_wait(files: dict[str, Path], tmp_path: Path) -> None:
+    """On the modelled clock, too: only for who is silent does a round last until its deadline."""
+    grid = grid_of(files)
+    south = grid.answers[2]
+    assert south is not None
+
+    def refused(frame: bytes) -> bytes:
+        if unpack(frame)[0]["kind"] == "setup":
+            return south(frame)
+        raise Refused("not today")
+
+    for name, answer, deadline in (("refused", refused, 50.0), ("silent", None, 0.3)):
+        play_to = settings(rounds={"count": 1, "minimum": 1, "deadline": deadline, "personal": 0})
+        for event in experiment.start(config.load(play_to), tmp_path / name, by=partial(central.prepare, grid=grid)):
+            if event["event"] == "cohort":
+                grid.answers[2] = answer
+        grid.answers[2] = south
+        (row,) = (row for row in ledger(tmp_path / name, "clients") if not row["ok"])
+        (round,) = ledger(tmp_path / name, "rounds")
+        assert row.get("bytes_up") == (0 if name == "refused" else None)
+        assert (round["round_seconds"] == deadline) == (name == "silent")
+
+
+def test_a_site_is_none_of_this_machine_s_clients_whatever_a_run_says(files: dict[str, Path], tmp_path: Path) -> None:
+    """Its file holds for every run; a simulated run's folder would be read in its place."""
+    told = {"simulation": True, "out": str(tmp_path / "elsewhere")}
+    with pytest.raises(Refused, match="a frame of 11 bytes is too short"):
+        apps._answer(b"not a frame", told, {"site": str(files["north"])}, None)
 
 
 def test_what_a_client_app_cannot_do_is_told_without_a_path(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -166,6 +166,7 @@ def test_the_endpoint_serves_the_ledgers_sums_in_the_middle_at_the_end_and_after
     ("row", "word"),
     [
         ({"error": "no answer"}, "no_answer"),
+        ({"bytes_up": 0, "error": "Flower error 3: gone"}, "error"),
         ({"bytes_up": 9, "error": "the checksum does not fit"}, "invalid"),
         ({"bytes_up": 9, "adapter_bytes_up": 0, "error": "DeviceError: out of memory: needs 2 GB"}, "memory"),
         ({"bytes_up": 9, "adapter_bytes_up": 0, "error": "refused: its change has norm 2"}, "refused"),

@@ -269,14 +269,25 @@ def test_no_figure_hangs_on_the_order_of_arrival(files: dict[str, Path], tmp_pat
             meta["metrics"] |= dict.fromkeys(meta["metrics"].keys() & {"loss", "accuracy", "majority"}, score)
         return pack(meta, {name: array.copy() for name, array in tensors.items()})
 
-    class Forward(test_flower.Grid):
-        def pull_messages(self, numbers: Any) -> Any:
-            return super().pull_messages(reversed(list(numbers)))
+    class InTurn(test_flower.Grid):
+        turn = 0  # which of those that are left answers next
 
-    raw = settings(rounds={"count": 1})
-    for name, kind in (("forward", Forward), ("backward", test_flower.Grid)):
-        grid = kind({n: partial(scored, answer, scores[n]) for n, answer in grid_of(files).answers.items()})
+        def pull_messages(self, numbers: Any) -> Any:
+            (number,) = numbers
+            here = list(self.replies)
+            if here and here[self.turn] == number:
+                arrived.append(number)
+                return super().pull_messages(numbers)
+            return []
+
+    raw, orders = settings(rounds={"count": 1}), dict[str, list[str]]()
+    for name, turn in (("forward", 0), ("backward", -1)):
+        arrived = orders[name] = list[str]()
+        grid = InTurn({n: partial(scored, answer, scores[n]) for n, answer in grid_of(files).answers.items()})
+        grid.turn = turn
         play(raw, tmp_path / name, grid)
+    assert sorted(orders["forward"]) == sorted(orders["backward"])
+    assert orders["forward"] != orders["backward"]
     assert state(tmp_path / "forward", 1) == state(tmp_path / "backward", 1)
     assert ledger(tmp_path / "forward", "rounds") == ledger(tmp_path / "backward", "rounds")
     timed = dict.fromkeys(("path", "wall_seconds", "train_seconds"))

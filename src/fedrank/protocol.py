@@ -389,6 +389,10 @@ class Method(Protocol):
     def merge(self, state: State, updates: Updates) -> State: ...
 
 
+class Silence(str):
+    """What an engine knows of a client that was silent, or slower than the round's deadline."""
+
+
 @runtime_checkable
 class Engine(Protocol):
     """Who carries bytes between the server and the clients."""
@@ -402,6 +406,6 @@ class Engine(Protocol):
     ) -> Iterable[tuple[ClientId, bytes | str]]:
         """Carry each request, built when pulled, and yield the replies as they come, or why there will be none.
 
-        A client that is silent, or slower than `seconds`, never appears.
+        A client that is silent, or slower than `seconds`, never appears, or with a `Silence`.
         """
         ...

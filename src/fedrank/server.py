@@ -17,7 +17,7 @@ from fedrank.adapter import Adapter
 from fedrank.config import PrivacySettings, Rounds, ServerSettings
 from fedrank.cost import Cost
 from fedrank.frame import EXACT, Refused, Sizes
-from fedrank.protocol import ClientId, Device, Engine, Method, Plan, State, Update, Updates, rng
+from fedrank.protocol import ClientId, Device, Engine, Method, Plan, Silence, State, Update, Updates, rng
 from fedrank.selection import everything
 from fedrank.store import Spool, Store, StoreError
 from fedrank.trace import span
@@ -204,7 +204,7 @@ class Server:
             answered.add(client)
             row |= self._down(sizes.get(client))
             if isinstance(frame, str):  # why none will come
-                yield row | {"error": frame}
+                yield row | {"error": str(frame)} | ({} if isinstance(frame, Silence) else {"bytes_up": 0})
                 continue
             row |= {"bytes_up": len(frame)}
             try:

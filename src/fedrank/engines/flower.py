@@ -1,11 +1,14 @@
 """The Flower engine: frames as messages of a Flower grid, each to the SuperNode of its client."""
 
 import logging
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import httpx
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid as Grid
@@ -13,7 +16,7 @@ from flwr.serverapp import ServerApp
 
 from fedrank.frame import OTHER, Refused, printable
 from fedrank.hello import UNKNOWN, Registration
-from fedrank.protocol import ClientId, Device
+from fedrank.protocol import ClientId, Device, Silence
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +24,7 @@ ASK = "query.frame"  # the type of all messages: what a frame asks for is said i
 KEPT = 30 * 86_400.0  # seconds that a message and its answer are kept, where no deadline ends the wait
 SKEW = 300.0  # seconds by which machines' clocks may be apart, by which Flower says what is too old
 POLL, SLOWEST = 0.05, 1.0  # seconds between looks for answers, at first and after a while
+HERE = 0.5  # seconds in which an answer is pulled that is there, else its thread is left alone
 WORD = 60.0  # seconds after which the log names who is awaited
 GREETING = 120.0  # seconds that the first round waits for sites that were told of the run and still load it
 AGAIN = 60.0  # seconds after which a site that could not take part is asked again
@@ -65,8 +69,66 @@ def client_app(answer: Answer) -> ClientApp:
     return app
 
 
+# What a message of another machine says: a frame, or why there is none; None for nothing.
+Content = bytes | str | None
+# The numbers of messages that were sent -> those of them that have been answered, each once, with what the answer says.
+Pull = Callable[[Collection[str]], Iterable[tuple[str, Content]]]
+
+
+def together(grid: Grid, numbers: Collection[str]) -> Iterator[tuple[str, Content]]:
+    """Pull answers that are made on this machine."""
+    for message in grid.pull_messages(list(numbers)):
+        yield message.metadata.reply_to_message_id, _content(message)
+
+
+@dataclass(eq=False)
+class Apart:
+    """Pulls each answer in a thread of its own.
+
+    Flower announces an answer before it is there. Who pulls it then waits for what is missing, for minutes or as long as its
+    sender likes, with all answers that are pulled beside it; and where it cannot be read, no other is returned either.
+    """
+
+    grid: Grid
+    at_work: set[str] = field(default_factory=set)
+    pulled: dict[str, Content | BaseException] = field(default_factory=dict)
+
+    def __call__(self, numbers: Collection[str]) -> Iterator[tuple[str, Content]]:
+        idle = [number for number in numbers if number not in self.at_work and number not in self.pulled]
+        threads = [threading.Thread(target=self._pull, args=(number,), daemon=True) for number in idle]
+        self.at_work.update(idle)
+        for thread in threads:
+            thread.start()
+        ends = time.monotonic() + HERE
+        for thread in threads:
+            thread.join(max(0.0, ends - time.monotonic()))
+        for number in numbers:
+            if number in self.pulled:
+                found = self.pulled.pop(number)
+                if isinstance(found, BaseException):
+                    raise found
+                yield number, found
+
+    def _pull(self, number: str) -> None:
+        try:
+            for message in self.grid.pull_messages([number]):
+                if message.metadata.reply_to_message_id == number:
+                    self.pulled[number] = _content(message)
+        except Exception as error:
+            ours = isinstance(error, OSError | httpx.HTTPError)  # the SuperLink's, not the sender's
+            self.pulled[number] = error if ours else f"an answer that Flower cannot read: {type(error).__name__}"
+        except BaseException as error:  # Flower's word for a run that was stopped
+            self.pulled[number] = error
+        finally:
+            self.at_work.discard(number)
+
+
 def converse(
-    grid: Grid, asked: Iterable[tuple[ClientId, int, bytes]], seconds: float | None, clock: float | None = None
+    grid: Grid,
+    asked: Iterable[tuple[ClientId, int, bytes]],
+    seconds: float | None,
+    pull: Pull,
+    clock: float | None = None,
 ) -> Iterator[tuple[ClientId, bytes | str]]:
     """Send each frame to its node, and yield what comes back: a frame, or why there is none.
 
@@ -83,16 +145,17 @@ def converse(
     pause, word = POLL, WORD
     while sent:
         waited = time.monotonic() - started
-        found = list(grid.pull_messages(list(sent)))
-        for message in found:
-            one, content = sent.pop(message.metadata.reply_to_message_id, None), _content(message)
+        looked = time.monotonic()
+        found = list(pull(sent))
+        for number, content in found:
+            one = sent.pop(number, None)
             if one is not None and content is not None:
                 yield one[0], content
         if seconds is not None and waited > seconds:
             here = set(grid.get_node_ids())
             for client, node in sent.values():
                 state = "though its node is connected" if node in here else "and its node is gone"
-                yield client, f"no answer within {seconds:g} s, {state}"
+                yield client, Silence(f"no answer within {seconds:g} s, {state}")
             return
         if waited > word:
             names = sorted(client for client, _ in sent.values())
@@ -100,7 +163,7 @@ def converse(
             word += WORD
         pause = POLL if found else min(SLOWEST, pause * 1.5)
         if sent:
-            time.sleep(pause)
+            time.sleep(max(pause, time.monotonic() - looked))
 
 
 def _send(grid: Grid, node: int, frame: bytes, kept: float, clock: float | None = None) -> str | None:
@@ -109,8 +172,8 @@ def _send(grid: Grid, node: int, frame: bytes, kept: float, clock: float | None 
     return next(iter(grid.push_messages([Message(content, node, ASK, ttl=kept)])), None) or None
 
 
-def _content(message: Message) -> bytes | str | None:
-    """What a message of another machine says, None for nothing; its sender may have written anything."""
+def _content(message: Message) -> Content:
+    """Its sender may have written anything."""
     if message.has_error():
         return f"Flower error {message.error.code}: {printable(str(message.error.reason)[:300])}"
     try:
@@ -146,6 +209,9 @@ class Sites:
     told: dict[str, tuple[int, float]] = field(default_factory=dict)
     begun: bool = False
 
+    def __post_init__(self) -> None:
+        self.registrations = Apart(self.grid)
+
     def fleet(self) -> dict[ClientId, Device]:
         """Every site whose node is connected, in the order of their ids; waits for as many as a round needs.
 
@@ -171,7 +237,7 @@ class Sites:
         asked = list(requests)
         there = ((client, self.known[client][0], build()) for client, build in asked if client in self.known)
         yield from ((client, "it is told of the run again first") for client, _ in asked if client not in self.known)
-        for client, reply in converse(self.grid, there, seconds or self.seconds):
+        for client, reply in converse(self.grid, there, seconds or self.seconds, Apart(self.grid)):
             # Its store is gone, or an older fedrank is there now: it is told again before the next round.
             if isinstance(reply, str) and reply.startswith((UNKNOWN, OTHER)):
                 self.known.pop(client, None)
@@ -186,12 +252,12 @@ class Sites:
             due = node not in self.barred or now - self.barred[node][0] > AGAIN
             if due and (number := _send(self.grid, node, self.hello, KEPT)) is not None:
                 self.told[number] = (node, now)
-        for message in self.grid.pull_messages(list(self.told)) if self.told else ():
-            if (told := self.told.pop(message.metadata.reply_to_message_id, None)) is not None:
-                self._take(told[0], _content(message), here)
+        for number, content in list(self.registrations(self.told)):
+            if (told := self.told.pop(number, None)) is not None:
+                self._take(told[0], content, here)
         return here
 
-    def _take(self, node: int, told: bytes | str | None, here: set[int]) -> None:
+    def _take(self, node: int, told: Content, here: set[int]) -> None:
         try:
             if not isinstance(told, bytes):
                 raise Refused(told or "a message that holds no frame")
@@ -234,4 +300,4 @@ class Simulated:
         frames = ((client, build()) for client, build in requests)
         asked = (one for one in frames if not self.fails(one[1]))
         placed = ((client, nodes[at % len(nodes)], frame) for at, (client, frame) in enumerate(asked))
-        return converse(self.grid, placed, None, seconds)
+        return converse(self.grid, placed, None, partial(together, self.grid), seconds)

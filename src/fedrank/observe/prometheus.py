@@ -30,7 +30,7 @@ def reason(row: Row) -> str:
     """Why a client failed, of REASONS: what it says itself could be anything."""
     if "bytes_up" not in row:
         return "no_answer"
-    if "adapter_bytes_up" not in row:
+    if row["bytes_up"] and "adapter_bytes_up" not in row:
         return "invalid"  # its frame was not one to trust
     return next((name for start, name in SAID.items() if row["error"].startswith(start)), "error")
 
