@@ -14,6 +14,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -579,7 +580,7 @@ def test_a_store_too_deep_for_a_socket_is_told(tmp_path: Path) -> None:
         sites.read(site(tmp_path / "a", store="x" * 120))
 
 
-# ---- the whole page
+# ---- the server's script
 
 
 def _left(folder: Path) -> list[str]:
@@ -592,6 +593,40 @@ def _left(folder: Path) -> list[str]:
         except OSError:
             continue
     return found
+
+
+@pytest.mark.parametrize(
+    ("superlink", "gate", "taken", "code", "word"),
+    [
+        ("exit 7", "exit 0", None, 7, ""), ("exit 2", "exit 0", None, 2, ""), ("listens", "exit 2", None, 2, ""),
+        ("listens", "listens", 0, 1, "at 0.0.0.0, port {} another program listens"),
+        ("listens", "listens", 1, 1, "at 127.0.0.1, port {} another program listens"),
+    ],
+)  # fmt: skip
+def test_what_cannot_start_is_not_ready(
+    superlink: str, gate: str, taken: int | None, code: int, word: str, tmp_path: Path, config: str
+) -> None:
+    """With other programs in their places, which listen or end. taken: how far from the gate's the port is."""
+    folder, port = tmp_path / "fed", free_port()
+    kit.init(folder, config, ["localhost"], port, SITES, True)
+    programs = {"flower-superlink": (superlink, port + 1), "fedrank": (gate, port)}
+    for name, (what, at) in programs.items():
+        does = f"exec {sys.executable} -m http.server --bind 127.0.0.1 {at}" if what == "listens" else what
+        (folder / name).write_text(f"#!/bin/sh\n{does}\n")
+        (folder / name).chmod(0o755)
+    with ExitStack() as stack:
+        if taken is not None:
+            stack.enter_context(socket.create_server(("127.0.0.1", port + taken)))
+        done = subprocess.run(
+            ["bash", str(folder / "server" / "server.sh")], env={**os.environ, "FEDRANK_BIN": str(folder)}, text=True,
+            capture_output=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert (done.returncode, "ready" in done.stdout) == (code, False), done.stderr
+    assert word.format(port + (taken or 0)) in done.stderr
+    assert _left(folder) == []
+
+
+# ---- the whole page
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ import pytest
 from typer.testing import CliRunner
 
 from federation import answers, free_port, until
-from fedrank import cli
+from fedrank import cli, remote
 
 pytest.importorskip("flwr")
 pytest.importorskip("cryptography")
@@ -172,6 +172,16 @@ def there(running: Gate) -> Gate:
 )  # fmt: skip
 def test_what_is_not_a_site_s_never_reaches_the_superlink(there: Gate, target: str) -> None:
     assert there.ask(target)[0] == 404
+    assert there.link.asked == []
+
+
+def test_a_run_that_is_handed_to_the_gate_is_told_so(there: Gate, certified: Path, tmp_path: Path) -> None:
+    remote.write_connection(tmp_path, f"localhost:{there.port}", certified / "ca.crt")
+    with pytest.raises(
+        remote.RemoteError, match=r"404 Not Found.*is engine.superlink the gate\?.* the port after it"
+    ) as error:
+        remote._flwr(tmp_path, "list", remote.NAME)
+    assert "\n" not in str(error.value)
     assert there.link.asked == []
 
 

@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -90,8 +92,11 @@ def test_a_state_that_is_not_there(run: Store) -> None:
 
 def test_a_file_that_is_being_written_is_no_state(run: Store) -> None:
     run.save_state(state(1), {})
-    (run.path / "states" / "0002.safetensors.new").write_bytes(b"half")
+    for name in ("0002.safetensors.new", "0002.safetensors.new0123456789abcdef"):
+        (run.path / "states" / name).write_bytes(b"half")
     assert run.state()[0].round == 1
+    with run.locked():  # by whoever goes on with the run
+        assert states(run) == [1]
 
 
 def test_a_damaged_state_is_named(run: Store) -> None:
@@ -119,6 +124,8 @@ def test_a_damaged_state_is_named(run: Store) -> None:
 def test_a_run_does_not_overwrite(tmp_path: Path) -> None:
     """Not another run, nor anything else; a start that was cut short before its config was there is no run yet."""
     (tmp_path / "run").mkdir()
+    for name in ("config.yaml.new", "noise.key.new0123456789abcdef"):
+        (tmp_path / "run" / name).write_text("half")
     Store.create(tmp_path / "run").save_state(state(0), {})
     Store.create(tmp_path / "run").write("config.yaml", "seed: 1")
     with pytest.raises(
@@ -178,6 +185,37 @@ def test_a_file_is_written_beside_and_renamed(tmp_path: Path, monkeypatch: pytes
     assert [p.name for p in path.parent.iterdir()] == ["file"]
 
 
+def test_two_processes_may_write_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second from start to end before the first renames its own."""
+    path, replace = tmp_path / "file", os.replace
+
+    def late(old: Path, new: Path) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        store.write(path, b"second")
+        assert path.read_bytes() == b"second"
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", late)
+    store.write(path, b"first")
+    assert path.read_bytes() == b"first"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_secret_is_drawn_once(tmp_path: Path) -> None:
+    """Whoever asks at the same time is given the same."""
+    with ThreadPoolExecutor(8) as threads:
+        for number in range(10):
+            path, together = tmp_path / str(number) / "key", Barrier(8)
+
+            def ask(path: Path = path, together: Barrier = together) -> bytes:
+                together.wait()
+                return store.secret(path)
+
+            asked = [threads.submit(ask) for _ in range(8)]
+            assert {one.result() for one in asked} == {path.read_bytes()}
+            assert path.stat().st_mode & 0o777 == 0o600
+
+
 # ---- private state of clients
 
 
@@ -230,6 +268,13 @@ def test_an_empty_version_is_told_from_a_lost_one(tmp_path: Path) -> None:
     private.save("c0", 2, -1, {})
     assert private.load("c0", 2) == {}
     assert private.load("c0", 3) is None
+
+
+def test_what_a_kill_left_of_a_base_update_goes_with_the_next(tmp_path: Path) -> None:
+    (tmp_path / ".base").mkdir()
+    (tmp_path / ".base" / "0001.safetensors.new0123456789abcdef").write_bytes(b"half")
+    Private(tmp_path).save_base({2: drawn(SPEC, 2)})
+    assert [path.name for path in (tmp_path / ".base").iterdir()] == ["0002.safetensors"]
 
 
 def test_clients_do_not_share(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from itertools import islice, product
 from pathlib import Path
@@ -22,14 +22,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedrank import increments, methods
+from fedrank import hello, increments, methods
 from fedrank.adapter import Adapter
 from fedrank.client import complete
 from fedrank.config import Local
-from fedrank.frame import CHECKSUM, Refused, pack, unpack
-from fedrank.protocol import Device, Job, Plan, State, Update
+from fedrank.frame import CHECKSUM, OLDEST, SCHEMA, Refused, pack, unpack
+from fedrank.protocol import Device, Job, Load, Plan, State, Update
 from fedrank.selection import everything
-from fedrank.store import Store
+from fedrank.store import CLIENT, Store
 from fedrank.training import rehearsal
 from fedrank.wire import Reply, Request, Wire
 from toy import Arrived, arrays, drawn, sealed, small
@@ -505,6 +505,123 @@ def test_a_mutated_frame_with_a_checksum_that_fits(way: str, count: int) -> None
     assert longest <= 400
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < (64 << 10) * (1 if sys.platform == "linux" else 1024)  # KiB, on macOS bytes
+
+
+# ---- the two frames of a greeting
+
+RUN = "0123456789abcdef"
+HELD = Load(1, 2, 3, 4, 5, 6, 7)
+DEVICE = Device("north", 5, "laptop", None, HELD, 1.0, 0.0, 2.0, 2.0, 1.0, 3.0)
+TOLD = {"task": "classify", "data": {"labels": ["bad", "good"]}, "local": {"steps": 2}}
+
+
+def setup(rank: int) -> bytes:
+    """Of a run that starts from an imported adapter; of rank 0, from the method's own."""
+    start = replace(drawn(small(SIZES, rank), 1), dense={"bias": np.ones(2, np.float32)}) if rank else None
+    return hello.write_setup(hello.Setup(RUN, TOLD, ("bad", "good"), "print", "start", start))
+
+
+def read_setup(frame: bytes) -> None:
+    """On the client: Refused, or a folder's name, texts, and an adapter whose factors are of one rank each, and finite."""
+    found = hello.read_setup(frame)
+    assert len(found.run) == 16
+    assert all(type(label) is str for label in found.labels)
+    assert OLDEST <= found.schema <= SCHEMA
+    assert len(found.version or "") <= 40
+    if found.imported is None:
+        return
+    assert math.isfinite(found.imported.scale)
+    assert not found.imported.odd()
+    for block in found.imported.blocks.values():
+        assert block.ids.dtype.kind == "i"
+        assert np.all(np.diff(block.ids) > 0)
+        assert {factor: rows.ndim for factor, rows in block.rows.items()} in (
+            {"B": 2, "A": 2},
+            {"B": 2, "e": 1, "A": 2},
+        )
+        assert {len(rows) for rows in block.rows.values()} == {len(block.ids)}
+
+
+def read_registration(frame: bytes) -> None:
+    """On the server: Refused, or a device that is called as a folder may be, has rows, and is of finite numbers."""
+    device = hello.read_registration(frame, RUN).device
+    assert CLIENT.fullmatch(device.id)
+    assert device.examples > 0
+    assert device.rank is None or device.rank > 0
+    for field in fields(Device):
+        if field.type is float:
+            assert 0 <= getattr(device, field.name) < math.inf
+    assert all(type(count) is int and count >= 0 for count in asdict(device.load).values())
+
+
+GREETINGS: dict[str, tuple[bytes, Callable[[bytes], None]]] = {
+    "setup": (setup(0), read_setup), "setup-1": (setup(1), read_setup), "setup-3": (setup(3), read_setup),
+    "registration": (hello.write_registration(hello.Registration(RUN, DEVICE, "print", {"cpu": "x"})), read_registration),
+}  # fmt: skip
+greeting = pytest.mark.parametrize("name", GREETINGS)
+
+
+def spoilt(name: str, count: int, seal: bool) -> Iterator[bytes]:
+    """So many mutated frames of a greeting, some with pieces of others."""
+    others = [frame for frame, _ in GREETINGS.values()]
+    for frame in islice(mutated(GREETINGS[name][0], others, f"{name} {seal}"), count):
+        yield sealed(frame) if seal else frame
+
+
+@greeting
+def test_a_greeting_is_read(name: str) -> None:
+    frame, read = GREETINGS[name]
+    read(frame)
+
+
+@greeting
+def test_a_mutated_greeting_is_refused_by_its_checksum(name: str) -> None:
+    for frame in spoilt(name, 1000, seal=False):
+        with pytest.raises(Refused, match="too short" if len(frame) < 2048 + CHECKSUM else "checksum"):
+            GREETINGS[name][1](frame)
+
+
+@pytest.mark.parametrize("count", [500, pytest.param(2500, marks=pytest.mark.slow)])
+@greeting
+def test_a_mutated_greeting_with_a_checksum_that_fits(name: str, count: int) -> None:
+    refused = Counter[str]()
+    for frame in spoilt(name, count, seal=True):
+        try:
+            GREETINGS[name][1](frame)
+        except Refused as error:
+            refused[str(error)[:20]] += 1
+    assert 0.3 * count < refused.total() < 0.99 * count  # another text can be read
+    assert len(refused) > 5
+
+
+@greeting
+def test_every_fact_of_a_greeting_may_be_anything(name: str) -> None:
+    frame, read = GREETINGS[name]
+    meta, tensors = unpack(frame)
+    refused = 0
+    for path, value in product(nodes(meta), NASTY):
+        try:
+            read(pack(planted(meta, path, value), tensors))
+        except Refused:
+            refused += 1
+    assert refused > 100
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("ids/0.m", np.array(0)), ("ids/0.m", np.array([[0]])), ("ids/0.m", np.zeros(1, np.float32)), ("ids/0.m", np.zeros(1, bool)),
+        ("B/0.m", np.array(1.0)), ("B/0.m", np.ones(1)), ("B/0.m", np.ones((5, 2))), ("B/0.m", np.ones((5, 1), np.int64)),
+        ("e/0.m", np.array(1.0)), ("e/0.m", np.ones((1, 1))), ("A/0.m", np.ones(1)), ("A/0.m", np.ones((1, 3, 1))),
+        ("h/bias", np.array([True])), ("B/0.m", None), ("A/0.m", None),
+    ],
+)  # fmt: skip
+def test_what_is_no_adapter_to_start_from(name: str, array: np.ndarray | None) -> None:
+    """A tensor of other axes or of another type; None: without it."""
+    meta, tensors = unpack(setup(1))
+    changed = {key: value for key, value in {**tensors, name: array}.items() if value is not None}
+    with pytest.raises(Refused, match="not an adapter to start from"):
+        hello.read_setup(pack(meta, changed))
 
 
 def test_an_answer_to_anything_else_is_refused() -> None:

@@ -208,8 +208,8 @@ class AttackSettings(BaseModel, extra="forbid", frozen=True):
 
 class EngineSettings(BaseModel, extra="forbid", frozen=True):
     """kind: local, every client on this machine; flower, each on a SuperNode of its own; flower-simulation, on Flower's
-    simulation runtime. superlink: host:port of the SuperLink; root_certificate: a file with the CA's that signed its
-    certificate; insecure: plain text, without TLS.
+    simulation runtime. superlink: host:port of the SuperLink, in a deployment the port after its gate's;
+    root_certificate: a file with the CA's that signed its certificate; insecure: plain text, without TLS.
     threads: of each worker. workers: processes that share the work; null for as many as fill this machine's cores.
     failure_rate: share of requests that get no answer, drawn by address. attack: what hostile clients send, for research.
 

@@ -6,10 +6,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import fedrank
 from fedrank import config as settings
 from fedrank import increments
-from fedrank.adapter import Adapter, from_arrays, to_arrays
+from fedrank.adapter import Adapter, below, from_arrays, to_arrays
 from fedrank.config import Config
 from fedrank.frame import OLDEST, SCHEMA, Refused, pack, printable, spoken, unpack
 from fedrank.protocol import Device, Load
@@ -78,10 +80,7 @@ def read_setup(frame: bytes) -> Setup:
             "kind": "setup", "run": str(run), "config": dict(config), "labels": [*labels], "fingerprint": str(fingerprint),
             "start": str(start), "scale": None | float() as scale,
         } if _is_run(run) and all(type(label) is str for label in labels):  # fmt: skip
-            try:
-                imported = None if scale is None else from_arrays(tensors, scale)
-            except (ValueError, IndexError) as error:
-                raise Refused(f"not an adapter to start from: {error}") from None
+            imported = None if scale is None else _start(tensors, scale)
             version = meta.get("version")
             if not (version is None or (type(version) is str and len(version) <= 40)):
                 raise Refused(f"a version is a short text, got {version!r}")
@@ -151,6 +150,24 @@ def begun(adapter: Adapter) -> str:
 def _is_run(run: str) -> bool:
     """It becomes a folder's name."""
     return len(run) == RUN and set(run) <= set("0123456789abcdef")
+
+
+def _start(tensors: Mapping[str, np.ndarray], scale: float) -> Adapter:
+    """The adapter that a run starts from; Refused where it is none: those who use one count on its shapes and types."""
+    ranks = {name: ids.size for name, ids in below("ids/", tensors).items()}
+    for name, array in tensors.items():
+        part, _, module = name.partition("/")
+        rank = ranks.get(module)
+        asked = {"ids": (rank,), "B": (*array.shape[:1], rank), "e": (rank,), "A": (rank, *array.shape[-1:])}
+        if array.shape != asked.get(part, array.shape) or array.dtype.kind != ("i" if part == "ids" else "f"):
+            raise Refused(f"not an adapter to start from: tensor {name!r} is {array.dtype}{list(array.shape)}")
+    try:
+        found = from_arrays(tensors, scale)
+    except ValueError as error:
+        raise Refused(f"not an adapter to start from: {error}") from None
+    if not math.isfinite(scale) or any(block.B is None or block.A is None for block in found.blocks.values()):
+        raise Refused(f"not an adapter to start from: of scale {scale!r}, or a module without B or A")
+    return found
 
 
 def _device(record: dict[str, Any]) -> Device:

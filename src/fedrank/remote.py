@@ -219,7 +219,10 @@ def _flwr(home: Path, *words: str) -> dict[str, Any]:
         said = {}
     if done.returncode or not said.get("success", bool(said)):
         words_ = " ".join(str(said.get("error-message") or done.stdout).split())
-        raise RemoteError(f"flwr {words[0]}: {words_[-1000:]}")
+        hint = ""
+        if "404 Not Found" in words_:  # what the SuperLink itself does not know, Flower says in words
+            hint = "; is engine.superlink the gate? the SuperLink listens at the port after it, on the server's machine alone"
+        raise RemoteError(f"flwr {words[0]}: {words_[-1000:]}{hint}")
     return dict(said)
 
 

@@ -24,6 +24,7 @@ from fedrank.trace import span
 
 KEEP_LAST, KEEP_EVERY = 3, 10
 KEY, NAME = "noise.key", "run.id"
+NEW = ".new"  # and digits follow the name of a file that is being written
 RETRIES = 20  # of the lock, a tenth of a second apart
 CLIENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
@@ -33,20 +34,47 @@ class StoreError(Exception):
 
 
 def write(path: Path, data: bytes, mode: int = 0o666) -> None:
-    """Beside, to disk, then renamed: the file is the old one or the new one, never half of it."""
+    """Beside, to disk, then renamed: the file is the old one or the new one, never half of it.
+
+    The name beside is nobody else's: a site may be asked by two processes at once.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
-    with open(beside, "wb", opener=partial(os.open, mode=mode)) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    beside = path.with_name(f"{path.name}{NEW}{os.urandom(8).hex()}")
+    try:
+        with open(beside, "xb", opener=partial(os.open, mode=mode)) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a kill left beside files; whoever asks holds a lock, so that no other writes here."""
+    for left in folder.glob(f"*{NEW}*"):
+        left.unlink()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process or thread at a time in this folder; the lock goes with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
 
 
 def secret(path: Path) -> bytes:
     """A key of the system's own entropy: drawn when it is first asked for, and kept for this user's eyes."""
     if not path.exists():
-        write(path, os.urandom(32), 0o600)
+        with _alone(path.parent):
+            if not path.exists():  # another process may have drawn it meanwhile
+                write(path, os.urandom(32), 0o600)
     return path.read_bytes()
 
 
@@ -92,7 +120,8 @@ class Private:
         """Keep base updates as they came; they are the same for every client of this place."""
         if not updates:
             return
-        with self._alone():
+        with _alone(self.root):  # the clients of several workers keep their base updates in one folder
+            _sweep(self.root / ".base")
             for round, update in updates.items():
                 path = self._base(round)
                 data = save({n: np.asarray(a, order="C") for n, a in to_arrays(update).items()})
@@ -102,17 +131,6 @@ class Private:
                     for number, old in _numbered(path.parent).items():
                         if number < round:
                             old.unlink()
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """The clients of several workers keep their base updates in one folder; the lock goes with the process."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        folder = os.open(self.root, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(folder)
 
     def load(self, client: ClientId, since: int) -> dict[str, np.ndarray] | None:
         """The version of round `since`, never a newer one; None where that round left none."""
@@ -160,7 +178,7 @@ class Store:
     @classmethod
     def create(cls, path: Path) -> "Store":
         """A new directory; StoreError where something is in it already, but for a start that was cut short."""
-        held = {entry.name.removesuffix(".new") for entry in path.iterdir()} if path.is_dir() else set()
+        held = {entry.name.partition(NEW)[0] for entry in path.iterdir()} if path.is_dir() else set()
         begun = (path / "config.yaml").exists()
         left = {
             "states",
@@ -222,6 +240,7 @@ class Store:
                     time.sleep(0.1)
                 else:
                     break
+            _sweep(self.path / "states")
             yield
 
     def write(self, name: str, content: str | bytes) -> None:

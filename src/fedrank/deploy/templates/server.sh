@@ -22,6 +22,14 @@ address = "127.0.0.1:@inner@"
 @connection@
 END
 
+listen=${FEDRANK_LISTEN:-@listen@}
+answers() { (exec 3<>"/dev/tcp/$1/$2") 2>/dev/null; }
+# Whoever is there now would be taken for what is started here.
+for at in "127.0.0.1 @inner@" "$listen @port@"; do
+  # shellcheck disable=SC2086 # an address and a port
+  if answers $at; then echo "server.sh: at ${at/ /, port } another program listens" >&2; exit 1; fi
+done
+
 flower-superlink --host 127.0.0.1 --port @inner@ --database flower/superlink.db \
   --disable-runtime-dependency-installation @secure@ &
 running=$!
@@ -34,12 +42,16 @@ stop() {
 }
 trap stop INT TERM
 
-# Until the program that was started last answers at this address.
+# Until the program that was started last answers at this address; where it ends, with what it ends with.
 await() {
-  until (exec 3<>"/dev/tcp/$1/$2") 2>/dev/null; do
-    kill -0 "$!" 2>/dev/null || stop 1
+  local code=0
+  until answers "$1" "$2"; do
+    kill -0 "$!" 2>/dev/null || break
     sleep 0.2
   done
+  kill -0 "$!" 2>/dev/null && return
+  wait "$!" || code=$?
+  stop "$code"
 }
 
 await 127.0.0.1 @inner@
@@ -53,7 +65,6 @@ for key in sites/*.pub; do
     *) echo "server.sh: $key cannot be registered: $said" >&2; stop 1 ;;
   esac
 done
-listen=${FEDRANK_LISTEN:-@listen@}
 # It is what strangers can reach: where it ends it is started again, and the run goes on. 2 is a mistake in this file.
 gate() {
   local child code
