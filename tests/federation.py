@@ -182,11 +182,14 @@ class Federation:
         """`fedrank run` or `resume`, whose events go to a log."""
         return self.start("run", [sys.executable, "-m", "fedrank.cli", *words, "-o", "json"], "run")
 
-    def play(self, raw: Mapping[str, Any], out: Path, seconds: float) -> None:
-        """A whole run."""
+    def begin(self, raw: Mapping[str, Any], out: Path) -> subprocess.Popen[bytes]:
         path = self.folder / f"{out.name}.yaml"
         path.write_text(json.dumps(raw))
-        self.wait(self.run(out, "run", str(path), "--out", str(out)), seconds)
+        return self.run(out, "run", str(path), "--out", str(out))
+
+    def play(self, raw: Mapping[str, Any], out: Path, seconds: float) -> None:
+        """A whole run."""
+        self.wait(self.begin(raw, out), seconds)
 
     def wait(self, process: subprocess.Popen[bytes], seconds: float, code: int = 0) -> None:
         try:
@@ -195,8 +198,12 @@ class Federation:
             raise TimeoutError(f"a run took more than {seconds:g} s; {self.tail('run')}") from None
         assert ended == code, f"code {ended}: {self.tail('run')}"
 
+    def said(self, name: str) -> str:
+        """All that a program of this name has logged, those before it too."""
+        return (self.folder / f"{name}.log").read_text(errors="replace")
+
     def tail(self, name: str) -> str:
-        return (self.folder / f"{name}.log").read_text(errors="replace")[-3000:]
+        return self.said(name)[-3000:]
 
     def found(self, word: str, home: str) -> list[psutil.Process]:
         """The processes of this home that run this program, or this command of fedrank."""
@@ -207,6 +214,17 @@ class Federation:
             if mine and word in first and first[0] != "bash":  # that starts it again
                 result.append(process)
         return result
+
+    def working(self, site: str) -> bool:
+        """Whether its SuperNode has a message that is not answered yet, and a client app is at it."""
+        _, received, since = self.said(f"{site}.node").rpartition("Receiving: ")
+        return bool(received and "Sending: " not in since and self.found("flwr-clientapp", site))
+
+    def back(self, site: str, out: Path, round: int) -> bool:
+        """Whether an answer of this site, which the worker that runs now has made, was merged in a later round."""
+        made = self.said(f"{site}.worker").rpartition(" is ready, ")[2]  # else a client app loads the model itself
+        last, who = max(committed(out)), answered(out)
+        return any(site in who[at] and f"round {at}, train" in made for at in range(round + 1, last + 1))
 
     def kill(self, word: str, home: str) -> list[int]:
         """kill -9; what they started lives on, as it does on a machine."""

@@ -2,12 +2,14 @@
 
 import json
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 import fedrank
@@ -19,6 +21,7 @@ from federation import (
     committed,
     federation,
     follows,
+    free_port,
     local,
     named,
     put_key,
@@ -26,6 +29,7 @@ from federation import (
     until,
 )
 from fedrank import ledger, remote
+from test_observe import scrape
 
 # One federation for all of them.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.xdist_group("superlink")]
@@ -39,9 +43,14 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
 
 @pytest.mark.parametrize("method", ["fedara", pytest.param("pf2lora", marks=pytest.mark.exhaustive)])
 def test_a_real_federation_ends_in_the_local_state(method: str, running: Federation, tmp_path: Path) -> None:
-    """Three sites with rows of their own, five rounds; the same bytes in the ledger."""
-    raw = running.config(method={"name": method})
-    running.play(raw, tmp_path / "flower", 600)
+    """Three sites with rows of their own, five rounds; the same bytes in the ledger. Only the one on Flower is watched."""
+    raw, port, log = running.config(method={"name": method}), free_port(), tmp_path / "log.jsonl"
+    process = running.begin(raw | {"observe": {"log": str(log), "prometheus": port}}, tmp_path / "flower")
+    served = until(lambda: scraped(port, 5), 600, "the last of five rounds, at the endpoint")
+    assert (served["fedrank_rounds_total", ""], served["fedrank_clients_answered_total", ""]) == (4, 12)
+    assert served["fedrank_build_info", f"{method} flower {fedrank.__version__}"] == 1
+    assert any(listens(process, port) for process in running.found("flwr-serverapp", "link"))
+    running.wait(process, 600)
     local(running.files, raw, tmp_path / "local")
     for round in (3, 4, 5):
         assert state(tmp_path / "flower", round) == state(tmp_path / "local", round)
@@ -52,6 +61,21 @@ def test_a_real_federation_ends_in_the_local_state(method: str, running: Federat
         assert {name: mine[name] for name in sizes} == {name: other[name] for name in sizes}
         assert other["clients_ok"] == 3
     assert (tmp_path / "flower" / "adapter" / "adapter_model.safetensors").exists()
+    told = [line for line in ledger.read(log) if line.get("event") == "round"]
+    assert [{name: line[name] for name in row} for line, row in zip(told, theirs, strict=True)] == theirs
+    assert sum(line.get("event") == "client" and line["ok"] for line in ledger.read(log)) == 15
+
+
+def scraped(port: int, round: int) -> dict[tuple[str, str], float] | None:
+    """What the endpoint serves while this round is played; those before it are counted by then."""
+    with suppress(OSError):
+        found = scrape(port)
+        return found if found["fedrank_round", ""] == round else None
+    return None
+
+
+def listens(process: psutil.Process, port: int) -> bool:
+    return any(one.laddr.port == port and one.status == psutil.CONN_LISTEN for one in process.net_connections())
 
 
 def online(made: Federation) -> int:
@@ -92,14 +116,27 @@ def test_a_node_without_a_registered_key_gets_no_work(running: Federation, tmp_p
     running.end("intruder.node")
 
 
-def test_plain_text_is_refused(running: Federation, tmp_path: Path) -> None:
-    with socket.create_connection(("127.0.0.1", running.port), 10) as line:
-        line.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        line.settimeout(10)
-        with suppress(ConnectionResetError):
-            assert not line.recv(100).startswith(b"HTTP/1.1 200")
+def test_plain_text_is_refused(running: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the gate and the SuperLink itself: where they speak, it is TLS."""
+    trusted = ssl.create_default_context(cafile=running.keys / "ca.crt")
+    for port in (running.port, running.inner):
+        with socket.create_connection(("127.0.0.1", port), 10) as plain:
+            assert b"HTTP/" not in asked(plain)
+        plain = socket.create_connection(("127.0.0.1", port), 10)
+        with trusted.wrap_socket(plain, server_hostname="127.0.0.1") as line:
+            assert asked(line).startswith(b"HTTP/1.1 ")
+    monkeypatch.setenv("FLWR_LOG_LEVEL", "DEBUG")  # with which a SuperNode says why it tries again
     running.start_node("plain", insecure=True, site="north")
-    until(lambda: "retrying" in running.tail("plain.node") or "305" in running.tail("plain.node"), 120, "its refusal")
+    monkeypatch.undo()
+    failed = "Connection attempt failed with exception: "
+    until(lambda: running.said("plain.node").count(failed) > 2, 120, "its refusals")
+    said = running.said("plain.node")
+    reasons = {line.partition(failed)[2] for line in said.splitlines() if failed in line}
+    # No status of HTTP is among them, with which whoever hears it refuses a stranger.
+    assert reasons <= {"Server disconnected without sending a response.", "[Errno 104] Connection reset by peer"}
+    assert "Failed to initialize" not in said
+    assert "/v1/fleet/activate-node" in running.said("link")  # what others call is there, so its call would be
+    assert "/v1/fleet/register-node" not in running.said("link")
     running.end("plain.node")
     raw = running.config(engine={"insecure": True, "root_certificate": None})
     (tmp_path / "plain.yaml").write_text(json.dumps(raw))
@@ -112,28 +149,45 @@ def test_plain_text_is_refused(running: Federation, tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
+def asked(line: socket.socket) -> bytes:
+    """All that comes back for a request."""
+    found = b""
+    with suppress(ConnectionError):
+        line.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        while part := line.recv(1000):
+            found += part
+    return found
+
+
 # ---- kill -9
 
 
 def test_what_is_killed_in_turn_loses_no_round(running: Federation, tmp_path: Path) -> None:
-    """Each in a round of its own; all rounds are played, and the State is what the answers that arrived imply."""
-    count = len(PROGRAMS) + 3
+    """Each in a round of its own, a site's while it answers; the site comes back each time. All rounds are played, and the
+    State is what the answers that arrived imply."""
     raw = running.config(
         method={"name": "pf2lora"},
-        rounds={"count": count, "minimum": 1, "deadline": 60.0, "evaluate_every": count, "personal": 0},
+        rounds={"count": 100, "minimum": 1, "deadline": 60.0, "evaluate_every": 100, "personal": 0},
     )
-    path, out = tmp_path / "run.yaml", tmp_path / "run"
-    path.write_text(json.dumps(raw))
-    process = running.run(out, "run", str(path), "--out", str(out))
-    last = 0
+    out = tmp_path / "run"
+    process, more = running.begin(raw, out), list[str]()
+    until(lambda: max(committed(out), default=0) > 0, 300, "the first round")
     for what in PROGRAMS:
-        until(lambda last=last: max(committed(out), default=0) > last, 300, f"a round before the kill of {what}")
+        if PROGRAMS[what][1] is None:
+            until(lambda: running.working("south"), 120, f"a message that is answered, before the kill of {what}")
         before = {round: state(out, round) for round in committed(out)}
-        last = max(before)
         running.strike(what, "south")
         if what in SERVERS:
             assert process.wait(300) == 1
-            process = running.run(out, "resume", str(out))
+            if what == list(PROGRAMS)[-1]:  # how many rounds a SuperNode is away is not known before
+                raw["rounds"]["count"] = max(committed(out)) + 3
+                more = [f"rounds.count={raw['rounds']['count']}"]
+            process = running.run(out, "resume", str(out), *more)
+        struck = max(committed(out)) + 1  # the round that is played
         assert all(state(out, round) == before[round] for round in committed(out) if round in before)
+        # Flower refuses the key of a killed SuperNode until two of its heartbeats are missed.
+        until(lambda struck=struck: running.back("south", out, struck), 300, f"the site, after the kill of {what}")
+        if what == "the SuperNode":
+            assert "south" not in answered(out)[struck]  # with it went the message that it had
     running.wait(process, 600)
     follows(running, raw, out, tmp_path)
