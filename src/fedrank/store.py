@@ -24,7 +24,6 @@ from fedrank.trace import span
 
 KEEP_LAST, KEEP_EVERY = 3, 10
 KEY, NAME = "noise.key", "run.id"
-NEW = ".new"  # and digits follow the name of a file that is being written
 RETRIES = 20  # of the lock, a tenth of a second apart
 CLIENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
@@ -36,25 +35,24 @@ class StoreError(Exception):
 def write(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Beside, to disk, then renamed: the file is the old one or the new one, never half of it.
 
-    The name beside is nobody else's: a site may be asked by two processes at once.
+    One at a time, as a site may be asked by two processes at once: what is beside is locked.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}{NEW}{os.urandom(8).hex()}")
-    try:
-        with open(beside, "xb", opener=partial(os.open, mode=mode)) as file:
+    beside = path.with_name(path.name + ".new")
+    while True:
+        with open(beside, "ab", opener=partial(os.open, mode=mode)) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                if not os.path.samestat(os.fstat(file.fileno()), beside.stat()):
+                    continue
+            except FileNotFoundError:  # who held it has renamed it
+                continue
+            file.truncate(0)  # what a kill left
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what a kill left beside files; whoever asks holds a lock, so that no other writes here."""
-    for left in folder.glob(f"*{NEW}*"):
-        left.unlink()
+            os.replace(beside, path)
+            return
 
 
 @contextmanager
@@ -121,7 +119,6 @@ class Private:
         if not updates:
             return
         with _alone(self.root):  # the clients of several workers keep their base updates in one folder
-            _sweep(self.root / ".base")
             for round, update in updates.items():
                 path = self._base(round)
                 data = save({n: np.asarray(a, order="C") for n, a in to_arrays(update).items()})
@@ -178,7 +175,7 @@ class Store:
     @classmethod
     def create(cls, path: Path) -> "Store":
         """A new directory; StoreError where something is in it already, but for a start that was cut short."""
-        held = {entry.name.partition(NEW)[0] for entry in path.iterdir()} if path.is_dir() else set()
+        held = {entry.name.removesuffix(".new") for entry in path.iterdir()} if path.is_dir() else set()
         begun = (path / "config.yaml").exists()
         left = {
             "states",
@@ -240,7 +237,6 @@ class Store:
                     time.sleep(0.1)
                 else:
                     break
-            _sweep(self.path / "states")
             yield
 
     def write(self, name: str, content: str | bytes) -> None:
