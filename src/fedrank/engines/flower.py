@@ -144,8 +144,8 @@ def converse(
             yield client, "its SuperLink did not take the message; is it too large?"
     pause, word = POLL, WORD
     while sent:
-        waited = time.monotonic() - started
         looked = time.monotonic()
+        waited = looked - started
         found = list(pull(sent))
         for number, content in found:
             one = sent.pop(number, None)
