@@ -2,6 +2,7 @@
 
 import hashlib
 import http.client
+import math
 import queue
 import signal
 import socket
@@ -26,9 +27,12 @@ from fedrank import cli, remote
 
 pytest.importorskip("flwr")
 pytest.importorskip("cryptography")
-from fedrank.deploy import gate, keys
+from flwr.proto.fleet_pb2 import PushMessagesRequest
 
-PULL = "/v1/fleet/pull-messages"
+from fedrank.deploy import gate, keys
+from fedrank.engines import flower
+
+PULL, PUSH = "/v1/fleet/pull-messages", "/v1/fleet/push-messages"
 
 
 @dataclass
@@ -194,10 +198,41 @@ def test_what_a_supernode_calls_passes(there: Gate) -> None:
     assert PULL in paths
     assert len(paths) > 8
     for path in paths:
-        status, _, body = there.ask(path)
-        assert (status, body.decode()) == (200, hashlib.sha256(b"hello").hexdigest())
+        said = pushed() if path == PUSH else b"hello"
+        status, _, body = there.ask(path, body=said)
+        assert (status, body.decode()) == (200, hashlib.sha256(said).hexdigest())
     assert [(method, path) for method, path, _ in there.link.asked] == [("POST", path) for path in paths]
     assert there.ask("/v1/fleet/teapot")[0] == 418
+
+
+def pushed(**said: Any) -> bytes:
+    """An answer of node 7, with these metadata."""
+    meta = {"src_node_id": 7, "dst_node_id": 1, "reply_to_message_id": "a" * 64, "ttl": 60.0, "created_at": 1e9}
+    message = {"metadata": {**meta, **said}}
+    return PushMessagesRequest(node={"node_id": 7}, messages_list=[message]).SerializeToString()  # type: ignore[no-any-return, arg-type, list-item]
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (pushed(src_node_id=1), "another's name"), (pushed(src_node_id=8), "another's name"),
+        (pushed(reply_to_message_id=""), "answers none"), (pushed(ttl=math.nan), "no time"), (pushed(ttl=math.inf), "no time"),
+        (pushed(created_at=math.nan), "no time"), (pushed() + pushed(ttl=math.nan), "no time"), (b"\xff" * 9, "no message"),
+    ],
+)  # fmt: skip
+def test_what_a_supernode_pushes_is_an_answer_in_its_own_name(body: bytes, why: str, there: Gate) -> None:
+    """The SuperLink would hand anything else out as another's answer, or fail at it."""
+    assert why in (flower.forged(body) or "")
+    assert there.ask(PUSH, body=body)[0] == 400
+    assert there.link.asked == []
+
+
+@pytest.mark.parametrize(("path", "most"), [(PUSH, 1 << 20), ("/v1/fleet/push-object", 1 << 31)])
+def test_what_is_too_long_is_not_waited_for(path: str, most: int, there: Gate) -> None:
+    with there.line() as line:
+        line.sendall(f"POST {path} HTTP/1.1\r\nHost: there\r\nContent-Length: {most + 1}\r\n\r\n".encode())
+        assert line.recv(12) == b"HTTP/1.1 413"
+    assert there.link.asked == []
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "CONNECT", "OPTIONS"])
@@ -340,9 +375,9 @@ def test_two_colons_are_all_addresses_of_both_families() -> None:
 
 
 def test_mistakes_are_named(tmp_path: Path, certified: Path) -> None:
-    def wrong(word: str, *args: Any) -> None:
+    def wrong(word: str, *args: Any, code: int = 2) -> None:
         done = CliRunner().invoke(cli.app, ["deploy", "gate", "--inner", "1", "--host", "127.0.0.1", *map(str, args)])
-        assert done.exit_code == 2
+        assert done.exit_code == code
         assert word in done.stderr
 
     before = signal.getsignal(signal.SIGTERM)
@@ -351,7 +386,8 @@ def test_mistakes_are_named(tmp_path: Path, certified: Path) -> None:
         wrong("or --insecure for plain text", "--insecure", "--certificates", certified)
         wrong("no file", "--certificates", tmp_path)
         with socket.create_server(("127.0.0.1", 0)) as taken:
-            wrong("Address already in use", "--insecure", "--port", taken.getsockname()[1])
+            # It may be free, or this machine's, later: 2 would keep `server.sh` from another try.
+            wrong("Address already in use", "--insecure", "--port", taken.getsockname()[1], code=1)
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -41,7 +41,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
         yield made
 
 
-@pytest.mark.parametrize("method", ["fedara", pytest.param("pf2lora", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("method", ["fedara", "pf2lora"])
 def test_a_real_federation_ends_in_the_local_state(method: str, running: Federation, tmp_path: Path) -> None:
     """Three sites with rows of their own, five rounds; the same bytes in the ledger. Only the one on Flower is watched."""
     raw, port, log = running.config(method={"name": method}), free_port(), tmp_path / "log.jsonl"

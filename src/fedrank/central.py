@@ -6,7 +6,8 @@ from functools import partial
 
 from fedrank import fleet, hello, machine, parts, privacy, resolve
 from fedrank.config import Config, ConfigError
-from fedrank.engines import flower
+from fedrank.engines import nodes
+from fedrank.engines.flower import Grid
 from fedrank.engines.local import fails
 from fedrank.frame import Refused
 from fedrank.hello import Registration, Setup
@@ -23,7 +24,7 @@ REGISTERED = "registered.json"  # the sites of a private run, which are no more 
 
 @machine.uncollected()
 def prepare(
-    config: Config, method: Method | None = None, data: ClientData | None = None, *, grid: flower.Grid | None
+    config: Config, method: Method | None = None, data: ClientData | None = None, *, grid: Grid | None
 ) -> Parts:
     """What the server of a Flower run needs; on the simulation runtime, what a run on this machine does.
 
@@ -55,7 +56,7 @@ def prepare(
     )
 
 
-def _sites(made: Parts, wire: Wire, store: Store, grid: flower.Grid | None) -> Engine:
+def _sites(made: Parts, wire: Wire, store: Store, grid: Grid | None) -> Engine:
     assert grid is not None
 
     most = None if made.config.privacy.kind == "none" else made.clients
@@ -85,7 +86,7 @@ def _sites(made: Parts, wire: Wire, store: Store, grid: flower.Grid | None) -> E
 
     rounds = made.config.rounds
     told = hello.write_setup(setup(made, wire.run))
-    return flower.Sites(grid, told, admit, rounds.minimum, rounds.deadline, wire.schemas)
+    return nodes.Sites(grid, told, admit, rounds.minimum, rounds.deadline, wire.schemas)
 
 
 def setup(made: Parts, run: str) -> Setup:
@@ -97,12 +98,12 @@ def setup(made: Parts, run: str) -> Setup:
     return Setup(run, hello.told(config), labels, made.spec.fingerprint, hello.begun(start), imported)
 
 
-def _carried(made: Parts, grid: flower.Grid | None) -> Parts:
+def _carried(made: Parts, grid: Grid | None) -> Parts:
     """A run on this machine, with Flower's simulation runtime as the carrier."""
     rate, seed = made.config.engine.failure_rate, made.config.seed
 
     def carrier(parts: Parts, wire: Wire, store: Store) -> Engine:
         assert grid is not None
-        return flower.Simulated(grid, parts.devices, partial(fails, rate=rate, seed=seed))
+        return nodes.Simulated(grid, parts.devices, partial(fails, rate=rate, seed=seed))
 
     return replace(made, carrier=carrier)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedrank.config import ConfigError
-from fedrank.exits import mistakes, stoppable
+from fedrank.exits import errors, mistakes, stoppable
 
 deploy = typer.Typer(help="Put a federated run on machines of its own, by Flower.", no_args_is_help=True)
 site = typer.Typer(help="What runs on a site's machine.", no_args_is_help=True)
@@ -103,7 +103,11 @@ def gate_(
             )
         from fedrank.deploy import gate
 
-        gate.serve(host, port, inner, certificates)
+        try:
+            gate.serve(host, port, inner, certificates)
+        except OSError as error:  # not for ever: at a machine's start its address may come later
+            errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from None
 
 
 @site.command()

@@ -14,10 +14,14 @@ import httpx
 import uvicorn
 
 from fedrank.config import ConfigError
+from fedrank.engines.flower import forged
 
 # What SuperNodes call, as it stands in the request's first line: nothing encoded, no way up, no other host. Whoever reaches
 # the SuperLink itself may also register nodes and submit apps there (/v1/control).
 ALLOWED = re.compile(rb"/v1/fleet/[a-z-]+")
+# What an answer's parts are announced by; they follow one by one.
+PUSH, LONGEST = b"/v1/fleet/push-messages", 1 << 20  # its bytes: metadata and hashes alone
+LARGEST = 1 << 31  # bytes of any other: no more is a message of protobuf
 # Of one connection, not of what it carries (RFC 9110); and where a sender says that it is.
 DROPPED = frozenset(
     b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer transfer-encoding upgrade "
@@ -79,13 +83,21 @@ async def _answer(link: httpx.AsyncHTTPTransport, base: str, scope: Any, receive
     if method != "POST" or scope["query_string"] or not ALLOWED.fullmatch(path):
         log.warning("%s asked for %s %r, which is refused", asker, method, path)
         return await say(404)
-    if b"transfer-encoding" in dict(
-        scope["headers"]
-    ):  # two servers may read such a length differently, and SuperNodes say it
+    told = dict(scope["headers"])
+    if b"transfer-encoding" in told:  # two servers may read such a length differently, and SuperNodes say it
         return await say(411)
+    if int(told.get(b"content-length", 0)) > (LONGEST if path == PUSH else LARGEST):
+        log.warning("%s sends %s bytes to %s, which is refused", asker, told[b"content-length"].decode(), path.decode())
+        return await say(413)
     headers = [*passed(scope["headers"]), (b"x-forwarded-for", asker.encode())]  # for the SuperLink's log
+    url = base + path.decode()
+    content: Any = _body(receive)
     try:
-        url, content = base + path.decode(), _body(receive)
+        if path == PUSH:
+            content = b"".join([part async for part in content])
+            if wrong := forged(content):
+                log.warning("%s pushes %s, which is refused", asker, wrong)
+                return await say(400)
         answer = await link.handle_async_request(httpx.Request(method, url, headers=headers, content=content, extensions=PATIENCE))  # fmt: skip
     except Gone:
         return None

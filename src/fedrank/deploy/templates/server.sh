@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The SuperLink, which plays runs, for this machine alone; and the gate, at which sites connect. The gate lets through what a
-# site says, and no more: who reaches the SuperLink itself may submit apps. Both run until one ends, or this is stopped
-# (Ctrl-C, SIGTERM). FEDRANK_BIN: the folder of fedrank's programs, where they are not on the path. FEDRANK_LISTEN: the
-# address to listen at.
+# site says, and no more: who reaches the SuperLink itself may submit apps. Both run until the SuperLink ends, or this is
+# stopped (Ctrl-C, SIGTERM); a gate that ends is started again. FEDRANK_BIN: the folder of fedrank's programs, where they are
+# not on the path. FEDRANK_LISTEN: the address to listen at.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 PATH="${FEDRANK_BIN:+$FEDRANK_BIN:}$PATH"
