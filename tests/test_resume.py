@@ -407,6 +407,7 @@ def test_stopped_by_a_signal(what: signal.Signals, texts: Path, tmp_path: Path, 
     config.write_text(json.dumps(settings(texts, rounds=12)))
 
     def work() -> None:
+        os.nice(19)  # who stops it is not to be slower than the run
         sys.stdout = sys.stderr = said.open("w")
         app(["run", str(config), "--out", str(path), "-o", "plain"])
 
