@@ -78,7 +78,7 @@ class Federation:
     programs: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        keys.make(self.keys, ["127.0.0.1"], [*self.names, "stranger"])
+        keys.make(self.keys, ["127.0.0.1"], [*self.names, "stranger", "hostile"])
         for at, name in enumerate(self.names):
             write_rows(self.folder / name / "rows" / "train.jsonl", rows(at, 60 + at))
             self.site(name).write_text(f"client: {name}\ndata: {{path: rows}}\nstore: store\n")

@@ -1025,7 +1025,7 @@ def test_a_client_without_a_part_sits_the_round_out(tmp_path):
     assert f.last.seen == {"c0": 1, "c1": 1, "c2": 1}
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+@pytest.mark.parametrize("dtype", [pytest.param("bf16", marks=toy.EXHAUSTIVE), "int8"])
 @pytest.mark.parametrize("name", toy.EVERY)
 def test_low_precision_learns_and_repeats(name, dtype, tmp_path):
     runs = [toy.federation(build(name), tmp_path / str(i), rounds=2, cohort=2, dtype=dtype) for i in range(2)]

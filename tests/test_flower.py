@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from flwr import serverapp
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 from google.protobuf.message import DecodeError
@@ -593,42 +594,54 @@ def test_an_answer_on_which_the_superlink_fails_is_its_site_s_loss() -> None:
     assert found == {"a": b"x", "b": "an answer that Flower cannot read: HTTPStatusError"}
 
 
-def refusing(grid: Grid) -> None:
-    """Nothing for node 2 is taken."""
-    original = grid.push_messages
+@pytest.mark.parametrize("error", [failing("push-messages"), ObjectPushError("an object", 1, "a session")])
+def test_a_message_on_which_the_superlink_fails_is_its_site_s_loss(error: Exception) -> None:
+    """A node may confirm or answer its message while that is uploaded, and then the upload fails."""
+    made = Admitted(a=lambda frame: b"a", b=lambda frame: b"b")
+    original = made.grid.push_messages
 
     def push(messages: Iterable[Message]) -> list[str]:
         found = list(messages)
         if found[0].metadata.dst_node_id == 2:
-            raise failing("push-messages")
+            raise error
         return original(found)
 
-    grid.push_messages = push  # type: ignore[method-assign]
-
-
-def test_a_message_on_which_the_superlink_fails_is_its_site_s_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Admitted(a=lambda frame: b"a", b=lambda frame: b"b")
-    refusing(made.grid)
+    made.grid.push_messages = push  # type: ignore[method-assign]
     assert list(made.engine.fleet()) == ["a"]
-    assert made.engine.barred[2][1] == "its SuperLink does not take what it is to be told"
+    assert made.engine.barred[2][1].startswith("its SuperLink does not take what it is to be told: ")
     found = asked(made.grid, [("a", 1, b"x"), ("b", 2, b"y")], 60.0)
     assert found == {"a": b"a", "b": "its SuperLink did not take the message; is it too large?"}
 
 
+@pytest.mark.parametrize("call", ["push_messages", "pull_messages"])
+def test_a_superlink_that_fails_at_every_message_ends_the_run(call: str) -> None:
+    """Else the rounds that are left would be played in a moment, and merge nothing."""
+    grid = Grid(dict.fromkeys((1, 2), lambda frame: frame))
+
+    def fail(_: Any) -> Any:
+        raise failing(call)
+
+    setattr(grid, call, fail)
+    with pytest.raises(ConnectionError, match="fails at every message"):
+        asked(grid, [("a", 1, b"x"), ("b", 2, b"y")], 60.0)
+    assert "x" not in asked(grid, [("a", 1, b"x")], 60.0)  # one site's may be its own doing
+
+
 def test_no_message_can_be_guessed() -> None:
     """Flower names objects by their hash, and takes what is announced first for what such a name means."""
-    grid, sent = Grid({1: None}), list[str]()
-    original = grid.push_messages
+    grid, seen = Grid({1: lambda frame: b"yes"}), list[Message]()
+    push, pull = grid.push_messages, grid.pull_messages
+    grid.push_messages = lambda messages: push(noted(messages))  # type: ignore[method-assign]
+    grid.pull_messages = lambda numbers: noted(pull(numbers))  # type: ignore[method-assign]
 
-    def push(messages: Iterable[Message]) -> list[str]:
+    def noted(messages: Iterable[Message]) -> list[Message]:
         found = list(messages)
-        sent.extend(message.content.object_id for message in found)
-        return original(found)
+        seen.extend(found)
+        return found
 
-    grid.push_messages = push  # type: ignore[method-assign]
     for _ in range(2):
-        assert flower.send(grid, 1, b"hello", 60.0)
-    assert len(set(sent)) == 2
+        assert asked(grid, [("a", 1, b"hello")], 60.0) == {"a": b"yes"}
+    assert len({message.content.object_id for message in seen}) == 4
 
 
 def test_what_is_not_awaited_any_more_is_not_kept() -> None:

@@ -1,4 +1,4 @@
-"""The gate: what it lets through, that it holds no message in memory, and what becomes of headers, breaks and mistakes."""
+"""The gate: what it lets through, that it holds no frame in memory, and what becomes of headers, breaks and mistakes."""
 
 import hashlib
 import http.client
@@ -205,11 +205,18 @@ def test_what_a_supernode_calls_passes(there: Gate) -> None:
     assert there.ask("/v1/fleet/teapot")[0] == 418
 
 
-def pushed(**said: Any) -> bytes:
-    """An answer of node 7, with these metadata."""
-    meta = {"src_node_id": 7, "dst_node_id": 1, "reply_to_message_id": "a" * 64, "ttl": 60.0, "created_at": 1e9}
-    message = {"metadata": {**meta, **said}}
-    return PushMessagesRequest(node={"node_id": 7}, messages_list=[message]).SerializeToString()  # type: ignore[no-any-return, arg-type, list-item]
+def pushed(parts: str = "b" * 64, seconds: float = 1.0, **said: Any) -> bytes:
+    """An answer of node 7, with these metadata, parts, and seconds that it took."""
+    meta = {
+        "src_node_id": 7,
+        "dst_node_id": 1,
+        "message_id": "b" * 64,
+        "reply_to_message_id": "a" * 64,
+        "ttl": 60.0,
+        "created_at": 1e9,
+    }
+    made: Any = {"messages_list": [{"metadata": {**meta, **said}}], "message_object_trees": [{"object_id": parts}]}
+    return PushMessagesRequest(node={"node_id": 7}, clientapp_runtime_list=[seconds], **made).SerializeToString()  # type: ignore[no-any-return, arg-type]
 
 
 @pytest.mark.parametrize(
@@ -217,7 +224,9 @@ def pushed(**said: Any) -> bytes:
     [
         (pushed(src_node_id=1), "another's name"), (pushed(src_node_id=8), "another's name"),
         (pushed(reply_to_message_id=""), "answers none"), (pushed(ttl=math.nan), "no time"), (pushed(ttl=math.inf), "no time"),
-        (pushed(created_at=math.nan), "no time"), (pushed() + pushed(ttl=math.nan), "no time"), (b"\xff" * 9, "no message"),
+        (pushed(created_at=math.nan), "no time"), (pushed(seconds=math.inf), "no time"), (pushed() * 2, "than one message"),
+        (b"", "than one message"), (pushed(parts="a" * 64), "another message's parts"), (b"\xff" * 9, "no message"),
+        (pushed(parts="a" * 64, message_id="a" * 64), "another message's parts"),
     ],
 )  # fmt: skip
 def test_what_a_supernode_pushes_is_an_answer_in_its_own_name(body: bytes, why: str, there: Gate) -> None:
@@ -388,6 +397,7 @@ def test_mistakes_are_named(tmp_path: Path, certified: Path) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             # It may be free, or this machine's, later: 2 would keep `server.sh` from another try.
             wrong("Address already in use", "--insecure", "--port", taken.getsockname()[1], code=1)
+        wrong("Errno -", "--insecure", "--host", "no.such.host.invalid")
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -143,7 +143,7 @@ def federation(method: Any, path: Path, settings: ServerSettings, **more: Any) -
 
 EACH = ("fedara", "fedsa_lora", "hetlora")  # with every optimizer, as fedavg; all others that average with one
 OTHERS = [name for name in methods.names() if methods.find(name).about.averages and name not in ("fedavg", *EACH)]
-QUICK = [*product(["fedavg"], KINDS), ("fedara", "fedadam"), ("pf2lora", "fedadam")]
+QUICK = [*product(["fedavg"], KINDS), ("fedara", "fedadam")]
 CASES = [*product(["fedavg", *EACH], KINDS), *product(OTHERS, ["fedadam"])]
 
 

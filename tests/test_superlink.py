@@ -1,6 +1,8 @@
 """Real SuperLinks and SuperNodes on loopback, with TLS and node authentication: parity, strangers, and kill -9."""
 
 import json
+import math
+import secrets
 import socket
 import ssl
 import subprocess
@@ -8,9 +10,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import httpx
 import psutil
 import pytest
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.inflatable.inflatable_object import get_object_tree
+from flwr.supernode import fleet_http_connection
 
 import fedrank
 from federation import (
@@ -147,6 +156,43 @@ def test_plain_text_is_refused(running: Federation, tmp_path: Path, monkeypatch:
     assert said.returncode == 2
     assert "flwr run" in said.stderr
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_hostile_node_costs_nobody_else_an_answer(running: Federation, tmp_path: Path) -> None:
+    """It has a registered key, and tries with its greeting whatever the SuperLink itself would fall for; last it announces an
+    answer and uploads nothing of it."""
+    running.register("hostile")
+    key = load_ssh_private_key((running.keys / "hostile.key").read_bytes(), None)
+    raw, out, ca = running.config(rounds={"count": 4}), tmp_path / "run", (running.keys / "ca.crt").read_bytes()
+    process = running.begin(raw, out)
+    until(
+        lambda: max(committed(out), default=0) > 0, 300, "the first round"
+    )  # which would wait for the greeting's answer
+    link = fleet_http_connection.http_request_response(f"127.0.0.1:{running.port}", False, ca, (key, key.public_key()))
+    with link as (node, receive, send, *_, confirm):
+        told, parts = until(receive, 120, "the greeting")
+        assert told.metadata.dst_node_id == node
+
+        def answer(**forged: Any) -> tuple[Message, ObjectTree]:
+            made = Message(RecordDict({"frame": ConfigRecord({"frame": secrets.token_bytes(99)})}), reply_to=told)
+            vars(made.metadata).update({f"_{name}": value for name, value in forged.items()})
+            vars(made.metadata)["_message_id"] = made.object_id
+            return made, get_object_tree(made)
+
+        for forged in (
+            {"ttl": math.nan}, {"created_at": math.nan}, {"src_node_id": node + 1}, {"src_node_id": 1, "reply_to_message_id": ""},
+            {"reply_to_message_id": ""},
+        ):  # fmt: skip
+            with pytest.raises(httpx.HTTPStatusError, match="400"):
+                send(*answer(**forged), 1.0)
+        with pytest.raises(httpx.HTTPStatusError, match="400"):
+            send(answer()[0], parts, 1.0)
+        missing, _ = send(*answer(), 1.0)
+        assert len(missing) > 2
+        confirm(told.metadata.run_id, told.metadata.message_id)
+        running.wait(process, 300)
+    assert answered(out) == {round: set(running.names) for round in range(1, 5)}
+    assert running.said("gate").count("which is refused") >= 6
 
 
 def asked(line: socket.socket) -> bytes:

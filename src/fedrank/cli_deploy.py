@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 from dataclasses import asdict
+from errno import EADDRINUSE, EADDRNOTAVAIL
 from pathlib import Path
 from typing import Annotated
 
@@ -95,8 +96,8 @@ def gate_(
     """Let sites reach the SuperLink for what a SuperNode says, and for nothing else, until it is stopped."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     with stoppable(code=0), mistakes():
-        _needs("httpx")
-        _needs("uvicorn")
+        for package in ("flwr", "httpx", "uvicorn"):
+            _needs(package)
         if insecure == (certificates is not None):
             raise ConfigError(
                 "--certificates: the folder of the server's, or --insecure for plain text; one of the two"
@@ -105,7 +106,10 @@ def gate_(
 
         try:
             gate.serve(host, port, inner, certificates)
-        except OSError as error:  # not for ever: at a machine's start its address may come later
+        except OSError as error:
+            if error.errno not in (EADDRINUSE, EADDRNOTAVAIL):
+                raise
+            # Not for ever: at a machine's start its address may come later.
             errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             raise typer.Exit(1) from None
 

@@ -70,7 +70,8 @@ async def _serve(base: str, verify: ssl.SSLContext, listening: socket.socket, co
 
 
 async def _answer(link: httpx.AsyncHTTPTransport, base: str, scope: Any, receive: Any, send: Any) -> None:
-    """A request, by ASGI: passed on, and its answer passed back, each as it comes."""
+    """A request, by ASGI: passed on, and its answer passed back, each as it comes; what announces an answer, once it is
+    there and in order."""
 
     async def say(status: int, headers: Headers = ((b"content-length", b"0"),), chunks: Any = None) -> None:
         await send({"type": "http.response.start", "status": status, "headers": headers})

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -26,7 +26,7 @@ ASK = "query.frame"  # the type of all messages: what a frame asks for is said i
 KEPT = 30 * 86_400.0  # seconds that a message and its answer are kept, where no deadline ends the wait
 SKEW = 300.0  # seconds by which machines' clocks may be apart, by which Flower says what is too old
 POLL, SLOWEST = 0.05, 1.0  # seconds between looks for answers, at first and after a while
-EACH = 0.01  # seconds between looks for each answer that is awaited, as each is a request of its own
+SALT = 16  # bytes. Flower names objects by their hash: who can guess another's may announce it first, as something else
 HERE = 0.5  # seconds in which an answer is pulled that is there, else its thread is left alone
 WORD = 60.0  # seconds after which the log names who is awaited
 
@@ -64,6 +64,8 @@ def client_app(answer: Answer) -> ClientApp:
                 told["frame"] = reply
         except Refused as error:
             told["refused"] = str(error)
+        if told:
+            told["salt"] = secrets.token_bytes(SALT)
         return Message(RecordDict({"frame": ConfigRecord(told)}), reply_to=message)
 
     return app
@@ -73,10 +75,21 @@ def client_app(answer: Answer) -> ClientApp:
 Content = bytes | str | None
 
 
+class Failing(str):
+    """Why there is none, where the SuperLink failed at it."""
+
+
+def of_one(error: BaseException) -> bool:
+    """Whether it is the matter of one message, which its node may have brought about. A link that is gone is everyone's, as
+    is Flower's word for a run that was stopped, which is no Exception."""
+    return isinstance(error, Exception) and not isinstance(error, OSError | httpx.TransportError)
+
+
 @dataclass(eq=False)
 class Together:
     """Pulls answers that are made on this machine: of the messages with these numbers, each once."""
 
+    EACH: ClassVar = 0.0
     grid: Grid
 
     def __call__(self, numbers: Collection[str]) -> Iterator[tuple[str, Content]]:
@@ -92,6 +105,7 @@ class Apart:
     sender likes, with all answers that are pulled beside it; and where it cannot be read, no other is returned either.
     """
 
+    EACH: ClassVar = 0.01  # seconds between looks for each answer that is awaited, as each is a request of its own
     grid: Grid
     at_work: dict[str, threading.Thread] = field(default_factory=dict)
     pulled: dict[str, Content | BaseException] = field(default_factory=dict)
@@ -116,12 +130,10 @@ class Apart:
             for message in self.grid.pull_messages([number]):
                 if message.metadata.reply_to_message_id == number:
                     self.pulled[number] = _content(message)
-        except Exception as error:
-            # No link is everyone's. A status of HTTP may be what this answer alone makes of the SuperLink.
-            ours = isinstance(error, OSError | httpx.TransportError)
-            self.pulled[number] = error if ours else f"an answer that Flower cannot read: {type(error).__name__}"
-        except BaseException as error:  # Flower's word for a run that was stopped
-            self.pulled[number] = error
+        except BaseException as error:
+            why = f"an answer that Flower cannot read: {type(error).__name__}"
+            failing = isinstance(error, httpx.HTTPStatusError)
+            self.pulled[number] = (Failing(why) if failing else why) if of_one(error) else error
         finally:
             del self.at_work[number]
 
@@ -137,10 +149,18 @@ def converse(
     seconds: after which nobody waits any longer. clock: a deadline on the clients' own clocks, which they keep.
     """
     sent: dict[str, tuple[ClientId, int]] = {}
+    count = failed = 0
     started = time.monotonic()
     for client, node, frame in asked:
-        kept = KEPT if seconds is None else seconds + SKEW
-        if (number := send(pull.grid, node, frame, kept, clock)) is not None:
+        count += 1
+        number = None
+        try:
+            number = send(pull.grid, node, frame, KEPT if seconds is None else seconds + SKEW, clock)
+        except Exception as error:
+            if not of_one(error):
+                raise
+            failed += 1
+        if number is not None:
             sent[number] = (client, node)
         else:
             yield client, "its SuperLink did not take the message; is it too large?"
@@ -152,6 +172,7 @@ def converse(
         looking = time.monotonic() - looked
         for number, content in found:
             one = sent.pop(number, None)
+            failed += isinstance(content, Failing)
             if one is not None and content is not None:
                 yield one[0], content
         if seconds is not None and waited > seconds:
@@ -166,19 +187,16 @@ def converse(
             word += WORD
         pause = POLL if found else min(SLOWEST, pause * 1.5)
         if sent:
-            time.sleep(max(pause, looking, EACH * len(sent)))
+            time.sleep(max(pause, looking, pull.EACH * len(sent)))
+    if failed == count > 1:  # it is no site's doing, and the round can be played again
+        raise ConnectionError("the SuperLink fails at every message; its own log says why")
 
 
 def send(grid: Grid, node: int, frame: bytes, kept: float, clock: float | None = None) -> str | None:
-    """The message's number, by which its answer is found; None where the SuperLink does not take it."""
-    # Flower names things by their hash: who can guess a message's may announce it first, as something else.
-    salt = secrets.token_bytes(16)
-    content = RecordDict({"frame": ConfigRecord({"frame": frame, "seconds": clock or 0.0, "salt": salt})})
-    try:
-        return next(iter(grid.push_messages([Message(content, node, ASK, ttl=kept)])), None) or None
-    except httpx.HTTPStatusError as error:
-        log.warning("the SuperLink does not take a message: %s", error.response.status_code)
-        return None
+    """The message's number, by which its answer is found; None for a node that the SuperLink does not know."""
+    record = ConfigRecord({"frame": frame, "seconds": clock or 0.0, "salt": secrets.token_bytes(SALT)})
+    content = RecordDict({"frame": record})
+    return next(iter(grid.push_messages([Message(content, node, ASK, ttl=kept)])), None) or None
 
 
 def _content(message: Message) -> Content:
@@ -198,20 +216,24 @@ def _content(message: Message) -> Content:
 
 
 def forged(body: bytes) -> str | None:
-    """What is wrong with what a SuperNode pushes, where it is no answer in its own name; the SuperLink looks at neither.
+    """What is wrong with what a SuperNode pushes, where it is no answer in its own name; the SuperLink does not look.
 
-    It would give a message to itself to whoever pulls the next answer, in that one's place, and a time that is no number
-    makes it fail at every pull.
+    It would give a message to itself to whoever pulls the next answer, in that one's place; a time that is no number makes
+    it fail at every pull; and who takes the parts of a message that is still uploaded makes the upload fail.
     """
     try:
         asked = PushMessagesRequest.FromString(body)
     except DecodeError:
         return "no message"
-    for said in (message.metadata for message in asked.messages_list):
-        if said.src_node_id != asked.node.node_id:
-            return "a message in another's name"
-        if not said.reply_to_message_id:
-            return "a message that answers none"
-        if not (math.isfinite(said.ttl) and math.isfinite(said.created_at)):
-            return "a message of no time"
+    if len(asked.messages_list) != 1 or len(asked.message_object_trees) != 1:
+        return "other than one message"
+    said, tree = asked.messages_list[0].metadata, asked.message_object_trees[0]
+    if said.src_node_id != asked.node.node_id:
+        return "a message in another's name"
+    if not said.reply_to_message_id:
+        return "a message that answers none"
+    if said.message_id != tree.object_id or said.message_id == said.reply_to_message_id:
+        return "another message's parts"
+    if not all(map(math.isfinite, (said.ttl, said.created_at, *asked.clientapp_runtime_list))):
+        return "a message of no time"
     return None

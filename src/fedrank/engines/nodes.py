@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from fedrank.engines.flower import KEPT, SLOWEST, WORD, Apart, Content, Grid, Together, converse, send
+from fedrank.engines.flower import KEPT, SLOWEST, WORD, Apart, Content, Grid, Together, converse, of_one, send
 from fedrank.frame import OTHER, Refused
 from fedrank.hello import UNKNOWN, Registration
 from fedrank.protocol import ClientId, Device
@@ -78,15 +78,23 @@ class Sites:
         at_work = {node for node, _ in self.known.values()}
         at_work |= {node for node, at in self.told.values() if now - at < LOST}
         for node in here - at_work:
-            due = node not in self.barred or now - self.barred[node][0] > AGAIN
-            if due and (number := send(self.grid, node, self.hello, KEPT)) is not None:
-                self.told[number] = (node, now)
-            elif due:
-                self.barred[node] = (now, "its SuperLink does not take what it is to be told")
+            if node in self.barred and now - self.barred[node][0] <= AGAIN:
+                continue
+            try:
+                if (number := send(self.grid, node, self.hello, KEPT)) is not None:
+                    self.told[number] = (node, now)
+            except Exception as error:
+                if not of_one(error):
+                    raise
+                self._bar(node, f"its SuperLink does not take what it is to be told: {type(error).__name__}")
         for number, content in list(self.registrations(self.told)):
             if (told := self.told.pop(number, None)) is not None:
                 self._take(told[0], content, here)
         return here
+
+    def _bar(self, node: int, why: str) -> None:
+        self.barred[node] = (time.monotonic(), why)
+        log.warning("a site takes no part: %s", why)
 
     def _take(self, node: int, told: Content, here: set[int]) -> None:
         try:
@@ -98,8 +106,7 @@ class Sites:
             if other != node and other in here:
                 raise Refused(f"client {device.id} is there already, as another node")
         except Refused as error:
-            self.barred[node] = (time.monotonic(), str(error))
-            log.warning("a site takes no part: %s", error)
+            self._bar(node, str(error))
         else:
             self.barred.pop(node, None)
             self.told = {number: one for number, one in self.told.items() if one[0] != node}
