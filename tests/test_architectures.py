@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import fedrank
+import toy
 from fedrank import config, ledger
 from fedrank.adapter import Adapter
 from fedrank.protocol import State
@@ -80,9 +81,15 @@ class Played:
         return self.run.state.adapter
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(f, marks=() if f in ("gpt2", "llama") else pytest.mark.slow) for f in FAMILIES]
+# Mistral's windows and Qwen's and Gemma's heads are in Gemma 2 and 3, too.
+MARKS = (
+    dict.fromkeys(FAMILIES, (pytest.mark.slow,))
+    | {"gpt2": (), "llama": ()}
+    | dict.fromkeys(("mistral", "qwen3", "gemma"), toy.EXHAUSTIVE)
 )
+
+
+@pytest.fixture(scope="module", params=[pytest.param(family, marks=marks) for family, marks in MARKS.items()])
 def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Played:
     place = tmp_path_factory.mktemp(request.param)
     folder = saved(request.param, place / "model")

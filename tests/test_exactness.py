@@ -237,7 +237,7 @@ UNKNOWN = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", toy.FIRST)
 def test_the_figures_in_the_ledger_and_the_errors_that_a_method_claims_not_to_have(name, tmp_path):
     """In float32 and over frames, so as far as these go; its devices differ in rank, speed and number of rows."""
     about = build(name).about

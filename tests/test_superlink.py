@@ -115,16 +115,6 @@ def test_a_private_federation_ends_in_the_local_state(kind: str, running: Federa
     assert mine.summary["epsilon"] > 0
 
 
-def test_a_node_without_a_registered_key_gets_no_work(running: Federation, tmp_path: Path) -> None:
-    running.start_node("intruder", key="stranger", site="north")
-    until(lambda: "305" in running.tail("intruder.node"), 120, "the SuperNode's refusal")
-    assert "Failed to initialize the connection to the SuperLink" in running.tail("intruder.node")
-    running.play(running.config(rounds={"count": 1}), tmp_path / "run", 300)
-    assert "Receiving" not in running.tail("intruder.node")
-    assert answered(tmp_path / "run") == {1: set(running.names)}
-    running.end("intruder.node")
-
-
 def test_plain_text_is_refused(running: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the gate and the SuperLink itself: where they speak, it is TLS."""
     trusted = ssl.create_default_context(cafile=running.keys / "ca.crt")
@@ -158,9 +148,14 @@ def test_plain_text_is_refused(running: Federation, tmp_path: Path, monkeypatch:
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-def test_a_hostile_node_costs_nobody_else_an_answer(running: Federation, tmp_path: Path) -> None:
-    """It has a registered key, and tries with its greeting whatever the SuperLink itself would fall for; last it announces an
-    answer and uploads nothing of it."""
+def test_a_node_without_a_registered_key_gets_no_work_and_a_hostile_one_costs_nobody_an_answer(
+    running: Federation, tmp_path: Path
+) -> None:
+    """The hostile one has a registered key, and tries with its greeting whatever the SuperLink itself would fall for; last it
+    announces an answer and uploads nothing of it."""
+    running.start_node("intruder", key="stranger", site="north")
+    until(lambda: "305" in running.tail("intruder.node"), 120, "the SuperNode's refusal")
+    assert "Failed to initialize the connection to the SuperLink" in running.tail("intruder.node")
     running.register("hostile")
     key = load_ssh_private_key((running.keys / "hostile.key").read_bytes(), None)
     raw, out, ca = running.config(rounds={"count": 4}), tmp_path / "run", (running.keys / "ca.crt").read_bytes()
@@ -193,6 +188,8 @@ def test_a_hostile_node_costs_nobody_else_an_answer(running: Federation, tmp_pat
         running.wait(process, 300)
     assert answered(out) == {round: set(running.names) for round in range(1, 5)}
     assert running.said("gate").count("which is refused") >= 6
+    assert "Receiving" not in running.tail("intruder.node")
+    running.end("intruder.node")
 
 
 def asked(line: socket.socket) -> bytes:

@@ -44,8 +44,11 @@ SHARES = {
     "c3": np.arange(40, 64),
 }  # rows; no two alike
 QUICK = ("fedara", "fedavg")  # the methods whose contract `make test-fast` runs
-EVERY = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in methods.names()]
 EXHAUSTIVE = (pytest.mark.slow, pytest.mark.exhaustive)  # the marks of what `make test-all` alone runs
+EVERY = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in methods.names()]
+# Between them they have every kind of plan, part and merge; what is tried with every method is tried with these in CI.
+UNLIKE = (*QUICK, "fed_plora", "feddpa", "fedsa_lora", "flora", "hetlora", "legend", "lora_a2", "pf2lora")
+FIRST = [pytest.param(one.values[0], marks=one.marks if one.values[0] in UNLIKE else EXHAUSTIVE) for one in EVERY]
 EXAMPLES = {name: len(rows) for name, rows in SHARES.items()}
 RANKS = (1, 2, 4, 4)  # of the devices, in client order
 RATES = (8e6, 8e6, 12e6, 10e6)  # FLOPs per second of the devices
