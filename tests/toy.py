@@ -47,7 +47,19 @@ QUICK = ("fedara", "fedavg")  # the methods whose contract `make test-fast` runs
 EXHAUSTIVE = (pytest.mark.slow, pytest.mark.exhaustive)  # the marks of what `make test-all` alone runs
 EVERY = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in methods.names()]
 # Between them they have every kind of plan, part and merge; what is tried with every method is tried with these in CI.
-UNLIKE = (*QUICK, "fed_plora", "feddpa", "fedsa_lora", "flora", "hetlora", "legend", "lora_a2", "pf2lora")
+UNLIKE = (
+    *QUICK,
+    "fed_plora",
+    "feddpa",
+    "fedex_lora",
+    "fedsa_lora",
+    "flexlora",
+    "flora",
+    "hetlora",
+    "legend",
+    "lora_a2",
+    "pf2lora",
+)
 FIRST = [pytest.param(one.values[0], marks=one.marks if one.values[0] in UNLIKE else EXHAUSTIVE) for one in EVERY]
 EXAMPLES = {name: len(rows) for name, rows in SHARES.items()}
 RANKS = (1, 2, 4, 4)  # of the devices, in client order

@@ -422,7 +422,7 @@ class Config(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants
     device: str = "cpu"
 
     @model_validator(mode="after")
-    def _together(self) -> "Config":
+    def _named(self) -> "Config":
         apart = self.engine.kind == "flower"  # then the sites have the rows
         if self.data.labels and not apart:
             raise ValueError("data.labels: here the rows name the classes; it is for engine.kind=flower")
@@ -432,12 +432,33 @@ class Config(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants
                 "give one of data.name (docstrings, or a Hugging Face dataset) and data.path;"
                 " data.name=null takes a preset's away"
             )
+        if not isinstance(self.method.get("name"), str):
+            raise ValueError("method.name must name a method; `fedrank methods` lists them")
+        return self
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Config":
         if (self.engine.workers or 1) > 1 and (self.device != "cpu" or sys.platform != "linux"):
             raise ValueError(
                 f"engine.workers: processes that share the work are for CPUs under Linux; with device {self.device} "
                 f"on {sys.platform}, 1 or null"
             )
-        if self.privacy.kind == "central":  # what hangs on others' updates is no sum of clipped ones
+        if self.task != "generate" and self.generation.when != "never":
+            raise ValueError(
+                f"generation.when={self.generation.when}: task {self.task} writes no texts; with it, never"
+            )
+        if self.task == "generate" and self.local.max_length < 2:
+            raise ValueError(
+                "local.max_length=1: a token is predicted after another one; with task generate, 2 or more"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _private(self) -> "Config":
+        kind = self.privacy.kind
+        if kind == "none":
+            return self
+        if kind == "central":  # what hangs on others' updates is no sum of clipped ones
             server = ServerSettings()
             for key, value, default in (
                 ("server.aggregation", self.server.aggregation, server.aggregation),
@@ -449,42 +470,27 @@ class Config(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants
                     raise ValueError(
                         f"{key}={value}: with privacy.kind=central only a clipped, noised sum is taken of updates; {default}"
                     )
-        if apart and self.privacy.kind != "none":
+        if self.engine.kind == "flower":
             if "count" not in self.clients.model_fields_set:
                 raise ValueError(
-                    f"clients.count: with engine.kind=flower and privacy.kind={self.privacy.kind} it says how many sites the "
-                    "run is planned for, on which delta and central cohorts hang; give it"
+                    f"clients.count: with engine.kind=flower and privacy.kind={kind} it says how many sites the run is "
+                    "planned for, on which delta and central cohorts hang; give it"
                 )
             if self.clients.count < self.rounds.cohort:
                 raise ValueError(
                     f"clients.count={self.clients.count}: the run is planned for fewer sites than a round asks; a smaller "
                     f"rounds.cohort, which is {self.rounds.cohort}, or more sites"
                 )
-        if self.task != "generate" and self.generation.when != "never":
+        if self.rounds.personal != 0:
             raise ValueError(
-                f"generation.when={self.generation.when}: task {self.task} writes no texts; with it, never"
+                f"rounds.personal: clients' own scores would leave them without noise; with privacy.kind={kind}, 0"
             )
-        if self.task == "generate" and self.local.max_length < 2:
+        if self.rounds.exactness:
+            raise ValueError(f"rounds.exactness: it tells of single updates; with privacy.kind={kind}, false")
+        if self.data.split == "validation" and self.data.partition.kind == "natural":
             raise ValueError(
-                "local.max_length=1: a token is predicted after another one; with task generate, 2 or more"
+                f"data.split=validation: of natural clients these may be their own rows; with privacy.kind={kind}, test"
             )
-        if self.privacy.kind != "none":
-            if self.rounds.personal != 0:
-                raise ValueError(
-                    f"rounds.personal: clients' own scores would leave them without noise; with privacy.kind="
-                    f"{self.privacy.kind}, 0"
-                )
-            if self.rounds.exactness:
-                raise ValueError(
-                    f"rounds.exactness: it tells of single updates; with privacy.kind={self.privacy.kind}, false"
-                )
-            if self.data.split == "validation" and self.data.partition.kind == "natural":
-                raise ValueError(
-                    f"data.split=validation: of natural clients these may be their own rows; with privacy.kind="
-                    f"{self.privacy.kind}, test"
-                )
-        if not isinstance(self.method.get("name"), str):
-            raise ValueError("method.name must name a method; `fedrank methods` lists them")
         return self
 
 

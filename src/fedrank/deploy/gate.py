@@ -86,6 +86,7 @@ async def _answer(link: httpx.AsyncHTTPTransport, base: str, scope: Any, receive
         return await say(404)
     told = dict(scope["headers"])
     if b"transfer-encoding" in told:  # two servers may read such a length differently, and SuperNodes say it
+        log.warning("%s does not say how long its request is, which is refused", asker)
         return await say(411)
     if int(told.get(b"content-length", 0)) > (LONGEST if path == PUSH else LARGEST):
         log.warning("%s sends %s bytes to %s, which is refused", asker, told[b"content-length"].decode(), path.decode())

@@ -15,6 +15,7 @@ from flwr.clientapp import ClientApp
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.serverapp import Grid as Grid
 from flwr.serverapp import ServerApp
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from google.protobuf.message import DecodeError
 
 from fedrank.frame import Refused, printable
@@ -28,6 +29,7 @@ SKEW = 300.0  # seconds by which machines' clocks may be apart, by which Flower 
 POLL, SLOWEST = 0.05, 1.0  # seconds between looks for answers, at first and after a while
 SALT = 16  # bytes. Flower names objects by their hash: who can guess another's may announce it first, as something else
 HERE = 0.5  # seconds in which an answer is pulled that is there, else its thread is left alone
+PATIENCE = 60.0  # seconds for which an answer is pulled again, on which the SuperLink fails
 WORD = 60.0  # seconds after which the log names who is awaited
 
 
@@ -75,16 +77,6 @@ def client_app(answer: Answer) -> ClientApp:
 Content = bytes | str | None
 
 
-class Failing(str):
-    """Why there is none, where the SuperLink failed at it."""
-
-
-def of_one(error: BaseException) -> bool:
-    """Whether it is the matter of one message, which its node may have brought about. A link that is gone is everyone's, as
-    is Flower's word for a run that was stopped, which is no Exception."""
-    return isinstance(error, Exception) and not isinstance(error, OSError | httpx.TransportError)
-
-
 @dataclass(eq=False)
 class Together:
     """Pulls answers that are made on this machine: of the messages with these numbers, each once."""
@@ -108,6 +100,7 @@ class Apart:
     EACH: ClassVar = 0.01  # seconds between looks for each answer that is awaited, as each is a request of its own
     grid: Grid
     at_work: dict[str, threading.Thread] = field(default_factory=dict)
+    failing: dict[str, float] = field(default_factory=dict)  # since when
     pulled: dict[str, Content | BaseException] = field(default_factory=dict)
 
     def __call__(self, numbers: Collection[str]) -> Iterator[tuple[str, Content]]:
@@ -120,6 +113,7 @@ class Apart:
             thread.join(max(0.0, ends - time.monotonic()))
         for number in self.pulled.copy():
             found = self.pulled.pop(number)
+            self.failing.pop(number, None)
             if isinstance(found, BaseException):
                 raise found
             if number in numbers:  # else it was given up
@@ -130,10 +124,15 @@ class Apart:
             for message in self.grid.pull_messages([number]):
                 if message.metadata.reply_to_message_id == number:
                     self.pulled[number] = _content(message)
-        except BaseException as error:
-            why = f"an answer that Flower cannot read: {type(error).__name__}"
-            failing = isinstance(error, httpx.HTTPStatusError)
-            self.pulled[number] = (Failing(why) if failing else why) if of_one(error) else error
+        except httpx.HTTPStatusError as error:  # for a moment, such as that of a busy database, or at this answer alone
+            if time.monotonic() - self.failing.setdefault(number, time.monotonic()) > PATIENCE:
+                self.pulled[number] = f"an answer on which its SuperLink fails: {error.response.status_code}"
+        except (OSError, httpx.TransportError) as error:  # no link, for anybody
+            self.pulled[number] = error
+        except Exception as error:
+            self.pulled[number] = f"an answer that Flower cannot read: {type(error).__name__}"
+        except BaseException as error:  # Flower's word for a run that was stopped
+            self.pulled[number] = error
         finally:
             del self.at_work[number]
 
@@ -149,18 +148,10 @@ def converse(
     seconds: after which nobody waits any longer. clock: a deadline on the clients' own clocks, which they keep.
     """
     sent: dict[str, tuple[ClientId, int]] = {}
-    count = failed = 0
     started = time.monotonic()
     for client, node, frame in asked:
-        count += 1
-        number = None
-        try:
-            number = send(pull.grid, node, frame, KEPT if seconds is None else seconds + SKEW, clock)
-        except Exception as error:
-            if not of_one(error):
-                raise
-            failed += 1
-        if number is not None:
+        kept = KEPT if seconds is None else seconds + SKEW
+        if (number := send(pull.grid, node, frame, kept, clock)) is not None:
             sent[number] = (client, node)
         else:
             yield client, "its SuperLink did not take the message; is it too large?"
@@ -172,7 +163,6 @@ def converse(
         looking = time.monotonic() - looked
         for number, content in found:
             one = sent.pop(number, None)
-            failed += isinstance(content, Failing)
             if one is not None and content is not None:
                 yield one[0], content
         if seconds is not None and waited > seconds:
@@ -188,15 +178,17 @@ def converse(
         pause = POLL if found else min(SLOWEST, pause * 1.5)
         if sent:
             time.sleep(max(pause, looking, pull.EACH * len(sent)))
-    if failed == count > 1:  # it is no site's doing, and the round can be played again
-        raise ConnectionError("the SuperLink fails at every message; its own log says why")
 
 
 def send(grid: Grid, node: int, frame: bytes, kept: float, clock: float | None = None) -> str | None:
-    """The message's number, by which its answer is found; None for a node that the SuperLink does not know."""
+    """The message's number, by which its answer is found; None where the SuperLink does not take it."""
     record = ConfigRecord({"frame": frame, "seconds": clock or 0.0, "salt": secrets.token_bytes(SALT)})
     content = RecordDict({"frame": record})
-    return next(iter(grid.push_messages([Message(content, node, ASK, ttl=kept)])), None) or None
+    try:
+        return next(iter(grid.push_messages([Message(content, node, ASK, ttl=kept)])), None) or None
+    except ObjectPushError as error:  # its node may confirm it while it is uploaded
+        log.warning("a message to node %d is gone before it was there: %s", node, error)
+        return None
 
 
 def _content(message: Message) -> Content:

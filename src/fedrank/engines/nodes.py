@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from fedrank.engines.flower import KEPT, SLOWEST, WORD, Apart, Content, Grid, Together, converse, of_one, send
+from fedrank.engines.flower import KEPT, SLOWEST, WORD, Apart, Content, Grid, Together, converse, send
 from fedrank.frame import OTHER, Refused
 from fedrank.hello import UNKNOWN, Registration
 from fedrank.protocol import ClientId, Device
@@ -80,13 +80,10 @@ class Sites:
         for node in here - at_work:
             if node in self.barred and now - self.barred[node][0] <= AGAIN:
                 continue
-            try:
-                if (number := send(self.grid, node, self.hello, KEPT)) is not None:
-                    self.told[number] = (node, now)
-            except Exception as error:
-                if not of_one(error):
-                    raise
-                self._bar(node, f"its SuperLink does not take what it is to be told: {type(error).__name__}")
+            if (number := send(self.grid, node, self.hello, KEPT)) is not None:
+                self.told[number] = (node, now)
+            else:
+                self._bar(node, "its SuperLink does not take what it is to be told")
         for number, content in list(self.registrations(self.told)):
             if (told := self.told.pop(number, None)) is not None:
                 self._take(told[0], content, here)
