@@ -84,6 +84,7 @@ def process(*args: Any, **more: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **more)
 
 
+@pytest.mark.slow
 def test_a_process_runs_resumes_and_shows(config: Path, tmp_path: Path) -> None:
     first = process("run", config, "rounds.count=1", "--out", "run", "-o", "json", cwd=tmp_path)
     assert (first.returncode, first.stderr) == (0, "")

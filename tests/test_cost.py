@@ -153,6 +153,7 @@ def test_flops_with_other_heads(kind, head):
     assert found == pytest.approx(step(model, adapter, given, 2, 16), rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [1, 6, 12])
 @pytest.mark.parametrize("ids", [[0], [0, 1, 2, 3]])
 @pytest.mark.parametrize("ends", [(), QV])

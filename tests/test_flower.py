@@ -310,6 +310,7 @@ def test_what_differs_is_named(
     assert "ABACUS" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [
     {"adapter": {"head": "frozen"}}, {"method": {"name": "pf2lora"}}, {"method": {"name": "flora"}},
 ])  # fmt: skip
@@ -368,6 +369,7 @@ def test_no_path_travels(files: dict[str, Path], tmp_path: Path) -> None:
     assert b"secret" not in everything
 
 
+@pytest.mark.slow
 def test_lost_private_state_is_told_without_its_place(files: dict[str, Path], tmp_path: Path) -> None:
     grid = grid_of(files)
     raw = settings(method={"name": "pf2lora"}, rounds={"count": 1})
@@ -745,6 +747,7 @@ def renewed(raw: dict[str, Any], files: dict[str, Path], tmp_path: Path, change:
     return [row for row in ledger(tmp_path / "run", "clients") if row["client"] == "south"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "back"), [("fedavg", 3), ("flora", 4), ("fedsa_lora", 4), ("pf2lora", 4)])
 def test_a_site_that_lost_its_store_begins_anew(method: str, back: int, files: dict[str, Path], tmp_path: Path) -> None:
     """It is told of the run again; and, where it says that it lacks what it kept, it is sent all."""
@@ -765,6 +768,7 @@ def test_a_site_with_other_rows_registers_anew(files: dict[str, Path], tmp_path:
     assert found[2]["examples"] > found[0]["examples"]
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_config_keep_apart_at_the_sites(files: dict[str, Path], tmp_path: Path) -> None:
     raw, grid = settings(method={"name": "pf2lora"}, rounds={"count": 3}), grid_of(files)
     play(raw, tmp_path / "alone", grid_of(files))
@@ -774,6 +778,7 @@ def test_two_runs_of_one_config_keep_apart_at_the_sites(files: dict[str, Path], 
     assert state(tmp_path / "first", 3) == state(tmp_path / "alone", 3)
 
 
+@pytest.mark.slow
 def test_a_request_that_comes_late_costs_nothing_that_was_kept(files: dict[str, Path], tmp_path: Path) -> None:
     """The frame of round 2 is worked off once more, by another process, after that of round 3."""
     raw, grid = settings(method={"name": "pf2lora"}, rounds={"count": 4}), grid_of(files)

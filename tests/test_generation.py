@@ -588,6 +588,7 @@ def test_likelihoods_are_made_in_the_same_batches_whoever_makes_them(tmp_path: P
     assert len(asked) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
 def test_workers_write_and_choose_the_same_to_the_bit(tmp_path: Path) -> None:
     folder = picked(tmp_path)

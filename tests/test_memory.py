@@ -74,6 +74,7 @@ def same(ours: Update, theirs: Update) -> bool:
     return toy.same(ours.adapter, theirs.adapter) and ours.metrics["loss"] == theirs.metrics["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("blocks", [(), TOP])
 def test_checkpointing_changes_no_bit(trainer, blocks, dropout):
@@ -139,6 +140,7 @@ def test_afterwards_blocks_compute_as_before(trainer, broken):
     assert not any("forward" in vars(module) for module in trainer.frozen.network.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("derivative", ["first", "finite"])
 def test_two_levels_are_checkpointed_too(trainer, derivative, dropout):
@@ -238,6 +240,7 @@ def test_two_levels_of_which_one_is_empty_may(tmp_path):
     assert [(row["clients_ok"], row["clients_failed"]) for row in rows] == [(3, 0)] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["pf2lora", "per_fedavg_lora"])
 @pytest.mark.parametrize("derivative", ["first", "finite"])
 def test_checkpoints_of_two_levels_are_evaluated_too(method, derivative, tmp_path):
@@ -363,6 +366,7 @@ CASES: dict[str, tuple[str, ...]] = {
 QUICK = ("float32", "two levels", "bfloat16", "checkpoints", "int8", "nf4", "FedARA")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", [pytest.param(w, marks=[] if w in QUICK else toy.EXHAUSTIVE) for w in CASES])
 def test_the_peak_is_what_was_reckoned(what, shelf):
     """Within a tenth."""
@@ -398,6 +402,7 @@ def test_so_it_is_of_weights_held_in_bfloat16(shelf):
     assert reckoned == pytest.approx(taken + base, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", ["gpt2", pytest.param("bert", marks=toy.EXHAUSTIVE), pytest.param("words", marks=toy.EXHAUSTIVE)]
 )

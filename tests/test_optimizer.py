@@ -147,6 +147,7 @@ QUICK = [*product(["fedavg"], KINDS), ("fedara", "fedadam")]
 CASES = [*product(["fedavg", *EACH], KINDS), *product(OTHERS, ["fedadam"])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind"), [pytest.param(*case, marks=[] if case in QUICK else toy.EXHAUSTIVE) for case in CASES]
 )

@@ -448,6 +448,7 @@ def played(raw: dict[str, Any], path: Path) -> tuple[parts.Parts, State, list[An
     return made, store.state()[0], [event for event in events if event["event"] == "round"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["flora", "fedex_lora"])
 def test_updates_of_three_rounds_are_beside_the_weights_and_give_what_merged_ones_do(pair, method, tmp_path):
     ours, plain = pair.both(method={"name": method})
@@ -467,6 +468,7 @@ def test_updates_of_three_rounds_are_beside_the_weights_and_give_what_merged_one
     assert held(made.trainer.model) == held(pair.ours)
 
 
+@pytest.mark.slow
 def test_fedara_prunes_and_exports_what_peft_reads(pair, tmp_path):
     peft = pytest.importorskip("peft")
     ours, _ = pair.both(

@@ -220,6 +220,7 @@ def undisturbed(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", POINTS)
 def test_killed_at(point: str, texts: Path, tmp_path: Path, undisturbed: Callable[[str, int], Path]) -> None:
     kind = "fedara" if "export" in point or ("state is" in point and "private" not in point) else "recalling"
@@ -402,6 +403,7 @@ def test_private_state_kept(undisturbed: Any) -> None:
         assert len(versions) <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
 def test_stopped_by_a_signal(what: signal.Signals, texts: Path, tmp_path: Path, undisturbed: Any) -> None:
     """130, a word on how to go on; and going on gives the same bits."""

@@ -522,6 +522,7 @@ AVERAGE = [name for name in methods.names() if methods.find(name).about.averages
 EACH = [pytest.param(*case, marks=[] if case in QUICK else toy.EXHAUSTIVE) for case in product(AVERAGE, RULES)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), EACH)
 def test_a_run_learns_and_resumes_to_the_same_bits(name: str, kind: str, tmp_path: Path) -> None:
     """Every method that averages, with every rule, bounds, and one hostile client."""

@@ -205,6 +205,7 @@ class LastBlock(FedAvg):
         return {client: Plan({n: b.ids for n, b in state.adapter.blocks.items() if ".1." in n}) for client in cohort}
 
 
+@pytest.mark.slow
 def test_a_frozen_prefix_changes_no_bit_with_workers_or_after_a_resume(tmp_path):
     raw = config(tmp_path, workers=1) | {"method": {"name": "fedavg"}}
     whole = experiment.run(raw, out=tmp_path / "whole", method=LastBlock())

@@ -240,6 +240,7 @@ def test_an_answer_of_another_rank_is_refused(files: dict[str, Path], tmp_path: 
 # ---- personal state is lost with the node
 
 
+@pytest.mark.slow
 def test_personal_state_outlives_its_node(files: dict[str, Path], tmp_path: Path) -> None:
     """A SuperNode with a new key and a worker that knows nothing, beside the store of before: no bit changes."""
     raw = settings(method={"name": "pf2lora"}, rounds={"count": 3})
