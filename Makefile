@@ -23,13 +23,13 @@ $(STAMP): pyproject.toml constraints.txt requirements-minilm.txt
 	touch $@
 
 test: install
-	$(BIN)/python -m pytest -n 4 --dist loadgroup -m "not exhaustive"
+	$(BIN)/python -m pytest -n 3 --dist loadgroup -m "not exhaustive"
 
 test-all: install
-	$(BIN)/python -m pytest -n 4 --dist loadgroup --cov --cov-report=term:skip-covered --cov-fail-under=90
+	$(BIN)/python -m pytest -n 3 --dist loadgroup --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 test-fast: install
-	$(BIN)/python -m pytest -n 4 --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 check: install
 	$(BIN)/ruff format --check .

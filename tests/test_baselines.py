@@ -105,7 +105,6 @@ TRAVELS: dict[str, tuple[str, str, str, bool, int]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAVELS)
 def test_the_adapters_bytes_are_the_tables(name, tmp_path):
     """d r for B and k r for A; the factors of one round's base update are fewer than d k, those of two are more."""

@@ -33,7 +33,6 @@ def test_size_and_split(loaded: Loaded) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_the_same_every_time_and_whatever_the_seed(loaded: Loaded) -> None:
     train, test, labels = loaded
     for seed in (0, 7):
