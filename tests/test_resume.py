@@ -237,9 +237,8 @@ def test_killed_at(point: str, texts: Path, tmp_path: Path, undisturbed: Callabl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind", ["flora", "pf2lora", pytest.param("legend", marks=toy.EXHAUSTIVE)]
-)  # base updates, moments, capacities
+# Base updates, moments, capacities.
+@pytest.mark.parametrize("kind", ["flora", "pf2lora", pytest.param("legend", marks=toy.EXHAUSTIVE)])
 @pytest.mark.parametrize("point", [
     "a client's private state is written", "in the middle of a round's row", "before the state is renamed",
     "the state is renamed, old ones not yet removed",

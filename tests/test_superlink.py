@@ -160,9 +160,8 @@ def test_a_node_without_a_registered_key_gets_no_work_and_a_hostile_one_costs_no
     key = load_ssh_private_key((running.keys / "hostile.key").read_bytes(), None)
     raw, out, ca = running.config(rounds={"count": 4}), tmp_path / "run", (running.keys / "ca.crt").read_bytes()
     process = running.begin(raw, out)
-    until(
-        lambda: max(committed(out), default=0) > 0, 300, "the first round"
-    )  # which would wait for the greeting's answer
+    # The first round would wait for the greeting's answer.
+    until(lambda: max(committed(out), default=0) > 0, 300, "the first round")
     link = fleet_http_connection.http_request_response(f"127.0.0.1:{running.port}", False, ca, (key, key.public_key()))
     with link as (node, receive, send, *_, confirm):
         told, parts = until(receive, 120, "the greeting")
