@@ -80,8 +80,8 @@ def test_the_directory_is_complete(played: Any) -> None:
     run, _ = played
     names = {p.name for p in run.path.iterdir()}
     assert names == {
-        "config.yaml", "data.json", "rounds.jsonl", "clients.jsonl", "states", "clients", "spool", "summary.json",
-        "adapter", ".lock",
+        "config.yaml", "data.json", "rounds.jsonl", "clients.jsonl", "ranks.jsonl", "personal.jsonl", "states",
+        "clients", "spool", "summary.json", "adapter", ".lock",
     }  # fmt: skip
     assert list((run.path / "spool").iterdir()) == []
     adapter = {p.name for p in (run.path / "adapter").iterdir()}
@@ -104,6 +104,40 @@ def test_the_ledgers_hold_the_named_fields(played: Any) -> None:
             "round", "client", "ok", "loss", "examples", "seconds", "bytes_up", "bytes_down", "device_seconds",
             "waiting_seconds", "device_joules", "peak_memory_bytes",
         }  # fmt: skip
+
+
+def test_the_ranks_of_every_round_and_module(played: Any, texts: Path, tmp_path: Path) -> None:
+    run, _ = played
+    found = rows(run, "ranks")
+    assert [(row["round"], row["client"]) for row in found] == [(1, None), (2, None), (3, None)]
+    for row, played_row in zip(found, run.rounds, strict=True):
+        assert sum(row["ranks"].values()) == played_row["components"]
+    last = run.state.adapter.blocks
+    assert found[-1]["ranks"] == {name: block.rank for name, block in last.items()}
+    devices = "engine.fleet={devices: {phone: 1, laptop: 1}, ranks: {phone: 1, laptop: 4}}"
+    mixed = fedrank.run(settings(texts, "method.name=fed_plora", "adapter.rank=4", devices), out=tmp_path / "run")
+    differ = [row for row in rows(mixed, "ranks") if row["client"] is not None]
+    assert differ
+    assert {rank for row in differ for rank in row["ranks"].values()} == {1}  # who trains all four has no row
+
+
+def test_what_a_client_selects_to_send_are_its_ranks(texts: Path, tmp_path: Path) -> None:
+    devices = "engine.fleet={devices: {phone: 1}, ranks: {phone: 1}}"
+    run = fedrank.run(settings(texts, "method.name=lora_a2", "adapter.rank=4", devices), out=tmp_path / "run")
+    sent = [row["ranks"] for row in rows(run, "ranks") if row["client"] is not None]
+    modules = len(run.state.adapter.blocks)
+    assert [sum(ranks.values()) for ranks in sent] == [modules] * len(sent)
+    assert any(set(ranks.values()) != {1} for ranks in sent)  # chosen over all modules
+
+
+def test_every_client_has_its_own_scores_in_the_end(played: Any) -> None:
+    run, _ = played
+    found = rows(run, "personal")
+    assert len(found) == run.summary["personal_clients"] > 0
+    accuracies = sorted(row["accuracy"] for row in found)
+    assert run.summary["personal_accuracy"] == pytest.approx(sum(accuracies) / len(accuracies))
+    assert run.summary["personal_worst_decile"] == accuracies[0]  # of three clients, one is the worst tenth
+    assert all(row.keys() >= {"client", "rows", "loss", "majority"} for row in found)
 
 
 def test_the_summary_adds_the_ledger_up(played: Any) -> None:

@@ -21,7 +21,7 @@ from fedrank.export import adopt, export, obstacle, read_peft
 from fedrank.observe.watching import watching
 from fedrank.parts import Parts, prepare
 from fedrank.protocol import Method, State
-from fedrank.server import ASKED, OF_TEXTS, Event, Server
+from fedrank.server import ASKED, OF_TEXTS, PERSONAL, Event, Server
 from fedrank.store import Store, StoreError
 from fedrank.trace import span
 from fedrank.training.data import ClientData
@@ -178,7 +178,7 @@ def go_on(
         _same(path, numerics, parts.numerics, "numerics")
         _same(path, _contents(then), _contents(parts.facts), "data and model")
         _same(path, then["fleet"], parts.facts["fleet"], "devices")
-        for name in ("rounds.jsonl", "clients.jsonl"):
+        for name in ("rounds.jsonl", "clients.jsonl", "ranks.jsonl"):
             ledger.cut(path / name, state.round)
         ledger.cut(path / ASKED, state.round + 1)  # who was asked in a killed round stays asked
         if config.rounds.count == state.round and any(row["round"] > state.round for row in ledger.read(path / ASKED)):
@@ -188,7 +188,7 @@ def go_on(
             )
         store.write("config.yaml", settings.dump(parts.config))
         if config.rounds.count > state.round:  # what a finished run came to is no longer true
-            for name in ("summary.json", "texts.jsonl"):
+            for name in ("summary.json", "texts.jsonl", PERSONAL):
                 (path / name).unlink(missing_ok=True)
             shutil.rmtree(path / "adapter", ignore_errors=True)
         state = replace(state, rounds=config.rounds.count)
@@ -267,7 +267,7 @@ def summarise(path: Path, parts: Parts, end: Event) -> dict[str, Any]:
         "rounds": rows[-1]["round"] if rows else 0,
         "accuracy": last.get("accuracy"), "loss": last.get("loss"),
         "personal_accuracy": end.get("personal_accuracy"), "personal_majority": end.get("personal_majority"),
-        "personal_clients": end.get("personal_clients"),
+        "personal_clients": end.get("personal_clients"), "personal_worst_decile": end.get("personal_worst_decile"),
         "majority": parts.about["majority"],
         **{name: last[name] for name in OF_TEXTS if name in last},
         **{name: end[name] for name in (f"personal_{score}" for score in OF_TEXTS) if name in end},

@@ -164,7 +164,7 @@ def rehearse(parts: Parts) -> Iterator[Event]:
 def _rounds(server: Server, state: State) -> Iterator[Event]:
     clock = 0.0
     while state.round < state.rounds:
-        state, row, _ = yield from server.train(state, clock, server.cohort(state.round + 1))
+        state, row, _, _ = yield from server.train(state, clock, server.cohort(state.round + 1))
         server.store.clear_spool()
         clock = row["clock_seconds"]
         yield {"event": "round", "rounds": state.rounds, **row}

@@ -69,7 +69,7 @@ class Server:
             cohort = self._drawn(state.round + 1, fleet)
             if self.privacy.kind == "local":  # before they are asked: who answers a killed round has told of itself
                 ledger.append(self.store.path / ASKED, [{"round": state.round + 1, "clients": list(cohort)}])
-            state, row, rows = yield from self.train(state, clock, cohort)
+            state, row, rows, ranks = yield from self.train(state, clock, cohort)
             clock = row["clock_seconds"]
             trained = time.perf_counter()
             scores = self._scores(state, cohort)
@@ -80,6 +80,7 @@ class Server:
                 row = self._released([*played, row], {*state.metrics, *scores})
                 rows = [{name: row[name] for name in (*privacy.WHO, *BYTES) if name in row} for row in rows]
             ledger.append(self.store.path / "clients.jsonl", rows)
+            ledger.append(self.store.path / "ranks.jsonl", ranks)
             ledger.append(self.store.path / "rounds.jsonl", [row])
             played.append(row)
             self.store.save_state(state, self.wire.numerics)
@@ -93,12 +94,16 @@ class Server:
         everyone = roster.names(fleet)
         if self.rounds.personal is not None:
             everyone = sample(everyone, self.rounds.personal, self.seed, 0)
-        yield {"event": "end", "round": state.round, **self._personal(state, fleet, everyone)}
+        rows = self._scored(state, fleet, everyone)
+        told = [{name: value for name, value in row.items() if name not in UNTOLD} for row in rows if row["ok"]]
+        if told:
+            self.store.write(PERSONAL, "".join(f"{json.dumps(row)}\n" for row in told))
+        yield {"event": "end", "round": state.round, **_personal(rows), "personal_worst_decile": _lowest(told)}
 
     def train(
         self, state: State, clock: float, cohort: Mapping[ClientId, Device]
-    ) -> Generator[Event, None, tuple[State, Event, list[Event]]]:
-        """One round, neither evaluated nor saved: the state after it, its row, and its clients' rows.
+    ) -> Generator[Event, None, tuple[State, Event, list[Event], list[Event]]]:
+        """One round, neither evaluated nor saved: the state after it, its row, its clients' rows, and its ranks'.
 
         clock: the simulated seconds before it.
         """
@@ -134,7 +139,7 @@ class Server:
         row = self._row(t, rows, after) | clocked | {"clients_out": len(cohort) - len(plans)}
         if self.privacy.kind != "none":
             row["noise_multiplier"] = privacy.multiplier(self.privacy, self._common(state))
-        return after, row, rows
+        return after, row, rows, self._ranks(state, plans, arrived, after)
 
     def cohort(self, round: int) -> dict[ClientId, Device]:
         """Who is asked in a round of 1..."""
@@ -252,6 +257,24 @@ class Server:
 
         return self.store.spooled(arrived, read)
 
+    def _ranks(
+        self, state: State, plans: Mapping[ClientId, Plan], arrived: tuple[ClientId, ...], after: State
+    ) -> list[Event]:
+        """Components by module: after the round (client null), and of the clients that trained others than there were.
+
+        Of one that selects what it sends, those that it sent.
+        """
+        trained = {client: _counts(plan.train) for client, plan in plans.items() if plan.select is None}
+        for client, update in self._spooled(state, plans, tuple(c for c in arrived if c not in trained)):
+            trained[client] = _counts(update.adapter.ids)
+        whole = _counts(state.adapter.ids)
+        rows: list[Event] = [{"round": after.round, "client": None, "ranks": _counts(after.adapter.ids)}]
+        return rows + [
+            {"round": after.round, "client": client, "ranks": ranks}
+            for client, ranks in trained.items()
+            if ranks != whole
+        ]
+
     def _counted(self, update: Update) -> Update:
         """The update with as many examples as it may count for."""
         most = self.optimizer.max_examples
@@ -363,37 +386,54 @@ class Server:
             scores.pop("rows", None)
             if (texts := scores.pop("texts", None)) is not None:
                 self.store.write("texts.jsonl", "".join(f"{json.dumps(one)}\n" for one in texts))
-        personal = self._personal(after, cohort, tuple(cohort)[: self.rounds.personal])
+        personal = _personal(self._scored(after, cohort, tuple(cohort)[: self.rounds.personal]))
         if self.evaluate is None and not mine:
             scores = {"accuracy": personal.pop("mean_accuracy"), "loss": personal.pop("mean_loss")}
         return scores | {k: v for k, v in personal.items() if not k.startswith("mean_")}
 
     @span("evaluation")
-    def _personal(self, state: State, fleet: Mapping[ClientId, Device], clients: Sequence[ClientId]) -> dict[str, Any]:
-        """Every client's own test rows: the unweighted mean accuracy, and that of its majority class."""
+    def _scored(
+        self, state: State, fleet: Mapping[ClientId, Device], clients: Sequence[ClientId]
+    ) -> list[dict[str, Any]]:
+        """Every client's scores on its own test rows."""
         ids: dict[str, np.ndarray] = {}
         present, rows = everything(state.adapter), list[dict[str, Any]]()
         for at in range(0, len(clients), self.rounds.cohort):  # a method plans for cohorts, never for the whole fleet
             plans = self._plans(state, {client: fleet[client] for client in clients[at : at + self.rounds.cohort]})
             plans = {c: replace(p, train=ids, frozen=present, up="", returns={}) for c, p in plans.items()}
             rows += self._exchange("evaluate", state, plans, fleet)
-        frames = sum(row.get("bytes_down", 0) + row.get("bytes_up", 0) for row in rows)
-        scored = [row for row in rows if row["ok"] and row.get("rows", 0) > 0 and {"accuracy", "loss"} <= row.keys()]
-        result: dict[str, Any] = {"personal_accuracy": None, "personal_majority": None, "personal_clients": len(scored)}
-        result |= {"evaluation_bytes": frames, "mean_accuracy": None, "mean_loss": None}
-        if scored:
-            total = sum(row["rows"] for row in scored)
-            most = [row["majority"] for row in scored if "majority" in row]
-            result |= {
-                "personal_accuracy": _mean([row["accuracy"] for row in scored]),
-                "personal_majority": _mean(most) if most else None,
-                "mean_accuracy": math.fsum(row["accuracy"] * row["rows"] for row in scored) / total,
-                "mean_loss": math.fsum(row["loss"] * row["rows"] for row in scored) / total,
-            }
-        for name in OF_TEXTS:
-            if values := [row[name] for row in scored if name in row]:
-                result[f"personal_{name}"] = _mean(values)
-        return result
+        return rows
+
+
+def _personal(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Clients' scores on their own test rows: the unweighted mean accuracy, and that of their majority classes."""
+    frames = sum(row.get("bytes_down", 0) + row.get("bytes_up", 0) for row in rows)
+    scored = [row for row in rows if row["ok"] and row.get("rows", 0) > 0 and {"accuracy", "loss"} <= row.keys()]
+    result: dict[str, Any] = {"personal_accuracy": None, "personal_majority": None, "personal_clients": len(scored)}
+    result |= {"evaluation_bytes": frames, "mean_accuracy": None, "mean_loss": None}
+    if scored:
+        total = sum(row["rows"] for row in scored)
+        most = [row["majority"] for row in scored if "majority" in row]
+        result |= {
+            "personal_accuracy": _mean([row["accuracy"] for row in scored]),
+            "personal_majority": _mean(most) if most else None,
+            "mean_accuracy": math.fsum(row["accuracy"] * row["rows"] for row in scored) / total,
+            "mean_loss": math.fsum(row["loss"] * row["rows"] for row in scored) / total,
+        }
+    for name in OF_TEXTS:
+        if values := [row[name] for row in scored if name in row]:
+            result[f"personal_{name}"] = _mean(values)
+    return result
+
+
+def _lowest(scored: Sequence[Mapping[str, Any]]) -> float | None:
+    """The mean accuracy of the tenth of the clients, at least one, that are served worst."""
+    found = sorted(row["accuracy"] for row in scored if "accuracy" in row)
+    return _mean(found[: math.ceil(len(found) / 10)]) if found else None
+
+
+def _counts(ids: Mapping[str, np.ndarray]) -> dict[str, int]:
+    return {name: len(mine) for name, mine in ids.items()}
 
 
 def _drop(
@@ -422,5 +462,7 @@ def _mean(values: Sequence[float]) -> float:
 
 # What clients may score beside accuracy and loss, in task generate.
 OF_TEXTS = ("perplexity", "choice_accuracy", "choice_accuracy_per_byte", "exact_match", "bleu", "rouge_l")
-ASKED = "asked.jsonl"  # a ledger of every time that clients who protect themselves were asked, of killed rounds too
 BYTES = tuple(f"{part}bytes_{way}" for way in ("up", "down") for part in ("", "adapter_", "head_"))
+PERSONAL = "personal.jsonl"  # of the end: each client's scores on its own test rows
+UNTOLD = ("round", "ok", *BYTES, "seconds")
+ASKED = "asked.jsonl"  # a ledger of every time that clients who protect themselves were asked, of killed rounds too
