@@ -1,7 +1,8 @@
-"""The command line: run, resume, cost, profile, import, export, show, methods; and cli_deploy's."""
+"""The command line: run, resume, compare, cost, profile, import, export, show, methods; and cli_deploy's."""
 
 import json
 import logging
+import shlex
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from fedrank import cli_deploy, tables, views
 from fedrank import config as settings
 from fedrank import methods as registry
 from fedrank.engines.workers import quieten
-from fedrank.exits import errors, mistakes, stoppable
+from fedrank.exits import errors, mistakes, needs, stoppable
 from fedrank.protocol import About
 from fedrank.store import Store
 
@@ -115,6 +116,36 @@ def cost(
         "failures are left out.",
         highlight=False,
     )  # fmt: skip
+
+
+@app.command()
+def compare(
+    study: Annotated[str, typer.Argument(help="A study's YAML file; with --methods a run's, or a preset.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the study to set, such as seeds=3 or base.rounds.count=10.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Compare these on a run's config: names with commas between, the reference first.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds each is played with; by default as the study says, else 5.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Where comparison.json and its tables go; by default comparisons/NAME.")] = None,
+    runs: Annotated[Path | None, typer.Option("--runs", help="Where the run directories go; by default OUT/runs.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Runs at once, each on one core; by default as many as there are cores.")] = None,
+    forecast: Annotated[bool, typer.Option("--forecast", help="Stop after the forecast.")] = False,
+    output: Annotated[views.Output, typer.Option("--output", "-o", help="plain: a line per run; json: an event per line; quiet: errors only.")] = views.Output.plain,
+) -> None:  # fmt: skip
+    """Play methods against each other with the same data, seeds and tuning, and say what may be concluded."""
+    with mistakes():
+        needs("compare", "optuna", "scipy", "tabulate")
+        from fedrank.compare.compare import compare as play
+        from fedrank.compare.study import read
+
+        asked = read(study, overrides or [], methods.split(",") if methods else (), seeds)
+    where = out or Path("comparisons") / Path(study).stem
+    again = f"what is played is kept. Go on with: [bold]fedrank compare {escape(shlex.join(sys.argv[2:]))}[/]"
+    failed = 0
+    with stoppable(lambda: f"stopped; {again}"), mistakes():
+        for event in play(asked, where, runs, workers, forecast):
+            failed += event["event"] == "failed"
+            views.STUDIES[output](event)
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()

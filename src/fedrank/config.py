@@ -499,7 +499,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
 
     Where an override names another method, the hyper-parameters of the one before it are gone.
     """
-    where, raw = _read(source)
+    where, raw = read(source)
     overrides = list(overrides)
     names = [item.removeprefix("method.name=") for item in overrides if item.startswith("method.name=")]
     method = raw.get("method")
@@ -542,7 +542,7 @@ def presets() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in (files("fedrank") / "presets").iterdir())
 
 
-def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[Any, Any]]:
+def read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[Any, Any]]:
     if isinstance(source, Mapping):
         return "config", copy.deepcopy(dict(source))
     path = Path(source)

@@ -3,12 +3,14 @@
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from fedrank.config import ConfigError
 from fedrank.remote import RunError, mistaken
 
 errors = Console(stderr=True)
@@ -24,6 +26,12 @@ class mistakes:
         if mistaken(error) or isinstance(error, RunError):
             errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             raise typer.Exit(2 if mistaken(error) else 1) from None
+
+
+def needs(extra: str, *packages: str) -> None:
+    """ConfigError where a package of this extra is not installed."""
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise ConfigError(f"this needs {', '.join(missing)}: pip install 'fedrank[{extra}]'")
 
 
 @contextmanager

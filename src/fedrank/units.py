@@ -47,3 +47,13 @@ def energy(joules: float | None) -> str:
 def memory(count: float | int | None) -> str:
     """Bytes for people, shorter: 226 MB."""
     return "–" if count is None else scaled(count, "B", "kB", "MB", "GB", "TB")
+
+
+def points(share: float) -> str:
+    """A difference of shares for people: 1.2 points."""
+    return f"{100 * share:.1f} points"
+
+
+def ratio(value: float | None) -> str:
+    """A factor for people: 0.53 times."""
+    return "–" if value is None else f"{value:.3g} times"

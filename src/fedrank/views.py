@@ -91,6 +91,50 @@ VIEWS: dict[Output, Callable[[Iterator[dict[str, Any]]], Iterator[dict[str, Any]
     Output.live: _live, Output.plain: _plain, Output.json: _json, Output.quiet: _quiet,
 }  # fmt: skip
 
+
+def study(event: dict[str, Any]) -> None:
+    """A line for each run of a study, its forecast before, its tables and conclusions after."""
+    from fedrank.compare import tables
+
+    console = Console()
+    match event["event"]:
+        case "forecast":
+            unknown = (
+                f"; not known of {', '.join(event['unknown'])}, whose first round failed" if event["unknown"] else ""
+            )
+            lines = [
+                f"forecast: {duration(3600 * event['hours'])} for {event['trials']} trials and {event['runs']} runs, "
+                f"{event['workers']} at once{unknown}"
+            ]
+        case "run":
+            what = "trial" if event["seed"] is None else f"seed {event['seed']}"
+            knobs = " ".join(
+                f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}"
+                for key, value in event["knobs"].items()
+            )
+            lines = [
+                f"{event['at']}/{event['of']}  {event['setting']}  {event['arm']}  {what}  {knobs}  score {share(event['score'])}  "
+                f"{duration(event['wall_seconds'])}, about {duration(event['seconds_left'])} left"
+            ]
+        case "failed":
+            what = "its tuning" if event["seed"] is None else f"seed {event['seed']}"
+            lines = [f"failed: {event['setting']}  {event['arm']}  {what}: {event['error']}"]
+        case "end":
+            for table in tables.terminal(event["comparison"]):
+                console.print(table, "")
+            lines = [*tables.said(event["comparison"]), f"comparison: {event['path']}"]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _line(event: dict[str, Any]) -> None:
+    print(json.dumps({name: value for name, value in event.items() if name not in ("run", "comparison")}), flush=True)
+
+
+STUDIES: dict[Output, Callable[[dict[str, Any]], None]] = {
+    Output.live: study, Output.plain: study, Output.json: _line, Output.quiet: lambda event: None,
+}  # fmt: skip
+
 TEXTS = (
     ("perplexity", "perplexity", number), ("choice_accuracy", "likeliest choice", share),
     ("choice_accuracy_per_byte", "likeliest choice by the byte", share), ("exact_match", "exact match", share),

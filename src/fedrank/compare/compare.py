@@ -1,0 +1,58 @@
+"""A study from its forecast to its comparison, told as it goes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean
+
+from fedrank.compare.comparison import FILE, Event, Key, opened
+from fedrank.compare.estimate import forecast
+from fedrank.compare.study import Study
+from fedrank.compare.tables import save
+from fedrank.engines.workers import cores
+from fedrank.store import Store
+
+
+def compare(
+    study: Study, out: Path, runs: Path | None = None, workers: int | None = None, ahead: bool = False
+) -> Iterator[Event]:
+    """Play a study: its forecast, each trial and run as it ends, and in the end the comparison, with its tables.
+
+    out: where comparison.json grows; what it already holds of the same runs is not played again, and a run that was cut
+    short goes on. runs: where run directories go; by default out/runs. workers: runs at once, by default one a core. ahead:
+    stop after the forecast. A run that fails is told and left out. StoreError where comparison.json cannot be read, or
+    another process plays there.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with Store(out).locked():
+        comparison = opened(study, out, runs or out / "runs", workers or cores())
+        expected = forecast(comparison)
+        comparison.found["forecast"] = comparison.found["forecast"] or expected  # of the first start, where it goes on
+        yield {"event": "forecast", **expected}
+        if ahead:
+            return
+        comparison.save()
+        done, seconds, all_ = 0, list[float](), expected["trials"] + expected["runs"]
+
+        def played(keys: list[Key]) -> Iterator[Event]:
+            nonlocal done
+            for event in comparison.together(keys):
+                if event["event"] == "run":
+                    done += 1
+                    seconds.append(event["wall_seconds"])
+                    left = fmean(seconds) * (all_ - done) / comparison.workers
+                    yield {**event, "at": done, "of": all_, "seconds_left": left}
+                elif event["event"] == "failed":
+                    yield event
+
+        yield from played([(s, arm, None) for s, arm in comparison.searched if comparison.best(s, arm) is None])
+        yield from played(
+            [
+                (setting, arm, seed)
+                for seed in study.seeds  # all arms of a seed first, so that what is there can be compared early
+                for setting, arm in comparison.pairs
+                if seed in comparison.seeds_left(setting, arm) and comparison.best(setting, arm) is not None
+            ]
+        )
+        comparison.save()
+        save(comparison.found, out)
+        yield {"event": "end", "path": str(out / FILE), "comparison": comparison.found}

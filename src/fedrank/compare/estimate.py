@@ -1,0 +1,77 @@
+"""What a study will take on this machine: a round of each arm is timed, before anything is played."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from fedrank import config as settings
+from fedrank import ledger
+from fedrank.compare import runs as played
+from fedrank.compare.comparison import Comparison
+from fedrank.compare.runs import RunFailed
+from fedrank.compare.study import Part, located, merged
+
+
+def forecast(comparison: Comparison) -> dict[str, Any]:
+    """Hours of all that is left, as many runs at once as there are workers: a round and an evaluation of each arm timed.
+
+    hours_of_one_core: by setting and arm. unknown: arms whose first round failed; their runs will say why.
+    """
+    left = {
+        (setting, arm): (comparison.trials_left(setting, arm), len(comparison.seeds_left(setting, arm)))
+        for setting, arm in comparison.pairs
+    }
+    hours, unknown = dict[str, dict[str, float]](), list[str]()
+    with ThreadPoolExecutor(comparison.workers) as pool:
+        try:
+            asked = {
+                pair: pool.submit(_timed, comparison, *pair) for pair, (trials, runs) in left.items() if trials or runs
+            }
+            for (setting, arm), answer in asked.items():
+                trials, runs = left[setting, arm]
+                try:
+                    taken = answer.result()
+                except RunFailed:
+                    unknown.append(f"{setting}/{arm}")
+                    continue
+                total = runs * taken.run(comparison.study.config(setting, arm))
+                total += trials * taken.run(comparison.trial(setting, arm, {})) if trials else 0.0
+                hours.setdefault(setting, {})[arm] = round(total / 3600, 4)
+        except BaseException:
+            comparison.processes.stop()
+            raise
+    spent = sum(sum(arms.values()) for arms in hours.values())
+    trials, runs = (sum(one[at] for one in left.values()) for at in (0, 1))
+    return {
+        "hours": round(spent / comparison.workers, 4), "workers": comparison.workers, "trials": trials, "runs": runs,
+        "hours_of_one_core": hours, "unknown": unknown,
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Seconds of all but the rounds, of a round, and of an evaluation."""
+
+    rest: float
+    round: float
+    evaluation: float
+
+    def run(self, config: Part) -> float:
+        """Seconds of a run of this config."""
+        rounds = settings.load(located(config)).rounds
+        return self.rest + rounds.count * self.round + -(-rounds.count // rounds.evaluate_every) * self.evaluation
+
+
+def _timed(comparison: Comparison, setting: str, arm: str) -> Taken:
+    """As a run of one round shows them. RunFailed where it fails."""
+    with TemporaryDirectory(prefix="fedrank-") as folder:
+        one = {"rounds": {"count": 1, "evaluate_every": 1}}
+        started = time.monotonic()
+        played.play(Path(folder) / "run", merged(comparison.study.config(setting, arm), one), comparison.processes)
+        whole = time.monotonic() - started
+        row = ledger.read(Path(folder) / "run" / "rounds.jsonl")[0]
+    wall, evaluation = row["wall_seconds"] or 0.0, row["evaluation_seconds"] or 0.0
+    return Taken(whole - wall, wall - evaluation, evaluation)

@@ -1,0 +1,165 @@
+"""What a study's runs come to: spread, costs up to a common target, paired differences, fairness, and a plain sentence."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedrank.compare import runs as played
+from fedrank.compare.statistics import LEVEL, holm, paired, ratio, spread
+from fedrank.compare.study import Study
+from fedrank.units import points, share
+from fedrank.units import ratio as times
+
+Run = Mapping[str, Any]  # as `runs.measured` gives it
+SCORES = ("accuracy", "personal_accuracy", "personal_worst_decile")
+COSTS = (
+    "bytes_up",
+    "bytes_down",
+    "adapter_bytes_up",
+    "adapter_bytes_down",
+    "clock_seconds",
+    "device_joules",
+    "peak_memory_bytes",
+)
+TO_TARGET = ("round", *COSTS)
+
+
+def measures(run: Run) -> dict[str, float | None]:
+    """A run's numbers: scores, `accuracy` as `late` takes it, and costs of all rounds."""
+    summary = run["summary"]
+    found = {name: summary.get(name) for name in (*SCORES, *COSTS)}
+    return {**found, "accuracy": played.late(run["curve"], "accuracy"), "last_accuracy": summary.get("accuracy")}
+
+
+def compared(study: Study, runs: Mapping[str, Any]) -> dict[str, Any]:
+    """Setting -> what its arms came to, of the runs that there are: {arm: {seed: run}} in each setting."""
+    return {setting: _setting(study, runs.get(setting, {})) for setting in study.settings}
+
+
+def _setting(study: Study, arms: Mapping[str, Mapping[str, Run]]) -> dict[str, Any]:
+    seeds = [str(seed) for seed in study.seeds]
+    numbers = {
+        arm: {seed: measures(arms[arm][seed]) for seed in seeds if seed in arms.get(arm, {})} for arm in study.arms
+    }
+    target = study.target if study.target is not None else _common(study, arms)
+    found = {
+        arm: {name: spread([one[name] for one in mine.values()]) for name in (*SCORES, "last_accuracy", *COSTS)}
+        for arm, mine in numbers.items()
+    }
+    to_target = {arm: _to_target(study, arms.get(arm, {}), target) for arm in study.arms}
+    differences = _differences(study, numbers)
+    return {
+        "arms": found, "target": {"score": study.score, "value": target, "given": study.target is not None, "arms": to_target},
+        "differences": differences, "conclusion": conclusion(study, found, differences),
+    }  # fmt: skip
+
+
+def _common(study: Study, arms: Mapping[str, Mapping[str, Run]]) -> float | None:
+    """What every run of these arms reaches, less those whose method has no such score."""
+    tops = [played.best(run["curve"], study.score) for mine in arms.values() for run in mine.values()]
+    return min((top for top in tops if top is not None), default=None)
+
+
+def _to_target(study: Study, mine: Mapping[str, Run], target: float | None) -> dict[str, Any]:
+    """Costs up to the target, of the seeds that reach it; reached: how many do."""
+    found = {seed: target and played.reached(run["curve"], study.score, target) for seed, run in mine.items()}
+    there = {seed: point for seed, point in found.items() if point}
+    return {
+        "reached": len(there), "seeds": [*there],
+        **{name: spread([point[name] for point in there.values()]) for name in TO_TARGET},
+    }  # fmt: skip
+
+
+def _differences(study: Study, numbers: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> dict[str, Any]:
+    """Arm -> measure -> its difference from the reference over the seeds that both have, or, of costs, its ratio."""
+    ours = {arm: mine for arm, mine in numbers.items() if arm != study.baseline}
+    theirs, found = numbers[study.baseline], dict[str, dict[str, Any]]()
+    for arm, mine in ours.items():
+        found[arm] = {}
+        for name in (*SCORES, *COSTS):
+            pairs = [(mine[s][name], theirs[s][name]) for s in mine if s in theirs]
+            known = [(a, b) for a, b in pairs if a is not None and b is not None]
+            one = (paired if name in SCORES else ratio)([a for a, _ in known], [b for _, b in known]) if known else None
+            if one is not None:
+                found[arm][name] = one
+    for name in SCORES:
+        corrected = holm({arm: one[name]["p"] for arm, one in found.items() if name in one})
+        for arm, p in corrected.items():
+            found[arm][name]["p_corrected"] = p
+    return found
+
+
+# ---- in words
+
+
+def fairness(study: Study, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether the arms had the same data, seeds, work and tuning. why: what is against it; notes: what else to know."""
+    why, notes = study.differing(), list[str]()
+    for setting in study.settings:
+        arms = found.get("runs", {}).get(setting, {})
+        for arm in study.arms:
+            if missing := [seed for seed in study.seeds if str(seed) not in arms.get(arm, {})]:
+                why.append(
+                    f"{setting}: {arm} has no run of seed{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
+                )
+        facts = [(seed, run["facts"]) for mine in arms.values() for seed, run in mine.items()]
+        for what in ("data", "model"):
+            if len({(seed, str(one[what])) for seed, one in facts}) > len({seed for seed, _ in facts}):
+                why.append(f"{setting}: runs of a seed had not the same {what}")
+        for what in ("version", "numerics"):
+            if len({str(one[what]) for _, one in facts}) > 1:
+                notes.append(
+                    f"{setting}: not all runs were played with the same {what}, so here they might differ in bits"
+                )
+    for setting, arms in found.get("tuning", {}).items():
+        counts = {arm: len(arms.get(arm, {}).get("trials", [])) for arm in study.arms}
+        if len(set(counts.values())) > 1:
+            why.append(
+                f"{setting}: tuned with unequal effort, trials: {', '.join(f'{arm} {n}' for arm, n in counts.items())}"
+            )
+        for arm, mine in arms.items():
+            if mine.get("edge"):
+                notes.append(
+                    f"{setting}: the best {' and '.join(mine['edge'])} of {arm} is at the edge of what was tried"
+                )
+    if study.tuning is None:
+        notes.append("no knob was searched: learning rates are each method's default or as the arms set them")
+    elif study.tuning.own:
+        notes.append(f"with as many trials, {', '.join(study.tuning.own)} searched more knobs than the others")
+    if len(study.seeds) < 3:
+        notes.append(f"{len(study.seeds)} seed{'s' * (len(study.seeds) > 1)}: the spread is hardly known")
+    return {"verdict": not why, "why": why, "notes": notes}
+
+
+def conclusion(study: Study, arms: Mapping[str, Any], differences: Mapping[str, Any]) -> str:
+    """What may be said of the arms' scores, by corrected tests at 5 %, and no more than that."""
+    name = study.score
+    base = arms[study.baseline][name]
+    what = name.replace("_", " ")
+    if base["mean"] is None:
+        return f"The reference, {study.baseline}, has no {what}, so nothing is compared with it."
+    compared = {arm: one[name] for arm, one in differences.items() if name in one}
+    if not compared:
+        return f"No other arm has a {what} over the same seeds."
+    above, below, level = list[str](), list[str](), list[str]()
+    for arm, one in sorted(compared.items(), key=lambda item: -item[1]["mean"]):
+        if one.get("p_corrected") is not None and one["p_corrected"] < LEVEL:
+            costs = differences[arm].get("bytes_up")
+            low, high = one["interval"]
+            text = f"{arm} by {points(abs(one['mean']))} ({points(min(abs(low), abs(high)))} to {points(max(abs(low), abs(high)))}"
+            text += f", with {times(costs['mean'])} the bytes up)" if costs else ")"
+            (above if one["mean"] > 0 else below).append(text)
+        else:
+            level.append(arm)
+    start = f"{study.baseline} has {what} {share(base['mean'])} over {len(base['values'])} seed{'s' * (len(base['values']) != 1)}."
+    said = [start]
+    if above:
+        said.append(f"Better, in points with their 95 % interval: {'; '.join(above)}.")
+    if below:
+        said.append(f"Worse: {'; '.join(below)}.")
+    if level and len(base["values"]) > 1:
+        said.append(
+            f"Not told apart from it at 5 %, corrected for {len(compared)} comparisons: {', '.join(level)}; that is no proof of being equal."
+        )
+    elif level:
+        said.append("One seed tells no difference from chance.")
+    return " ".join(said)

@@ -1,0 +1,233 @@
+"""A study: what is compared with what, from one YAML file, and the config of each of its runs."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from fedrank import config as settings
+from fedrank.config import Config, ConfigError, Positive
+
+Part = dict[str, Any]  # of a config, as it stands in YAML
+Name = Annotated[str, Field(pattern=r"^[\w.+-]+$")]  # it becomes a part of a folder's name
+
+# One thread and one process for each run: as many as there are cores play at once, and give the same bits.
+APART: Part = {"engine": {"threads": 1, "workers": 1}}
+# What makes an arm, and takes nothing from another's data, work or fleet.
+OWN = ("method", "adapter.rank", "adapter.alpha", "adapter.targets", "local.lr", "server.optimizer", "server.lr",
+       "server.beta1", "server.beta2", "server.tau")  # fmt: skip
+
+
+class Range(BaseModel, extra="forbid", frozen=True):
+    """The values of a knob from low to high, evenly or, with log, by factors."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Range":
+        if not self.low < self.high or (self.log and self.low <= 0):
+            raise ValueError(f"low={self.low:g}, high={self.high:g}: low is below high, and above 0 where log is true")
+        return self
+
+
+Knob = Range | Annotated[tuple[bool | int | float | str, ...], Field(min_length=1)]
+
+
+class Tuning(BaseModel, extra="forbid", frozen=True):
+    """The search for every arm's knobs on the validation share of the training rows, before any run.
+
+    search: dotted key -> the values to try, a range or a list. own: arm -> knobs that it has beside these. trials: of each
+    arm, however many knobs it has. config: laid over the config of a trial, such as fewer rounds. seed: of all trials, and
+    none of the study's. every_setting: search in each setting; else in the first, for all.
+    """
+
+    search: dict[str, Knob] = {"local.lr": Range(low=1e-3, high=3e-2, log=True)}
+    own: dict[Name, dict[str, Knob]] = {}
+    trials: Positive = 4
+    config: Part = {}
+    seed: int = 100
+    every_setting: bool = False
+
+    def knobs(self, arm: str) -> dict[str, Knob]:
+        return {**self.search, **self.own.get(arm, {})}
+
+
+class Study(BaseModel, extra="forbid", frozen=True):
+    """What is asked, and of which runs.
+
+    claims: what is asked, and what would confirm or refute it, as written down beforehand. base: the config that all runs
+    share. settings: name -> what is laid over it, such as another data set; arms are compared within a setting. arms: name
+    -> the same; or methods: their names alone. reference: the arm that the others are compared with; the first where null.
+    varies: keys in which arms may differ beside the method's own, as the study is about them. score: what trials are judged
+    by and targets are of. target: the score up to which costs are told; what every arm reaches where null.
+    """
+
+    title: str = ""
+    claims: dict[str, Any] = {}
+    base: Part = {}
+    settings: Annotated[dict[Name, Part | None], Field(min_length=1)] = {"all": None}
+    arms: Annotated[dict[Name, Part | None], Field(min_length=1)]
+    reference: str | None = None
+    varies: tuple[str, ...] = ()
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (1, 2, 3, 4, 5)
+    score: Literal["accuracy", "personal_accuracy"] = "accuracy"
+    target: Annotated[float, Field(gt=0, lt=1)] | None = None
+    tuning: Tuning | None = Tuning()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _methods(cls, raw: Any) -> Any:
+        """methods: [a, b] is short for arms that are these methods."""
+        if not (isinstance(raw, Mapping) and raw.get("methods")):
+            return raw
+        if raw.get("arms"):
+            raise ValueError(
+                "methods and arms: one of the two; an arm that is a method alone is NAME: {method: {name: NAME}}"
+            )
+        arms = {name: {"method": {"name": name}} for name in raw["methods"]}
+        return {key: value for key, value in raw.items() if key != "methods"} | {"arms": arms}
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _counted(cls, seeds: Any) -> Any:
+        """seeds: 5 is short for 1 to 5."""
+        return tuple(range(1, seeds + 1)) if isinstance(seeds, int) and not isinstance(seeds, bool) else seeds
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Study":
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: each once, got {list(self.seeds)}")
+        named = [("reference", self.reference)] if self.reference else []
+        if self.tuning is not None:
+            named += [("tuning.own", arm) for arm in self.tuning.own]
+            if self.tuning.seed in self.seeds:
+                raise ValueError(f"tuning.seed: {self.tuning.seed} is one of the study's seeds; take another")
+        for key, arm in named:
+            if arm not in self.arms:
+                raise ValueError(
+                    f"{key}: {arm!r} is no arm{settings.hint(arm, self.arms)}; arms are {', '.join(self.arms)}"
+                )
+        return self
+
+    @property
+    def baseline(self) -> str:
+        return self.reference or next(iter(self.arms))
+
+    def config(self, setting: str, arm: str, *more: Part) -> Part:
+        """The config of a run, as YAML holds it. more: laid over it, the last on top."""
+        return merged(APART, self.base, self.settings[setting] or {}, self.arms[arm] or {}, *more)
+
+    def resolved(self) -> dict[str, dict[str, Config]]:
+        """Setting -> arm -> its config. ConfigError names the arm whose config cannot be used."""
+        found: dict[str, dict[str, Config]] = {}
+        for setting in self.settings:
+            for arm in self.arms:
+                try:
+                    found.setdefault(setting, {})[arm] = settings.load(located(self.config(setting, arm)))
+                except ConfigError as error:
+                    raise ConfigError(f"arm {arm!r} in setting {setting!r}: {error}") from None
+        return found
+
+    def differing(self) -> list[str]:
+        """What arms of a setting differ in beside the method's own and what the study varies, each key once."""
+        found: dict[str, str] = {}
+        for arms in self.resolved().values():
+            flat = {arm: flattened(config.model_dump(mode="json")) for arm, config in arms.items()}
+            for one, other in combinations(flat, 2):
+                for key in {**flat[one], **flat[other]}:
+                    a, b = flat[one].get(key), flat[other].get(key)
+                    if a != b and not any(key == free or key.startswith(f"{free}.") for free in (*OWN, *self.varies)):
+                        found.setdefault(key, f"{key} is {a} in {one} and {b} in {other}")
+        return list(found.values())
+
+
+def read(
+    source: str | Path, overrides: Iterable[str] = (), methods: Iterable[str] = (), seeds: int | None = None
+) -> Study:
+    """The study of a YAML file, with ``key=value`` overrides; where methods are named, of a run's config and these.
+
+    ConfigError with what is wrong and what would be right.
+    """
+    where, raw = settings.read(source)
+    if methods := list(methods):
+        raw = {"base": {key: value for key, value in raw.items() if key != "method"}, "methods": methods}
+    elif not raw.keys() & {"arms", "methods"}:
+        raise ConfigError(f"{where}: a study has arms or methods; to compare methods on a run's config name them: --methods fedavg,fedara")  # fmt: skip
+    if seeds is not None:
+        raw["seeds"] = seeds
+    for item in overrides:
+        settings.override(raw, item)
+    try:
+        study = Study.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{where}: {settings.explain(e, known=Study)}" for e in error.errors())) from None
+    study.resolved()
+    return study
+
+
+def merged(*parts: Part) -> Part:
+    """Nested mappings laid over one another; another method's hyper-parameters go with its name."""
+    result: Part = {}
+    for part in parts:
+        for key, value in part.items():
+            below = result.get(key)
+            if (
+                key == "method"
+                and isinstance(below, dict)
+                and value.get("name", below.get("name")) != below.get("name")
+            ):
+                below = {}
+            result[key] = merged(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
+    return result
+
+
+def dotted(values: Mapping[str, Any]) -> Part:
+    """Dotted keys as nested mappings."""
+    result: Part = {}
+    for key, value in values.items():
+        *path, last = key.split(".")
+        node = result
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return result
+
+
+def flattened(config: Mapping[str, Any], prefix: str = "") -> Part:
+    """Nested mappings as dotted keys."""
+    result: Part = {}
+    for key, value in config.items():
+        result |= (
+            flattened(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        )
+    return result
+
+
+def located(config: Part) -> Part:
+    """The config with $NAME and ~ in the paths of its data and model as they are on this machine."""
+    found = dict(config)
+    for section, key in (("data", "path"), ("model", "name")):
+        if isinstance(value := (config.get(section) or {}).get(key), str):
+            here = os.path.expanduser(os.path.expandvars(value))
+            if "$" in here:
+                raise ConfigError(
+                    f"{section}.{key}: {value}: the environment has no such variable; set it to the folder that is meant"
+                )
+            found[section] = {**config[section], key: here}
+    return found
+
+
+def digest(config: Part) -> str:
+    """What a run's result hangs on, by its config: where data and model lie does not count, what they are called does."""
+    found = json.loads(json.dumps(config))
+    for section, key in (("data", "path"), ("model", "name")):
+        if isinstance(value := (found.get(section) or {}).get(key), str):
+            found[section][key] = Path(value).name
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]

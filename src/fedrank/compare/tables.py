@@ -1,0 +1,180 @@
+"""A comparison as tables: for a terminal, CSV, Markdown and LaTeX."""
+
+import csv
+import io
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from fedrank.compare.results import SCORES, TO_TARGET
+from fedrank.store import write
+from fedrank.units import duration, energy, memory, share, size
+
+FORMS: dict[str, Callable[[Any], str]] = {
+    "accuracy": share, "personal_accuracy": share, "personal_worst_decile": share, "last_accuracy": share, "bytes_up": size,
+    "bytes_down": size, "adapter_bytes_up": size, "adapter_bytes_down": size, "clock_seconds": duration, "device_joules": energy,
+    "peak_memory_bytes": memory, "round": lambda value: "–" if value is None else f"{value:.0f}",
+}  # fmt: skip
+NAMES = {
+    "accuracy": "accuracy", "personal_accuracy": "personal", "personal_worst_decile": "worst decile", "bytes_up": "up",
+    "bytes_down": "down", "adapter_bytes_up": "adapter up", "adapter_bytes_down": "adapter down", "clock_seconds": "device time",
+    "device_joules": "energy", "peak_memory_bytes": "memory", "round": "rounds", "last_accuracy": "last round",
+}  # fmt: skip
+SHOWN = (*SCORES, "bytes_up", "bytes_down", "clock_seconds", "device_joules", "peak_memory_bytes")
+
+
+def told(name: str, one: Mapping[str, Any]) -> str:
+    """A measure for people: mean ± standard deviation over seeds; a share in per cent."""
+    mean, deviation, form = one["mean"], one["deviation"], FORMS[name]
+    if mean is None or deviation is None:
+        return form(mean)
+    if name in (*SCORES, "last_accuracy"):
+        return f"{100 * mean:.1f} ± {100 * deviation:.1f} %"
+    return f"{form(mean)} ± {100 * deviation / mean:.0f} %" if mean and deviation >= 0.005 * mean else form(mean)
+
+
+def final(result: Mapping[str, Any]) -> list[list[str]]:
+    """Arms by what they came to in the end, a head line first."""
+    names = [name for name in SHOWN if any(arm[name]["mean"] is not None for arm in result["arms"].values())]
+    return [["", *(NAMES[name] for name in names)]] + [
+        [arm, *(told(name, mine[name]) for name in names)] for arm, mine in result["arms"].items()
+    ]
+
+
+def to_target(result: Mapping[str, Any]) -> list[list[str]]:
+    """Arms by what it took them to the target, a head line first; empty where there is none."""
+    target = result["target"]
+    if target["value"] is None:
+        return []
+    names = [name for name in TO_TARGET if not name.startswith("adapter_")]
+    head = f"to {target['score'].replace('_', ' ')} {share(target['value'])}"
+    return [[head, "seeds", *(NAMES[name] for name in names)]] + [
+        [arm, str(mine["reached"]), *(told(name, mine[name]) for name in names)] for arm, mine in target["arms"].items()
+    ]
+
+
+def differences(result: Mapping[str, Any], baseline: str) -> list[list[str]]:
+    """Arms by their paired differences from the reference, a head line first; empty where there are none."""
+    found = result["differences"]
+    names = [name for name in SCORES if any(name in one for one in found.values())]
+    costs = [
+        name
+        for name in ("bytes_up", "bytes_down", "clock_seconds", "device_joules")
+        if any(name in one for one in found.values())
+    ]
+    if not names:
+        return []
+    head = [f"minus {baseline}, points", *(NAMES[name] for name in names), *(f"{NAMES[name]}, times" for name in costs)]
+    return [head] + [
+        [arm, *(_difference(one.get(name)) for name in names), *(_ratio(one.get(name)) for name in costs)]
+        for arm, one in found.items()
+    ]
+
+
+def _difference(one: Mapping[str, Any] | None) -> str:
+    if one is None:
+        return "–"
+    text = f"{100 * one['mean']:+.1f}"
+    if one["interval"] is not None:
+        text += f" ({100 * one['interval'][0]:+.1f} to {100 * one['interval'][1]:+.1f})"
+    return text if one.get("p_corrected") is None else f"{text}, p {_p(one['p_corrected'])}"
+
+
+def _ratio(one: Mapping[str, Any] | None) -> str:
+    return "–" if one is None else f"{one['mean']:.2f}"
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def all_of(found: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
+    """Every table of a comparison with what it is of."""
+    baseline = found["study"]["reference"] or next(iter(found["study"]["arms"]))
+    several, result = len(found["results"]) > 1, []
+    for setting, one in found["results"].items():
+        where = f"{setting}: " if several else ""
+        parts = (
+            ("in the end", final(one)),
+            ("to a common target", to_target(one)),
+            ("differences", differences(one, baseline)),
+        )
+        result += [(f"{where}{what}", rows) for what, rows in parts if rows]
+    return result
+
+
+# ---- forms
+
+
+def terminal(found: Mapping[str, Any]) -> list[Table]:
+    tables = []
+    for title, (head, *rows) in all_of(found):
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+        for at, name in enumerate(head):
+            table.add_column(name, justify="right" if at else "left")
+        for row in rows:
+            table.add_row(*row)
+        tables.append(table)
+    return tables
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    from tabulate import tabulate
+
+    parts = [
+        f"**{title}**\n\n{tabulate(rows, head, 'github', disable_numparse=True)}"
+        for title, (head, *rows) in all_of(found)
+    ]
+    return "\n\n".join([*parts, *said(found)]) + "\n"
+
+
+def latex(found: Mapping[str, Any]) -> str:
+    """Tables for the package booktabs."""
+    from tabulate import tabulate
+
+    parts = []
+    for title, (head, *rows) in all_of(found):
+        parts.append(
+            f"% {title}\n" + tabulate(rows, head, "latex_booktabs", disable_numparse=True).replace("±", r"$\pm$")
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def values(found: Mapping[str, Any]) -> str:
+    """CSV of every run's own numbers, for a program to read: a line for each setting, arm, seed and measure."""
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["setting", "arm", "seed", "measure", "value", "to_target"])
+    for setting, one in found["results"].items():
+        for arm, mine in one["arms"].items():
+            seeds = [*found["runs"].get(setting, {}).get(arm, {})]
+            for name, spread in mine.items():
+                for seed, value in zip(seeds, spread["values"], strict=True):
+                    lines.writerow([setting, arm, seed, name, "" if value is None else value, False])
+            for name, spread in ((n, one["target"]["arms"][arm][n]) for n in TO_TARGET):
+                for seed, value in zip(one["target"]["arms"][arm]["seeds"], spread["values"], strict=True):
+                    lines.writerow([setting, arm, seed, name, value, True])
+    return text.getvalue()
+
+
+def said(found: Mapping[str, Any]) -> list[str]:
+    """What may be concluded, in sentences: whether it is a fair comparison first."""
+    fair, several = found["fair"], len(found["results"]) > 1
+    if not fair["verdict"]:
+        return [f"Not a fair comparison, so nothing is concluded: {'; '.join(fair['why'])}.", *_notes(fair)]
+    lines = [
+        f"{setting}: {one['conclusion']}" if several else one["conclusion"] for setting, one in found["results"].items()
+    ]
+    return [*lines, *_notes(fair)]
+
+
+def _notes(fair: Mapping[str, Any]) -> list[str]:
+    return [f"Note: {'; '.join(fair['notes'])}."] if fair["notes"] else []
+
+
+def save(found: Mapping[str, Any], out: Path) -> None:
+    """The tables beside comparison.json."""
+    for kind, text in (("csv", values(found)), ("md", markdown(found)), ("tex", latex(found))):
+        write(out / f"comparison.{kind}", text.encode())
