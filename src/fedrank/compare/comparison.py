@@ -11,7 +11,7 @@ from typing import Any
 
 import fedrank
 from fedrank.compare import runs as played
-from fedrank.compare.results import compared, fairness
+from fedrank.compare.results import compared, fairness, verdicts
 from fedrank.compare.runs import Processes, RunFailed
 from fedrank.compare.study import Part, Study, digest, dotted
 from fedrank.compare.tuning import chosen, count, edges, search
@@ -176,6 +176,7 @@ class Comparison:
             arms[arm] = {str(seed): mine[str(seed)] for seed in self.study.seeds if str(seed) in mine}
         self.found["fair"] = fairness(self.study, self.found)
         self.found["results"] = compared(self.study, self.found["runs"])
+        self.found["claims"] = verdicts(self.study, self.found["results"])
         write(self.out / FILE, text(self.found).encode())
 
 

@@ -4,22 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedrank.compare import runs as played
+from fedrank.compare.claims import COSTS, SCORES, judged
 from fedrank.compare.statistics import LEVEL, holm, paired, ratio, spread
 from fedrank.compare.study import Study
 from fedrank.units import points, share
 from fedrank.units import ratio as times
 
 Run = Mapping[str, Any]  # as `runs.measured` gives it
-SCORES = ("accuracy", "personal_accuracy", "personal_worst_decile")
-COSTS = (
-    "bytes_up",
-    "bytes_down",
-    "adapter_bytes_up",
-    "adapter_bytes_down",
-    "clock_seconds",
-    "device_joules",
-    "peak_memory_bytes",
-)
+SUMS = {"bytes": ("bytes_up", "bytes_down"), "adapter_bytes": ("adapter_bytes_up", "adapter_bytes_down")}
 TO_TARGET = ("round", *COSTS)
 
 
@@ -27,7 +19,14 @@ def measures(run: Run) -> dict[str, float | None]:
     """A run's numbers: scores, `accuracy` as `late` takes it, and costs of all rounds."""
     summary = run["summary"]
     found = {name: summary.get(name) for name in (*SCORES, *COSTS)}
+    found |= {name: _sum(summary, parts) for name, parts in SUMS.items()}
     return {**found, "accuracy": played.late(run["curve"], "accuracy"), "last_accuracy": summary.get("accuracy")}
+
+
+def _sum(row: Mapping[str, Any], parts: tuple[str, ...]) -> float | None:
+    """None where a private run does not tell."""
+    values = [row.get(part) for part in parts]
+    return None if None in values else sum(value or 0 for value in values)
 
 
 def compared(study: Study, runs: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,7 +41,8 @@ def _setting(study: Study, arms: Mapping[str, Mapping[str, Run]]) -> dict[str, A
     }
     target = study.target if study.target is not None else _common(study, arms)
     found = {
-        arm: {name: spread([one[name] for one in mine.values()]) for name in (*SCORES, "last_accuracy", *COSTS)}
+        arm: {"seeds": [*mine]}
+        | {name: spread([one[name] for one in mine.values()]) for name in (*SCORES, "last_accuracy", *COSTS)}
         for arm, mine in numbers.items()
     }
     to_target = {arm: _to_target(study, arms.get(arm, {}), target) for arm in study.arms}
@@ -62,7 +62,11 @@ def _common(study: Study, arms: Mapping[str, Mapping[str, Run]]) -> float | None
 def _to_target(study: Study, mine: Mapping[str, Run], target: float | None) -> dict[str, Any]:
     """Costs up to the target, of the seeds that reach it; reached: how many do."""
     found = {seed: target and played.reached(run["curve"], study.score, target) for seed, run in mine.items()}
-    there = {seed: point for seed, point in found.items() if point}
+    there = {
+        seed: point | {name: _sum(point, parts) for name, parts in SUMS.items()}
+        for seed, point in found.items()
+        if point
+    }
     return {
         "reached": len(there), "seeds": [*there],
         **{name: spread([point[name] for point in there.values()]) for name in TO_TARGET},
@@ -86,6 +90,11 @@ def _differences(study: Study, numbers: Mapping[str, Mapping[str, Mapping[str, f
         for arm, p in corrected.items():
             found[arm][name]["p_corrected"] = p
     return found
+
+
+def verdicts(study: Study, results: Mapping[str, Any]) -> dict[str, Any]:
+    """What the runs say of each of the study's claims."""
+    return {name: judged(claim, study.baseline, results) for name, claim in study.claims.items()}
 
 
 # ---- in words

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from fedrank import config as settings
+from fedrank.compare.claims import Claim
 from fedrank.config import Config, ConfigError, Positive
 
 Part = dict[str, Any]  # of a config, as it stands in YAML
@@ -62,7 +63,7 @@ class Tuning(BaseModel, extra="forbid", frozen=True):
 class Study(BaseModel, extra="forbid", frozen=True):
     """What is asked, and of which runs.
 
-    claims: what is asked, and what would confirm or refute it, as written down beforehand. base: the config that all runs
+    about: whatever else was written down beforehand. claims: what is held against the runs. base: the config that all runs
     share. settings: name -> what is laid over it, such as another data set; arms are compared within a setting. arms: name
     -> the same; or methods: their names alone. reference: the arm that the others are compared with; the first where null.
     varies: keys in which arms may differ beside the method's own, as the study is about them. score: what trials are judged
@@ -70,7 +71,8 @@ class Study(BaseModel, extra="forbid", frozen=True):
     """
 
     title: str = ""
-    claims: dict[str, Any] = {}
+    about: dict[str, str] = {}
+    claims: dict[Name, Claim] = {}
     base: Part = {}
     settings: Annotated[dict[Name, Part | None], Field(min_length=1)] = {"all": None}
     arms: Annotated[dict[Name, Part | None], Field(min_length=1)]
@@ -104,7 +106,8 @@ class Study(BaseModel, extra="forbid", frozen=True):
     def _possible(self) -> "Study":
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: each once, got {list(self.seeds)}")
-        named = [("reference", self.reference)] if self.reference else []
+        named = [(f"claims.{name}", arm) for name, one in self.claims.items() for arm in (one.arm, one.against) if arm]
+        named += [("reference", self.reference)] if self.reference else []
         if self.tuning is not None:
             named += [("tuning.own", arm) for arm in self.tuning.own]
             if self.tuning.seed in self.seeds:
@@ -113,6 +116,11 @@ class Study(BaseModel, extra="forbid", frozen=True):
             if arm not in self.arms:
                 raise ValueError(
                     f"{key}: {arm!r} is no arm{settings.hint(arm, self.arms)}; arms are {', '.join(self.arms)}"
+                )
+        for name, one in self.claims.items():
+            if odd := [setting for setting in one.settings if setting not in self.settings]:
+                raise ValueError(
+                    f"claims.{name}.settings: there is no setting {odd[0]!r}{settings.hint(odd[0], self.settings)}"
                 )
         return self
 

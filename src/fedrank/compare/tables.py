@@ -8,7 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from fedrank.compare.results import SCORES, TO_TARGET
+from fedrank.compare.claims import SCORES
+from fedrank.compare.results import TO_TARGET
 from fedrank.store import write
 from fedrank.units import duration, energy, memory, share, size
 
@@ -48,7 +49,7 @@ def to_target(result: Mapping[str, Any]) -> list[list[str]]:
     target = result["target"]
     if target["value"] is None:
         return []
-    names = [name for name in TO_TARGET if not name.startswith("adapter_")]
+    names = [name for name in TO_TARGET if name in ("round", *SHOWN)]
     head = f"to {target['score'].replace('_', ' ')} {share(target['value'])}"
     return [[head, "seeds", *(NAMES[name] for name in names)]] + [
         [arm, str(mine["reached"]), *(told(name, mine[name]) for name in names)] for arm, mine in target["arms"].items()
@@ -149,13 +150,10 @@ def values(found: Mapping[str, Any]) -> str:
     lines.writerow(["setting", "arm", "seed", "measure", "value", "to_target"])
     for setting, one in found["results"].items():
         for arm, mine in one["arms"].items():
-            seeds = [*found["runs"].get(setting, {}).get(arm, {})]
-            for name, spread in mine.items():
-                for seed, value in zip(seeds, spread["values"], strict=True):
-                    lines.writerow([setting, arm, seed, name, "" if value is None else value, False])
-            for name, spread in ((n, one["target"]["arms"][arm][n]) for n in TO_TARGET):
-                for seed, value in zip(one["target"]["arms"][arm]["seeds"], spread["values"], strict=True):
-                    lines.writerow([setting, arm, seed, name, value, True])
+            for part, up_to in ((mine, False), (one["target"]["arms"][arm], True)):
+                for name in (name for name in part if name not in ("seeds", "reached")):
+                    for seed, value in zip(part["seeds"], part[name]["values"], strict=True):
+                        lines.writerow([setting, arm, seed, name, "" if value is None else value, up_to])
     return text.getvalue()
 
 
