@@ -23,7 +23,7 @@ def measures(run: Run) -> dict[str, float | None]:
     return {**found, "accuracy": played.late(run["curve"], "accuracy"), "last_accuracy": summary.get("accuracy")}
 
 
-def _sum(row: Mapping[str, Any], parts: tuple[str, ...]) -> float | None:
+def _sum(row: Mapping[str, Any], parts: tuple[str, ...]) -> float | int | None:
     """None where a private run does not tell."""
     values = [row.get(part) for part in parts]
     return None if None in values else sum(value or 0 for value in values)
@@ -153,16 +153,17 @@ def conclusion(study: Study, arms: Mapping[str, Any], differences: Mapping[str, 
     for arm, one in sorted(compared.items(), key=lambda item: -item[1]["mean"]):
         if one.get("p_corrected") is not None and one["p_corrected"] < LEVEL:
             costs = differences[arm].get("bytes_up")
-            low, high = one["interval"]
-            text = f"{arm} by {points(abs(one['mean']))} ({points(min(abs(low), abs(high)))} to {points(max(abs(low), abs(high)))}"
-            text += f", with {times(costs['mean'])} the bytes up)" if costs else ")"
+            low, high = sorted(100 * abs(end) for end in one["interval"])
+            factor = differences[arm].get("bytes_up")
+            bytes_up = f", {times(factor['mean'])} the bytes up" if factor else ""
+            text = f"{arm} by {points(abs(one['mean']))} (95 % interval {low:.1f} to {high:.1f}{bytes_up})"
             (above if one["mean"] > 0 else below).append(text)
         else:
             level.append(arm)
     start = f"{study.baseline} has {what} {share(base['mean'])} over {len(base['values'])} seed{'s' * (len(base['values']) != 1)}."
     said = [start]
     if above:
-        said.append(f"Better, in points with their 95 % interval: {'; '.join(above)}.")
+        said.append(f"Better: {'; '.join(above)}.")
     if below:
         said.append(f"Worse: {'; '.join(below)}.")
     if level and len(base["values"]) > 1:

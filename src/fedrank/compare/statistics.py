@@ -8,7 +8,7 @@ from typing import Any
 LEVEL = 0.05  # of tests; intervals are of 95 %
 
 
-def spread(values: Sequence[float | None]) -> dict[str, Any]:
+def spread(values: Sequence[float | int | None]) -> dict[str, Any]:
     """Mean and sample standard deviation of what there is, and the values; None where there is nothing, or one alone."""
     known = [value for value in values if value is not None]
     return {
@@ -18,7 +18,7 @@ def spread(values: Sequence[float | None]) -> dict[str, Any]:
     }
 
 
-def paired(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
+def paired(ours: Sequence[float | int], theirs: Sequence[float | int]) -> dict[str, Any]:
     """ours - theirs over the same seeds: the mean, its 95 % interval by Student's t, and the p of the paired t-test.
 
     None for interval and p of fewer than two pairs; of differences that are all the same, p is None.
@@ -37,7 +37,7 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
     return found
 
 
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any] | None:
+def ratio(ours: Sequence[float | int], theirs: Sequence[float | int]) -> dict[str, Any] | None:
     """ours / theirs over the same seeds: the geometric mean and its 95 % interval. None where a value is not above 0."""
     if min([*ours, *theirs], default=0) <= 0:
         return None

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from fedrank import config as settings
+from fedrank import methods
 from fedrank.compare.claims import Claim
 from fedrank.config import Config, ConfigError, Positive
 
@@ -133,14 +134,16 @@ class Study(BaseModel, extra="forbid", frozen=True):
         return merged(APART, self.base, self.settings[setting] or {}, self.arms[arm] or {}, *more)
 
     def resolved(self) -> dict[str, dict[str, Config]]:
-        """Setting -> arm -> its config. ConfigError names the arm whose config cannot be used."""
+        """Setting -> arm -> its config. ConfigError names the arm whose config, or whose trials' one, cannot be used."""
         found: dict[str, dict[str, Config]] = {}
         for setting in self.settings:
             for arm in self.arms:
-                try:
-                    found.setdefault(setting, {})[arm] = settings.load(located(self.config(setting, arm)))
-                except ConfigError as error:
-                    raise ConfigError(f"arm {arm!r} in setting {setting!r}: {error}") from None
+                found.setdefault(setting, {})[arm] = _checked(
+                    self.config(setting, arm), f"arm {arm!r} in setting {setting!r}"
+                )
+                for knobs in _ends(self.tuning.knobs(arm)) if self.tuning else ():
+                    config = self.config(setting, arm, self.tuning.config if self.tuning else {}, dotted(knobs))
+                    _checked(config, f"tuning of arm {arm!r} in setting {setting!r}")
         return found
 
     def differing(self) -> list[str]:
@@ -157,15 +160,15 @@ class Study(BaseModel, extra="forbid", frozen=True):
 
 
 def read(
-    source: str | Path, overrides: Iterable[str] = (), methods: Iterable[str] = (), seeds: int | None = None
+    source: str | Path, overrides: Iterable[str] = (), names: Iterable[str] = (), seeds: int | None = None
 ) -> Study:
     """The study of a YAML file, with ``key=value`` overrides; where methods are named, of a run's config and these.
 
     ConfigError with what is wrong and what would be right.
     """
     where, raw = settings.read(source)
-    if methods := list(methods):
-        raw = {"base": {key: value for key, value in raw.items() if key != "method"}, "methods": methods}
+    if names := list(names):
+        raw = {"base": {key: value for key, value in raw.items() if key != "method"}, "methods": names}
     elif not raw.keys() & {"arms", "methods"}:
         raise ConfigError(f"{where}: a study has arms or methods; to compare methods on a run's config name them: --methods fedavg,fedara")  # fmt: skip
     if seeds is not None:
@@ -178,6 +181,22 @@ def read(
         raise ConfigError("\n".join(f"{where}: {settings.explain(e, known=Study)}" for e in error.errors())) from None
     study.resolved()
     return study
+
+
+def _checked(config: Part, whose: str) -> Config:
+    try:
+        found = settings.load(located(config))
+        methods.build(found.method)
+    except ConfigError as error:
+        raise ConfigError(f"{whose}: {error}") from None
+    return found
+
+
+def _ends(knobs: Mapping[str, Knob]) -> Iterator[dict[str, Any]]:
+    """Values of each knob that show whether all are possible: a range's ends, and all of a list."""
+    for key, knob in knobs.items():
+        for value in (knob.low, knob.high) if isinstance(knob, Range) else knob:
+            yield {key: value}
 
 
 def merged(*parts: Part) -> Part:

@@ -1,0 +1,517 @@
+"""Studies: read, tuned, played, compared, judged."""
+
+import csv
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from scipy import stats
+from typer.testing import CliRunner
+
+from fedrank.cli import app
+from fedrank.compare import comparison, tables, tuning
+from fedrank.compare.claims import Claim, judged
+from fedrank.compare.results import compared, fairness
+from fedrank.compare.runs import best, late, reached
+from fedrank.compare.statistics import holm, paired, ratio, spread
+from fedrank.compare.study import Range, Study, digest, merged, read
+from fedrank.config import ConfigError
+from fedrank.store import StoreError
+
+BASE = {"data": {"name": "docstrings"}, "rounds": {"count": 4, "cohort": 2}}
+
+
+def study(**more: Any) -> Study:
+    given = {"base": BASE, "methods": ["fedavg", "fedara", "ffa_lora"], "seeds": 3, "tuning": None}
+    given = {key: value for key, value in {**given, **more}.items() if value is not ...}
+    return Study.model_validate(given)
+
+
+def write(path: Path, content: Any) -> Path:
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+# ---- a study is read
+
+
+def test_methods_are_short_for_arms_and_a_count_for_seeds() -> None:
+    found = study()
+    assert found.arms["fedara"] == {"method": {"name": "fedara"}}
+    assert found.seeds == (1, 2, 3)
+    assert found.baseline == "fedavg"
+
+
+def test_methods_on_a_runs_config(tmp_path: Path) -> None:
+    file = write(tmp_path / "run.yaml", {**BASE, "method": {"name": "fedara", "target_rank": 2}})
+    found = read(file, ["tuning.trials=2"], ["fedavg", "rolora"], 2)
+    assert [*found.arms] == ["fedavg", "rolora"]
+    assert "method" not in found.base
+    assert found.seeds == (1, 2)
+    assert found.tuning is not None
+    assert found.tuning.trials == 2
+    with pytest.raises(ConfigError, match=r"a study has arms or methods; .* --methods fedavg,fedara"):
+        read(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tunning": {}}, "unknown key 'tunning'; did you mean 'tuning'"),
+        ({"methods": ["fedavg", "fedora"]}, "arm 'fedora' in setting 'all': method.name: no method is called 'fedora'; did you mean 'fedara'"),
+        ({"base": {**BASE, "rounds": {"cuont": 3}}}, "unknown key 'rounds.cuont'; did you mean 'rounds.count'"),
+        ({"reference": "fedavgg"}, "reference: 'fedavgg' is no arm; did you mean 'fedavg'"),
+        ({"seeds": [1, 1]}, "seeds: each once"),
+        ({"seeds": []}, "seeds"),
+        ({"tuning": {"seed": 2}}, "tuning.seed: 2 is one of the study's seeds"),
+        ({"tuning": {"own": {"fedarra": {}}}}, "tuning.own: 'fedarra' is no arm; did you mean 'fedara'"),
+        ({"tuning": {"search": {"local.lr": {"low": 1, "high": 0.1}}}}, "low is below high"),
+        ({"tuning": {"search": {"local.lr": []}}}, "tuning.search.local.lr"),
+        ({"tuning": {"search": {"local.rl": [0.1]}}}, "tuning of arm 'fedavg' in setting 'all': config: unknown key 'local.rl'"),
+        ({"tuning": {"search": {"local.lr": [-1.0]}}}, "tuning of arm 'fedavg'"),
+        ({"arms": {"a b": {}}, "methods": ...}, "arms.a b"),
+        ({"arms": {"a": {}}}, "methods and arms: one of the two"),
+        ({"claims": {"x": {"claim": "c", "arm": "fedavgg", "of": "accuracy", "confirmed": {"above": 0}, "refuted": {"below": 0}}}}, "claims.x: 'fedavgg' is no arm"),
+        ({"score": "acuracy"}, "did you mean 'accuracy'"),
+    ],
+)  # fmt: skip
+def test_a_mistake_says_where_and_what_would_be_right(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    given = {"base": BASE, "methods": ["fedavg", "fedara"], "seeds": 3, **change}
+    file = write(tmp_path / "study.yaml", {key: value for key, value in given.items() if value is not ...})
+    with pytest.raises(ConfigError) as error:
+        read(file)
+    assert words in str(error.value)
+
+
+def test_a_path_is_told_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "study.yaml", {"base": {"data": {"path": "$SETS/mine"}}, "methods": ["fedavg"]})
+    monkeypatch.delenv("SETS", raising=False)
+    with pytest.raises(ConfigError, match=r"data.path: \$SETS/mine: the environment has no such variable"):
+        read(file)
+    monkeypatch.setenv("SETS", str(tmp_path))
+    assert read(file).resolved()["all"]["fedavg"].data.path == f"{tmp_path}/mine"
+    one, other = ({"data": {"path": f"{folder}/mine"}, "seed": 1} for folder in ("$SETS", "/elsewhere"))
+    assert digest(one) == digest(other) != digest({"data": {"path": "$SETS/other"}, "seed": 1})
+
+
+def test_another_methods_knobs_go_with_its_name() -> None:
+    assert merged({"method": {"name": "fedara", "target_rank": 2}}, {"method": {"name": "fedavg"}}) == {"method": {"name": "fedavg"}}  # fmt: skip
+    assert merged({"method": {"name": "fedara", "target_rank": 2}}, {"method": {"score": "random"}}) == {
+        "method": {"name": "fedara", "target_rank": 2, "score": "random"}
+    }
+
+
+def test_arms_that_differ_in_more_than_their_method() -> None:
+    arms = {"a": {}, "b": {"local": {"epochs": 3}, "adapter": {"rank": 4}}}
+    assert study(methods=..., arms=arms).differing() == ["local.epochs is 1 in a and 3 in b"]
+    assert study(methods=..., arms=arms, varies=["local"]).differing() == []
+
+
+# ---- tuning
+
+
+def test_lists_are_tried_through_and_ranges_as_often_as_there_are_trials() -> None:
+    tried: list[Any] = []
+    lists = {"a": (1, 2), "b": ("x", "y")}
+
+    def score(knobs: dict[str, Any]) -> float:
+        tried.append(knobs)
+        return float(knobs["a"])
+
+    tuning.search(lists, 4, 0, score)
+    assert tuning.count(lists, 9) == 4
+    assert sorted((one["a"], one["b"]) for one in tried) == [(1, "x"), (1, "y"), (2, "x"), (2, "y")]
+    knobs = {"lr": Range(low=1e-3, high=1e-1, log=True)}
+    tried.clear()
+    tuning.search(knobs, 6, 0, lambda one: -abs(math.log10(tried.append(one) or one["lr"]) + 2))  # type: ignore[func-returns-value]
+    assert len(tried) == tuning.count(knobs, 6) == 6
+    assert all(1e-3 <= one["lr"] <= 1e-1 for one in tried)
+    again: list[Any] = []
+    tuning.search(knobs, 6, 0, lambda one: -abs(math.log10(again.append(one) or one["lr"]) + 2))  # type: ignore[func-returns-value]
+    assert again == tried  # as a search that was cut short needs it
+
+
+def test_a_best_value_at_the_edge_is_told() -> None:
+    trials = [
+        {"knobs": {"lr": 0.1}, "score": 0.2},
+        {"knobs": {"lr": 0.3}, "score": 0.5},
+        {"knobs": {"lr": 1.0}, "score": 0.5},
+    ]
+    assert tuning.chosen(trials) == {"lr": 0.3}
+    assert tuning.edges({"lr": (0.1, 0.3, 1.0)}, {"lr": 0.3}) == []
+    assert tuning.edges({"lr": (0.1, 0.3, 1.0)}, {"lr": 1.0}) == ["lr"]
+    assert tuning.edges({"lr": Range(low=0.001, high=0.1, log=True)}, {"lr": 0.0011}) == ["lr"]
+    assert tuning.edges({"lr": Range(low=0.001, high=0.1, log=True)}, {"lr": 0.01}) == []
+    assert tuning.edges({"kind": ("a", "b")}, {"kind": "a"}) == []
+
+
+# ---- statistics
+
+
+def test_paired_differences_are_those_of_a_paired_t_test() -> None:
+    ours, theirs = [0.81, 0.79, 0.84, 0.80], [0.78, 0.80, 0.79, 0.77]
+    found = paired(ours, theirs)
+    expected = stats.ttest_rel(ours, theirs)
+    interval = expected.confidence_interval(0.95)
+    assert found["p"] == pytest.approx(expected.pvalue)
+    assert found["interval"] == pytest.approx([interval.low, interval.high])
+    assert paired([1.0], [0.5])["interval"] is None
+    assert paired([1.0, 2.0], [0.0, 1.0])["p"] is None  # the same difference twice: nothing to test
+
+
+def test_ratios_are_geometric() -> None:
+    found = ratio([2.0, 8.0], [1.0, 1.0])
+    assert found is not None
+    assert found["mean"] == pytest.approx(4.0)
+    assert found["interval"][0] < 4 < found["interval"][1]
+    assert ratio([0.0, 1.0], [1.0, 1.0]) is None
+
+
+def test_holms_correction() -> None:
+    """0.01 * 4, then 0.013 * 3 below it, 0.02 * 2 = 0.04, 0.5 once."""
+    found = holm({"a": 0.02, "b": 0.01, "c": None, "d": 0.5, "e": 0.013})
+    assert found == {"a": pytest.approx(0.04), "b": pytest.approx(0.04), "c": None, "d": 0.5, "e": pytest.approx(0.04)}
+    assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
+
+
+def test_spread_leaves_out_what_there_is_not() -> None:
+    assert spread([1.0, None, 3.0])["mean"] == 2.0
+    assert spread([None])["mean"] is None
+    assert spread([2.0])["deviation"] is None
+
+
+# ---- curves
+
+
+def curve(*scores: float | None) -> list[dict[str, Any]]:
+    return [
+        {"round": at, "accuracy": score, "personal_accuracy": score, "loss": 1.0, "bytes_up": 10.0 * at, "bytes_down": 20.0 * at,
+         "adapter_bytes_up": 9.0 * at, "adapter_bytes_down": 18.0 * at, "clock_seconds": 2.0 * at, "device_joules": 3.0 * at,
+         "peak_memory_bytes": 5.0, "components": 8, "modules_alive": 2}
+        for at, score in enumerate(scores, 1)
+    ]  # fmt: skip
+
+
+def test_late_is_the_mean_of_the_last_five_of_the_second_half() -> None:
+    assert late(curve(0.0, 0.0, 0.4, 0.6), "accuracy") == pytest.approx(0.5)
+    assert late(curve(*[0.0] * 10, *[0.5] * 5, *[1.0] * 5), "accuracy") == 1.0
+    assert late(curve(None, None), "accuracy") is None
+
+
+def test_a_target_is_reached_by_the_mean_of_three() -> None:
+    line = curve(0.1, 0.9, 0.2, 0.5, 0.5, 0.5)
+    assert reached(line, "accuracy", 0.5) == line[3]  # 0.9, 0.2, 0.5
+    assert reached(line, "accuracy", 0.6) is None
+    assert best(line, "accuracy") == pytest.approx(1.6 / 3)
+    assert best(curve(0.1, 0.2), "accuracy") is None
+
+
+# ---- results
+
+
+def run(*scores: float | None, factor: float = 1.0) -> dict[str, Any]:
+    line = [{**point, "bytes_up": factor * point["bytes_up"]} for point in curve(*scores)]
+    last = line[-1]
+    sums = {
+        name: last[name]
+        for name in (
+            "bytes_up",
+            "bytes_down",
+            "adapter_bytes_up",
+            "adapter_bytes_down",
+            "clock_seconds",
+            "device_joules",
+        )
+    }
+    facts = {"data": {"train": "d"}, "model": "m", "version": "1", "numerics": {}}
+    summary = {
+        "accuracy": scores[-1],
+        "personal_accuracy": scores[-1],
+        "personal_worst_decile": 0.1,
+        "peak_memory_bytes": 5.0,
+        **sums,
+    }
+    return {
+        "summary": summary,
+        "curve": line,
+        "personal": [0.1, 0.9],
+        "facts": facts,
+        "digest": "x",
+        "seconds": 1.0,
+        "ranks": {},
+    }
+
+
+def runs() -> dict[str, Any]:
+    """fedara is 10 points above, give or take; ffa_lora is level; three seeds each."""
+    return {"all": {
+        "fedavg": {str(s): run(0.1, 0.3, 0.5, 0.50 + 0.01 * s) for s in (1, 2, 3)},
+        "fedara": {str(s): run(0.1, 0.4, 0.6, 0.60 + 0.012 * s, factor=0.5) for s in (1, 2, 3)},
+        "ffa_lora": {str(s): run(0.1, 0.3, 0.5, 0.50 + 0.01 * s + d) for s, d in ((1, 0.02), (2, -0.03), (3, 0.0))},
+    }}  # fmt: skip
+
+
+def test_what_runs_come_to() -> None:
+    found = compared(study(), runs())["all"]
+    assert found["arms"]["fedavg"]["accuracy"]["values"] == pytest.approx([0.505, 0.51, 0.515])
+    assert found["arms"]["fedara"]["bytes"]["mean"] == pytest.approx(0.5 * 40 + 80)
+    assert found["target"]["value"] == pytest.approx(
+        (0.3 + 0.5 + 0.49) / 3
+    )  # the weakest run of all, ffa_lora's second
+    assert found["target"]["arms"]["fedara"]["reached"] == 3
+    assert found["target"]["arms"]["fedara"]["round"]["values"] == [4, 4, 4]
+    one = found["differences"]["fedara"]
+    assert one["accuracy"]["mean"] == pytest.approx(0.102)
+    assert one["bytes_up"]["mean"] == pytest.approx(0.5)
+    assert one["accuracy"]["p"] < one["accuracy"]["p_corrected"] < 0.05
+    assert "Better: fedara by 10.2 points (95 % interval 10.0 to 10.4, 0.5 times the bytes up)" in found["conclusion"]
+    assert "Not told apart from it at 5 %, corrected for 2 comparisons: ffa_lora" in found["conclusion"]
+
+
+def test_a_given_target_that_some_never_reach() -> None:
+    found = compared(study(target=0.56), runs())["all"]["target"]
+    assert found["given"]
+    assert (found["arms"]["fedara"]["reached"], found["arms"]["fedavg"]["reached"]) == (0, 0)
+    found = compared(study(target=0.53), runs())["all"]["target"]["arms"]
+    assert (found["fedara"]["reached"], found["fedara"]["seeds"]) == (3, ["1", "2", "3"])
+    assert found["fedavg"]["clock_seconds"]["mean"] is None
+
+
+def test_one_seed_tells_nothing() -> None:
+    one = {"all": {arm: {"1": mine["1"]} for arm, mine in runs()["all"].items()}}
+    assert "One seed tells no difference from chance" in compared(study(seeds=1), one)["all"]["conclusion"]
+
+
+def test_a_score_that_some_methods_have_not() -> None:
+    found = runs()
+    found["all"]["ffa_lora"] = {seed: run(None, None, None, None) for seed in "123"}
+    one = compared(study(), found)["all"]
+    assert "accuracy" not in one["differences"]["ffa_lora"]
+    assert one["arms"]["ffa_lora"]["accuracy"]["mean"] is None
+    assert one["target"]["value"] is not None
+    found["all"]["fedavg"] = found["all"]["ffa_lora"]
+    assert "The reference, fedavg, has no accuracy" in compared(study(), found)["all"]["conclusion"]
+
+
+def test_a_comparison_with_unequal_budgets_is_not_called_fair() -> None:
+    assert fairness(study(), {"runs": runs()})["verdict"]
+    short = runs()
+    del short["all"]["fedara"]["2"]
+    assert fairness(study(), {"runs": short}) == {
+        "verdict": False, "why": ["all: fedara has no run of seed 2"],
+        "notes": ["no knob was searched: learning rates are each method's default or as the arms set them"],
+    }  # fmt: skip
+    other = runs()
+    other["all"]["fedara"]["1"]["facts"] = other["all"]["fedara"]["1"]["facts"] | {"data": {"train": "e"}}
+    assert "all: runs of a seed had not the same data" in fairness(study(), {"runs": other})["why"]
+    trials = {
+        "all": {
+            "fedavg": {"trials": [{}], "edge": []},
+            "fedara": {"trials": [{}, {}], "edge": ["local.lr"]},
+            "ffa_lora": {"trials": [{}], "edge": []},
+        }
+    }
+    found = fairness(study(tuning={}), {"runs": runs(), "tuning": trials})
+    assert found["why"] == ["all: tuned with unequal effort, trials: fedavg 1, fedara 2, ffa_lora 1"]
+    assert "all: the best local.lr of fedara is at the edge of what was tried" in found["notes"]
+    longer = study(methods=..., arms={"fedavg": {}, "fedara": {"rounds": {"count": 9}}, "ffa_lora": {}})
+    assert "rounds.count is 4 in fedavg and 9 in fedara" in fairness(longer, {"runs": runs()})["why"]
+
+
+# ---- claims
+
+
+def claim(**more: Any) -> Claim:
+    given = {"claim": "c", "arm": "fedara", "of": "accuracy", "confirmed": {"above": 0}, "refuted": {"below": 0}}
+    return Claim.model_validate({**given, **more})
+
+
+def test_claims_are_judged_by_the_whole_interval() -> None:
+    results = compared(study(), runs())
+    assert judged(claim(), "fedavg", results)["verdict"] == "confirmed"
+    assert judged(claim(arm="fedavg", against="fedara"), "fedavg", results)["verdict"] == "refuted"
+    assert judged(claim(arm="ffa_lora"), "fedavg", results)["verdict"] == "not shown"
+    assert judged(claim(confirmed={"above": 20}), "fedavg", results)["verdict"] == "not shown"
+    costs = judged(claim(of="bytes_up", confirmed={"below": 0.6}, refuted={"above": 0.6}), "fedavg", results)
+    assert costs["verdict"] == "confirmed"
+    assert costs["settings"]["all"]["mean"] == pytest.approx(0.5)
+    two = {
+        "one": results["all"],
+        "two": compared(study(), {"all": {**runs()["all"], "fedara": runs()["all"]["fedavg"]}})["all"],
+    }
+    assert judged(claim(), "fedavg", two)["verdict"] == "partly"
+    assert judged(claim(settings=["one"]), "fedavg", two)["verdict"] == "confirmed"
+
+
+def test_claims_up_to_a_target_need_it_reached() -> None:
+    faster = claim(of="clock_seconds", to_target=True, confirmed={"below": 1.1}, refuted={"above": 1.1})
+    assert judged(faster, "fedavg", compared(study(), runs()))["verdict"] == "confirmed"
+    never = judged(faster, "fedavg", compared(study(target=0.53), runs()))
+    assert never["settings"]["all"]["why"] == "an arm never reached the target"
+    for odd in ({"to_target": True}, {"of": "round"}, {"confirmed": {}}, {"confirmed": {"above": 0, "below": 1}}):
+        with pytest.raises(ValueError, match=r"above or below|of:"):
+            claim(**odd)
+
+
+# ---- tables
+
+
+def whole(**more: Any) -> dict[str, Any]:
+    asked = study(**more)
+    found = {"study": asked.model_dump(mode="json"), "runs": runs(), "results": compared(asked, runs())}
+    return {**found, "fair": fairness(asked, found)}
+
+
+def test_tables_for_people_and_programs() -> None:
+    found = whole()
+    text = tables.markdown(found)
+    assert "| fedara   | 61.2 ± 0.6 %" in text
+    assert "+10.2 (+10.0 to +10.4), p < 0.001" in text
+    assert text.endswith(".\n")
+    assert r"ffa\_lora" in tables.latex(found)
+    assert r"$\pm$" in tables.latex(found)
+    rows = list(csv.DictReader(io.StringIO(tables.values(found))))
+    mine = [r for r in rows if (r["arm"], r["measure"], r["to_target"]) == ("fedara", "accuracy", "False")]
+    assert [(r["seed"], float(r["value"])) for r in mine] == [("1", 0.606), ("2", 0.612), ("3", pytest.approx(0.618))]
+    assert {r["to_target"] for r in rows} == {"True", "False"}
+    assert len(tables.terminal(found)) == 3
+
+
+def test_an_unfair_comparison_concludes_nothing() -> None:
+    found = whole(seeds=4)
+    said = " ".join(tables.said(found))
+    assert said.startswith("Not a fair comparison, so nothing is concluded: all: fedavg has no run of seed 4")
+    assert "Better" not in said
+
+
+# ---- played
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of two methods on rows of one's own, small enough for seconds."""
+    folder = tmp_path_factory.mktemp("small")
+    rows = [{"text": f"{word} {at} {word}", "label": word} for at in range(30) for word in ("up", "down")]
+    (folder / "rows.csv").write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in rows))
+    return write(folder / "small.yaml", {
+        "base": {"data": {"path": str(folder / "rows.csv")}, "clients": {"count": 3}, "rounds": {"count": 3, "cohort": 2, "evaluate_every": 1},
+                 "local": {"max_length": 8}},
+        "methods": ["fedavg", "ffa_lora"], "seeds": 2,
+        "tuning": {"search": {"local.lr": [0.003, 0.03]}, "trials": 2, "config": {"rounds": {"count": 1}}},
+    })  # fmt: skip
+
+
+def command(*words: str | Path) -> list[str]:
+    return [sys.executable, "-m", "fedrank.cli", "compare", *map(str, words)]
+
+
+@pytest.mark.slow
+def test_a_study_is_killed_and_goes_on(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen(command(small, "--out", out, "-o", "json"), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    seen = [json.loads(process.stdout.readline()) for _ in range(4)]  # the forecast and three trials
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert [event["event"] for event in seen] == ["forecast", "run", "run", "run"]
+    assert (seen[0]["trials"], seen[0]["runs"]) == (4, 4)
+    kept = comparison.read(out)
+    assert sum(len(arm["trials"]) for arm in kept["tuning"]["all"].values()) >= 3
+    assert kept["fair"]["verdict"] is False
+
+    done = subprocess.run(command(small, "--out", out, "-o", "json"), capture_output=True, text=True, check=True)
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert events[0]["trials"] <= 1
+    assert [event["event"] for event in events[1:]] == ["run"] * (events[0]["trials"] + 4) + ["end"]
+    found = comparison.read(out)
+    assert found["fair"]["verdict"]
+    assert {arm: [*mine] for arm, mine in found["runs"]["all"].items()} == {
+        "fedavg": ["1", "2"],
+        "ffa_lora": ["1", "2"],
+    }
+    for arm in ("fedavg", "ffa_lora"):
+        mine = found["tuning"]["all"][arm]
+        assert {trial["knobs"]["local.lr"] for trial in mine["trials"]} == {0.003, 0.03}
+        assert found["runs"]["all"][arm]["1"]["curve"][-1]["round"] == 3
+    assert (out / "comparison.md").read_text().startswith("**in the end**")
+    assert {path.suffix for path in out.iterdir() if path.is_file()} >= {".json", ".csv", ".md", ".tex"}
+
+    before, started = (out / "comparison.json").read_bytes(), time.monotonic()
+    again = CliRunner().invoke(app, ["compare", str(small), "--out", str(out), "--runs", str(tmp_path / "elsewhere")])
+    assert again.exit_code == 0, again.output
+    assert "0 trials and 0 runs" in again.output  # comparison.json alone is enough
+    assert time.monotonic() - started < 5
+    assert (out / "comparison.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_the_runs_too(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = command(small, "tuning=null", "base.rounds.count=500", "--seeds", "1", "--out", out)
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("forecast: ")
+    while len(list(out.glob("runs/*/rounds.jsonl"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "what is played is kept. Go on with: fedrank compare" in errors
+    time.sleep(0.5)
+    lengths = [len(path.read_text().splitlines()) for path in sorted(out.glob("runs/*/rounds.jsonl"))]
+    time.sleep(1)
+    assert lengths == [len(path.read_text().splitlines()) for path in sorted(out.glob("runs/*/rounds.jsonl"))]
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_told_and_left_out(small: Path, tmp_path: Path) -> None:
+    """Krum needs more clients than come."""
+    out = tmp_path / "out"
+    words = ["tuning=null", "base.server={aggregation: krum, hostile: 1}", "methods=[fedavg]"]
+    done = CliRunner().invoke(app, ["compare", str(small), *words, "--seeds", "1", "--out", str(out)])
+    assert done.exit_code == 1, done.output
+    assert "failed: all  fedavg  seed 1: " in done.output
+    assert "Not a fair comparison, so nothing is concluded: all: fedavg has no run of seed 1" in " ".join(
+        done.output.split()
+    )
+    assert comparison.read(out)["failures"][0]["arm"] == "fedavg"
+
+
+def test_a_comparison_of_another_form_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "comparison.json").write_text('{"schema": 99}')
+    with pytest.raises(StoreError, match="schema 99, this fedrank reads 1"):
+        comparison.read(tmp_path)
+    (tmp_path / "comparison.json").write_text("[]")
+    with pytest.raises(StoreError, match="schema None"):
+        comparison.read(tmp_path)
+    with pytest.raises(StoreError, match="is no comparison"):
+        comparison.read(tmp_path / "nothing")
+
+
+def test_json_has_a_line_for_what_holds_nothing_nested() -> None:
+    text = comparison.text({"a": [1, 2], "b": {"c": {"d": 1, "e": "f"}}})
+    assert json.loads(text) == {"a": [1, 2], "b": {"c": {"d": 1, "e": "f"}}}
+    assert '"a": [ 1, 2 ]' in text
+    assert json.loads(comparison.text({"a": ["x [y", "{z"]})) == {"a": ["x [y", "{z"]}
+
+
+def test_the_studies_of_the_benchmarks_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDRANK_DATA", os.environ.get("FEDRANK_DATA", "sets"))
+    folder = Path(__file__).parents[1] / "benchmarks"
+    files = [folder / "methods.yaml", *sorted((folder / "reproduce").glob("*.yaml"))]
+    assert len(files) == 5
+    for file in files:
+        found = read(file)
+        assert found.differing() == []
+        assert len(found.seeds) == 5
+        assert found.claims or file.stem == "methods"
