@@ -417,11 +417,10 @@ def command(*words: str | Path) -> list[str]:
 @pytest.mark.slow
 def test_a_study_is_killed_and_goes_on(small: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = subprocess.Popen(command(small, "--out", out, "-o", "json"), stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    seen = [json.loads(process.stdout.readline()) for _ in range(4)]  # the forecast and three trials
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with subprocess.Popen(command(small, "--out", out, "-o", "json"), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        seen = [json.loads(process.stdout.readline()) for _ in range(4)]  # the forecast and three trials
+        process.send_signal(signal.SIGKILL)
     assert [event["event"] for event in seen] == ["forecast", "run", "run", "run"]
     assert (seen[0]["trials"], seen[0]["runs"]) == (4, 4)
     kept = comparison.read(out)
@@ -457,14 +456,14 @@ def test_a_study_is_killed_and_goes_on(small: Path, tmp_path: Path) -> None:
 def test_ctrl_c_stops_the_runs_too(small: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = command(small, "tuning=null", "base.rounds.count=500", "--seeds", "1", "--out", out)
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline().startswith("forecast: ")
-    while len(list(out.glob("runs/*/rounds.jsonl"))) < 2:
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("forecast: ")
+        while len(list(out.glob("runs/*/rounds.jsonl"))) < 2:
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "what is played is kept. Go on with: fedrank compare" in errors
     time.sleep(0.5)

@@ -152,7 +152,6 @@ def conclusion(study: Study, arms: Mapping[str, Any], differences: Mapping[str, 
     above, below, level = list[str](), list[str](), list[str]()
     for arm, one in sorted(compared.items(), key=lambda item: -item[1]["mean"]):
         if one.get("p_corrected") is not None and one["p_corrected"] < LEVEL:
-            costs = differences[arm].get("bytes_up")
             low, high = sorted(100 * abs(end) for end in one["interval"])
             factor = differences[arm].get("bytes_up")
             bytes_up = f", {times(factor['mean'])} the bytes up" if factor else ""
