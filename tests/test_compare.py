@@ -17,15 +17,16 @@ import yaml
 from scipy import stats
 from typer.testing import CliRunner
 
+import fedrank
 from fedrank.cli import app
-from fedrank.compare import comparison, tables, tuning
-from fedrank.compare.claims import Claim, judged
-from fedrank.compare.results import compared, fairness
-from fedrank.compare.runs import best, late, reached
-from fedrank.compare.statistics import holm, paired, ratio, spread
-from fedrank.compare.study import Range, Study, digest, merged, read
 from fedrank.config import ConfigError
 from fedrank.store import StoreError
+from fedrank.studies import comparison, tables, tuning
+from fedrank.studies.claims import Claim, judged
+from fedrank.studies.results import compared, fairness
+from fedrank.studies.runs import best, late, reached
+from fedrank.studies.statistics import holm, paired, ratio, spread
+from fedrank.studies.study import Range, Study, digest, merged, read
 
 BASE = {"data": {"name": "docstrings"}, "rounds": {"count": 4, "cohort": 2}}
 
@@ -514,3 +515,24 @@ def test_the_studies_of_the_benchmarks_can_be_read(monkeypatch: pytest.MonkeyPat
         assert found.differing() == []
         assert len(found.seeds) == 5
         assert found.claims or file.stem == "methods"
+
+
+def test_the_page_of_results_is_what_the_results_say() -> None:
+    """benchmarks/results_page.py was run after the results last changed."""
+    root = Path(__file__).parents[1]
+    written = subprocess.run(
+        [sys.executable, "-c", "import results_page; print(results_page.page(), end='')"], cwd=root / "benchmarks",
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert (root / "docs" / "results.md").read_text(encoding="utf-8") == written
+
+
+@pytest.mark.slow
+def test_from_python(small: Path, tmp_path: Path) -> None:
+    seen: list[str] = []
+    found = fedrank.compare(
+        small, "tuning=null", "seeds=1", out=tmp_path, watch=lambda event: seen.append(event["event"])
+    )
+    assert seen == ["forecast", "run", "run", "end"]
+    assert found["fair"]["verdict"]
+    assert json.loads((tmp_path / "comparison.json").read_text()) == found

@@ -8,12 +8,13 @@ if TYPE_CHECKING:
     from fedrank.experiment import Run as Run
     from fedrank.experiment import resume as resume
     from fedrank.experiment import run as run
+    from fedrank.studies.play import compare as compare
     from fedrank.training.data import ClientData as ClientData
 
 __version__ = "0.1.0"
 
 _LAZY = {"run": "experiment", "resume": "experiment", "Run": "experiment", "Config": "config",
-         "ClientData": "training.data"}  # fmt: skip
+         "ClientData": "training.data", "compare": "studies.play"}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -133,8 +133,8 @@ def compare(
     """Play methods against each other with the same data, seeds and tuning, and say what may be concluded."""
     with mistakes():
         needs("compare", "optuna", "scipy", "tabulate")
-        from fedrank.compare.compare import compare as play
-        from fedrank.compare.study import read
+        from fedrank.studies.play import play
+        from fedrank.studies.study import read
 
         asked = read(study, overrides or [], methods.split(",") if methods else (), seeds)
     where = out or Path("comparisons") / Path(study).stem

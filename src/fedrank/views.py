@@ -94,7 +94,7 @@ VIEWS: dict[Output, Callable[[Iterator[dict[str, Any]]], Iterator[dict[str, Any]
 
 def study(event: dict[str, Any]) -> None:
     """A line for each run of a study, its forecast before, its tables and conclusions after."""
-    from fedrank.compare import tables
+    from fedrank.studies import tables
 
     console = Console()
     match event["event"]:

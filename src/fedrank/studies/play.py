@@ -1,18 +1,33 @@
 """A study from its forecast to its comparison, told as it goes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
-from fedrank.compare.comparison import FILE, Event, Key, opened
-from fedrank.compare.estimate import forecast
-from fedrank.compare.study import Study
-from fedrank.compare.tables import save
 from fedrank.engines.workers import cores
 from fedrank.store import Store
+from fedrank.studies.comparison import FILE, Event, Key, opened
+from fedrank.studies.estimate import forecast
+from fedrank.studies.study import Study, read
+from fedrank.studies.tables import save
 
 
 def compare(
+    source: str | Path | Study, *overrides: str, out: str | Path, watch: Callable[[Event], None] = lambda event: None
+) -> dict[str, Any]:
+    """Play a study, a YAML file or an object, and give what comparison.json then holds. watch: called with every event.
+
+    Raises ConfigError or StoreError with what to mend.
+    """
+    study = source if isinstance(source, Study) else read(source, overrides)
+    last: Event = {}
+    for last in play(study, Path(out)):
+        watch(last)
+    return dict(last["comparison"])
+
+
+def play(
     study: Study, out: Path, runs: Path | None = None, workers: int | None = None, ahead: bool = False
 ) -> Iterator[Event]:
     """Play a study: its forecast, each trial and run as it ends, and in the end the comparison, with its tables.

@@ -12,8 +12,8 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from fedrank import config as settings
 from fedrank import methods
-from fedrank.compare.claims import Claim
 from fedrank.config import Config, ConfigError, Positive
+from fedrank.studies.claims import Claim
 
 Part = dict[str, Any]  # of a config, as it stands in YAML
 Name = Annotated[str, Field(pattern=r"^[\w.+-]+$")]  # it becomes a part of a folder's name

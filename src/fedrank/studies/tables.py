@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
-from fedrank.compare.claims import SCORES
-from fedrank.compare.results import TO_TARGET
 from fedrank.store import write
+from fedrank.studies.claims import SCORES
+from fedrank.studies.results import TO_TARGET
 from fedrank.units import duration, energy, memory, share, size
 
 FORMS: dict[str, Callable[[Any], str]] = {

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from fedrank.compare import runs as played
-from fedrank.compare.claims import COSTS, SCORES, judged
-from fedrank.compare.statistics import LEVEL, holm, paired, ratio, spread
-from fedrank.compare.study import Study
+from fedrank.studies import runs as played
+from fedrank.studies.claims import COSTS, SCORES, judged
+from fedrank.studies.statistics import LEVEL, holm, paired, ratio, spread
+from fedrank.studies.study import Study
 from fedrank.units import points, share
 from fedrank.units import ratio as times
 

@@ -10,12 +10,12 @@ from queue import SimpleQueue
 from typing import Any
 
 import fedrank
-from fedrank.compare import runs as played
-from fedrank.compare.results import compared, fairness, verdicts
-from fedrank.compare.runs import Processes, RunFailed
-from fedrank.compare.study import Part, Study, digest, dotted
-from fedrank.compare.tuning import chosen, count, edges, search
 from fedrank.store import StoreError, write
+from fedrank.studies import runs as played
+from fedrank.studies.results import compared, fairness, verdicts
+from fedrank.studies.runs import Processes, RunFailed
+from fedrank.studies.study import Part, Study, digest, dotted
+from fedrank.studies.tuning import chosen, count, edges, search
 
 SCHEMA = 1
 FILE = "comparison.json"

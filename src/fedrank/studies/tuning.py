@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fedrank.compare.study import Knob, Range
+from fedrank.studies.study import Knob, Range
 
 EDGE = 0.1  # of a range, from either end
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from fedrank import config as settings
 from fedrank import ledger
-from fedrank.compare import runs as played
-from fedrank.compare.comparison import Comparison
-from fedrank.compare.runs import RunFailed
-from fedrank.compare.study import Part, located, merged
+from fedrank.studies import runs as played
+from fedrank.studies.comparison import Comparison
+from fedrank.studies.runs import RunFailed
+from fedrank.studies.study import Part, located, merged
 
 
 def forecast(comparison: Comparison) -> dict[str, Any]:

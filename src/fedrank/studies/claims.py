@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from fedrank.compare.statistics import paired, ratio
+from fedrank.studies.statistics import paired, ratio
 
 SCORES = ("accuracy", "personal_accuracy", "personal_worst_decile")
 COSTS = ("bytes", "bytes_up", "bytes_down", "adapter_bytes", "adapter_bytes_up", "adapter_bytes_down", "clock_seconds",

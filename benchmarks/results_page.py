@@ -1,0 +1,113 @@
+"""docs/results.md from what lies in benchmarks/results: the comparison of all methods, and the papers' claims at our scale.
+
+python benchmarks/results_page.py          # writes the page
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedrank.studies import comparison, tables
+from fedrank.units import duration
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "results.md"
+REPRODUCED = ("fedara", "legend", "fed_plora", "pf2lora")
+SCORES = ("accuracy", "personal_accuracy", "personal_worst_decile")
+
+
+def page() -> str:
+    found = {name: read(f"reproduce/{name}") for name in REPRODUCED}
+    whys = yaml.safe_load((HERE / "whys.yaml").read_text()) or {}
+    parts = [
+        "<!-- Written by benchmarks/results_page.py from benchmarks/results; change those. -->",
+        "# Results",
+        "Everything here was played on two cores without a GPU, from plans that were written down before the first run; the "
+        "numbers of every run are in `benchmarks/results/`. What is ± is a standard deviation over five seeds. Studies of "
+        "other questions: [performance](performance.md), [hostile clients](hostile.md), [privacy](privacy.md), "
+        "[generation](generation.md).",
+        "## All methods on one set",
+        *study(read("methods"), "methods"),
+        "## The papers' claims at our scale",
+        "What four papers say, asked of MiniLM and public sets. Three of the papers' bodies were not available "
+        "(reconstructed), and none of their settings is ours: a claim that is not confirmed here may well hold there. A claim "
+        "is confirmed or refuted where the whole 95 % interval of the paired difference over five seeds lies on that side, in "
+        "every setting; partly, where it is confirmed in some; else it is not shown.",
+        "\n".join(claims(found, whys)),
+        *(part for name in REPRODUCED for part in (f"### {title(name, found[name])}", *study(found[name], f"reproduce/{name}"))),
+    ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def read(name: str) -> dict[str, Any] | None:
+    folder = HERE / "results" / name
+    return comparison.read(folder) if (folder / comparison.FILE).exists() else None
+
+
+def title(name: str, found: dict[str, Any] | None) -> str:
+    return found["study"]["title"] if found else name
+
+
+def unfinished(found: dict[str, Any]) -> int:
+    """How many runs are still to be played."""
+    asked = found["study"]
+    all_ = len(asked["settings"]) * len(asked["arms"]) * len(asked["seeds"])
+    return all_ - sum(len(seeds) for arms in found["runs"].values() for seeds in arms.values())
+
+
+def study(found: dict[str, Any] | None, name: str) -> list[str]:
+    """A study's plan, tables and conclusions."""
+    command = f"`fedrank compare benchmarks/{name}.yaml --out benchmarks/results/{name}`"
+    if found is None:
+        return [f"Not played yet: {command}."]
+    if left := unfinished(found):
+        return [f"Not finished: {left} runs are still to be played by {command}."]
+    spent = sum(run["seconds"] for arms in found["runs"].values() for seeds in arms.values() for run in seeds.values())
+    trials = sum(one["seconds"] for arms in found["tuning"].values() for arm in arms.values() for one in arm["trials"])
+    chosen = "; ".join(
+        f"{setting}: " * (len(found["tuning"]) > 1)
+        + ", ".join(f"{arm} {_knobs(one['best'])}" for arm, one in arms.items())
+        for setting, arms in found["tuning"].items()
+    )
+    about = [f"- {key.replace('_', ' ')}: {words}" for key, words in found["study"]["about"].items()]
+    return [
+        "\n".join(about),
+        tables.markdown(found).strip(),
+        f"Found by tuning on the validation share: {chosen}.",
+        f"{command}: {duration(trials)} of trials and {duration(spent)} of runs, on one core each.",
+    ]
+
+
+def _knobs(best: dict[str, Any]) -> str:
+    return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in best.values())
+
+
+def claims(found: dict[str, dict[str, Any] | None], whys: dict[str, dict[str, str]]) -> list[str]:
+    """A table of all claims: the paper's words, ours, the verdict, and why."""
+    lines = ["| method | claim | the paper | ours, with 95 % intervals | verdict | why |", "|---|---|---|---|---|---|"]
+    for name, one in found.items():
+        if one is None or unfinished(one):
+            lines.append(f"| {title(name, one)} | | | not finished | | |")
+            continue
+        for key, claim in one["study"]["claims"].items():
+            judged = one["claims"][key]
+            ours = "; ".join(f"{setting} {_ours(claim['of'], said)}" for setting, said in judged["settings"].items())
+            why = whys.get(name, {}).get(key, "")
+            lines.append(
+                f"| {title(name, one)} | {claim['claim']} | {claim['paper']} | {ours} | **{judged['verdict']}** | {why} |"
+            )
+    return lines
+
+
+def _ours(of: str, said: dict[str, Any]) -> str:
+    if "mean" not in said:
+        return f"({said['why']})"
+    low, high = said["interval"]
+    if of in SCORES:
+        return f"{said['mean']:+.1f} points ({low:+.1f} to {high:+.1f})"
+    return f"{said['mean']:.2f} times ({low:.2f} to {high:.2f})"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
