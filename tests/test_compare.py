@@ -450,6 +450,9 @@ def test_a_study_is_killed_and_goes_on(small: Path, tmp_path: Path) -> None:
     assert again.exit_code == 0, again.output
     assert "0 trials and 0 runs" in again.output  # comparison.json alone is enough
     assert time.monotonic() - started < 5
+    seen: list[str] = []
+    assert fedrank.compare(small, out=out, watch=lambda event: seen.append(event["event"])) == found
+    assert seen == ["forecast", "end"]
     assert (out / "comparison.json").read_bytes() == before
 
 
@@ -525,14 +528,3 @@ def test_the_page_of_results_is_what_the_results_say() -> None:
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     assert (root / "docs" / "results.md").read_text(encoding="utf-8") == written
-
-
-@pytest.mark.slow
-def test_from_python(small: Path, tmp_path: Path) -> None:
-    seen: list[str] = []
-    found = fedrank.compare(
-        small, "tuning=null", "seeds=1", out=tmp_path, watch=lambda event: seen.append(event["event"])
-    )
-    assert seen == ["forecast", "run", "run", "end"]
-    assert found["fair"]["verdict"]
-    assert json.loads((tmp_path / "comparison.json").read_text()) == found
