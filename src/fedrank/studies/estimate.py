@@ -73,5 +73,7 @@ def _timed(comparison: Comparison, setting: str, arm: str) -> Taken:
         played.play(Path(folder) / "run", merged(comparison.study.config(setting, arm), two), comparison.processes)
         whole = time.monotonic() - started
         rows = ledger.read(Path(folder) / "run" / "rounds.jsonl")
-    wall, evaluation = ([row[name] or 0.0 for row in rows] for name in ("wall_seconds", "evaluation_seconds"))
+    wall, evaluation = ([row[name] for row in rows] for name in ("wall_seconds", "evaluation_seconds"))
+    if None in wall:  # a private run does not tell: all of it counts as rounds, which is too much
+        return Taken(0.0, whole / 2, 0.0)
     return Taken(whole - sum(wall), wall[-1] - evaluation[-1], evaluation[-1])

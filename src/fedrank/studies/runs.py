@@ -97,13 +97,13 @@ def measured(folder: Path) -> dict[str, Any]:
     """
     rounds = ledger.read(folder / "rounds.jsonl")
     summary, facts = (json.loads((folder / name).read_text()) for name in ("summary.json", "data.json"))
-    curve, sums, peak = [], dict.fromkeys(SUMS, 0.0), 0.0
+    curve, sums, peak = list[dict[str, Any]](), dict[str, float | None](dict.fromkeys(SUMS, 0.0)), 0.0
     for row in rounds:
-        for name in SUMS:
-            sums[name] += row[name] or 0.0
+        for name, before in sums.items():  # a private run does not tell
+            sums[name] = None if before is None or row[name] is None else before + row[name]
         peak = max(peak, row["peak_memory_bytes"] or 0.0)
         if row["accuracy"] is not None or row["personal_accuracy"] is not None:
-            curve.append({name: row[name] for name in AT if name in row} | sums | {"peak_memory_bytes": peak})
+            curve.append({name: row[name] for name in AT if name in row} | sums | {"peak_memory_bytes": peak or None})
     clients = ledger.read(folder / PERSONAL)
     whole = [row for row in ledger.read(folder / "ranks.jsonl") if row["client"] is None]
     return {
