@@ -273,6 +273,7 @@ def test_what_runs_come_to() -> None:
     one = found["differences"]["fedara"]
     assert one["accuracy"]["mean"] == pytest.approx(0.102)
     assert one["bytes_up"]["mean"] == pytest.approx(0.5)
+    assert one["to_target.bytes_up"]["values"] == pytest.approx([0.5] * 3)
     assert one["accuracy"]["p"] < one["accuracy"]["p_corrected"] < 0.05
     assert "Better: fedara by 10.2 points (95 % interval 10.0 to 10.4, 0.5 times the bytes up)" in found["conclusion"]
     assert "Not told apart from it at 5 %, corrected for 2 comparisons: ffa_lora" in found["conclusion"]
@@ -384,7 +385,7 @@ def test_tables_for_people_and_programs() -> None:
     mine = [r for r in rows if (r["arm"], r["measure"], r["to_target"]) == ("fedara", "accuracy", "False")]
     assert [(r["seed"], float(r["value"])) for r in mine] == [("1", 0.606), ("2", 0.612), ("3", pytest.approx(0.618))]
     assert {r["to_target"] for r in rows} == {"True", "False"}
-    assert len(tables.terminal(found)) == 3
+    assert len(tables.terminal(found)) == 4
 
 
 def test_an_unfair_comparison_concludes_nothing() -> None:

@@ -46,7 +46,7 @@ def _setting(study: Study, arms: Mapping[str, Mapping[str, Run]]) -> dict[str, A
         for arm, mine in numbers.items()
     }
     to_target = {arm: _to_target(study, arms.get(arm, {}), target) for arm in study.arms}
-    differences = _differences(study, numbers)
+    differences = _differences(study, found, to_target)
     return {
         "arms": found, "target": {"score": study.score, "value": target, "given": study.target is not None, "arms": to_target},
         "differences": differences, "conclusion": conclusion(study, found, differences),
@@ -73,23 +73,32 @@ def _to_target(study: Study, mine: Mapping[str, Run], target: float | None) -> d
     }  # fmt: skip
 
 
-def _differences(study: Study, numbers: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> dict[str, Any]:
-    """Arm -> measure -> its difference from the reference over the seeds that both have, or, of costs, its ratio."""
-    ours = {arm: mine for arm, mine in numbers.items() if arm != study.baseline}
-    theirs, found = numbers[study.baseline], dict[str, dict[str, Any]]()
-    for arm, mine in ours.items():
-        found[arm] = {}
-        for name in (*SCORES, *COSTS):
-            pairs = [(mine[s][name], theirs[s][name]) for s in mine if s in theirs]
-            known = [(a, b) for a, b in pairs if a is not None and b is not None]
-            one = (paired if name in SCORES else ratio)([a for a, _ in known], [b for _, b in known]) if known else None
-            if one is not None:
-                found[arm][name] = one
-    for name in SCORES:
-        corrected = holm({arm: one[name]["p"] for arm, one in found.items() if name in one})
-        for arm, p in corrected.items():
-            found[arm][name]["p_corrected"] = p
+def _differences(
+    study: Study, arms: Mapping[str, Any], to_target: Mapping[str, Any]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Arm -> measure -> its difference from the reference over the seeds that both have; of costs the ratio.
+
+    Costs up to the target have "to_target." before their names. Each p is corrected for the number of arms.
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = {arm: {} for arm in study.arms if arm != study.baseline}
+    for prefix, sides, names in (("", arms, (*SCORES, *COSTS)), ("to_target.", to_target, TO_TARGET)):
+        for name in names:
+            theirs = _by_seed(sides[study.baseline], name)
+            for arm, mine in found.items():
+                ours = _by_seed(sides[arm], name)
+                seeds = [seed for seed in ours if seed in theirs]
+                compare = paired if name in SCORES else ratio
+                one = compare([ours[s] for s in seeds], [theirs[s] for s in seeds]) if seeds else None
+                if one is not None:
+                    mine[prefix + name] = one
+            corrected = holm({arm: mine[prefix + name]["p"] for arm, mine in found.items() if prefix + name in mine})
+            for arm, p in corrected.items():
+                found[arm][prefix + name]["p_corrected"] = p
     return found
+
+
+def _by_seed(side: Mapping[str, Any], name: str) -> dict[str, float]:
+    return {s: value for s, value in zip(side["seeds"], side[name]["values"], strict=True) if value is not None}
 
 
 def verdicts(study: Study, results: Mapping[str, Any]) -> dict[str, Any]:

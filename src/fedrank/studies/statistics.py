@@ -38,12 +38,16 @@ def paired(ours: Sequence[float | int], theirs: Sequence[float | int]) -> dict[s
 
 
 def ratio(ours: Sequence[float | int], theirs: Sequence[float | int]) -> dict[str, Any] | None:
-    """ours / theirs over the same seeds: the geometric mean and its 95 % interval. None where a value is not above 0."""
+    """ours / theirs over the same seeds: the geometric mean, its 95 % interval and p, by their logarithms as `paired`.
+
+    None where a value is not above 0.
+    """
     if min([*ours, *theirs], default=0) <= 0:
         return None
     logs = paired([math.log(x) for x in ours], [math.log(x) for x in theirs])
     interval = logs["interval"] and [math.exp(end) for end in logs["interval"]]
-    return {"mean": math.exp(logs["mean"]), "interval": interval, "values": [math.exp(x) for x in logs["values"]]}
+    values = [math.exp(x) for x in logs["values"]]
+    return {"mean": math.exp(logs["mean"]), "interval": interval, "p": logs["p"], "values": values}
 
 
 def holm(ps: Mapping[str, float | None]) -> dict[str, float | None]:

@@ -20,7 +20,7 @@ FORMS: dict[str, Callable[[Any], str]] = {
 }  # fmt: skip
 NAMES = {
     "accuracy": "accuracy", "personal_accuracy": "personal", "personal_worst_decile": "worst decile", "bytes_up": "up",
-    "bytes_down": "down", "adapter_bytes_up": "adapter up", "adapter_bytes_down": "adapter down", "clock_seconds": "device time",
+    "bytes_down": "down", "bytes": "bytes", "adapter_bytes_up": "adapter up", "adapter_bytes_down": "adapter down", "clock_seconds": "device time",
     "device_joules": "energy", "peak_memory_bytes": "memory", "round": "rounds", "last_accuracy": "last round",
 }  # fmt: skip
 SHOWN = (*SCORES, "bytes_up", "bytes_down", "clock_seconds", "device_joules", "peak_memory_bytes")
@@ -57,21 +57,24 @@ def to_target(result: Mapping[str, Any]) -> list[list[str]]:
 
 
 def differences(result: Mapping[str, Any], baseline: str) -> list[list[str]]:
-    """Arms by their paired differences from the reference, a head line first; empty where there are none."""
+    """Arms by how many points their scores lie above the reference's, a head line first; empty where there are none."""
     found = result["differences"]
     names = [name for name in SCORES if any(name in one for one in found.values())]
-    costs = [
-        name
-        for name in ("bytes_up", "bytes_down", "clock_seconds", "device_joules")
-        if any(name in one for one in found.values())
-    ]
     if not names:
         return []
-    head = [f"minus {baseline}, points", *(NAMES[name] for name in names), *(f"{NAMES[name]}, times" for name in costs)]
-    return [head] + [
-        [arm, *(_difference(one.get(name)) for name in names), *(_ratio(one.get(name)) for name in costs)]
-        for arm, one in found.items()
-    ]
+    head = [f"points above {baseline}", *(NAMES[name] for name in names)]
+    return [head] + [[arm, *(_difference(one.get(name)) for name in names)] for arm, one in found.items()]
+
+
+def ratios(result: Mapping[str, Any], baseline: str) -> list[list[str]]:
+    """Arms by their costs as parts of the reference's, a head line first; empty where there are none."""
+    found = result["differences"]
+    costs = [f"{prefix}{name}" for prefix in ("", "to_target.") for name in ("bytes", "clock_seconds", "device_joules")]
+    if not (costs := [name for name in costs if any(name in one for one in found.values())]):
+        return []
+    head = [f"times {baseline}'s"]
+    head += [NAMES[n.removeprefix("to_target.")] + ", to target" * n.startswith("to_target.") for n in costs]
+    return [head] + [[arm, *(_ratio(one.get(name)) for name in costs)] for arm, one in found.items()]
 
 
 def _difference(one: Mapping[str, Any] | None) -> str:
@@ -84,7 +87,11 @@ def _difference(one: Mapping[str, Any] | None) -> str:
 
 
 def _ratio(one: Mapping[str, Any] | None) -> str:
-    return "–" if one is None else f"{one['mean']:.2f}"
+    if one is None:
+        return "–"
+    if one["interval"] is None or one["interval"][1] - one["interval"][0] < 0.01:
+        return f"{one['mean']:.2f}"
+    return f"{one['mean']:.2f} ({one['interval'][0]:.2f} to {one['interval'][1]:.2f})"
 
 
 def _p(value: float) -> str:
@@ -100,7 +107,8 @@ def all_of(found: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
         parts = (
             ("in the end", final(one)),
             ("to a common target", to_target(one)),
-            ("differences", differences(one, baseline)),
+            ("scores, paired over seeds", differences(one, baseline)),
+            ("costs, paired over seeds", ratios(one, baseline)),
         )
         result += [(f"{where}{what}", rows) for what, rows in parts if rows]
     return result
