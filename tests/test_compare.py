@@ -324,7 +324,7 @@ def test_a_comparison_with_unequal_budgets_is_not_called_fair() -> None:
     }
     found = fairness(study(tuning={}), {"runs": runs(), "tuning": trials})
     assert found["why"] == ["all: tuned with unequal effort, trials: fedavg 1, fedara 2, ffa_lora 1"]
-    assert "all: the best local.lr of fedara is at the edge of what was tried" in found["notes"]
+    assert "all: the best value that was tried is at an edge for fedara (local.lr)" in found["notes"]
     longer = study(methods=..., arms={"fedavg": {}, "fedara": {"rounds": {"count": 9}}, "ffa_lora": {}})
     assert "rounds.count is 4 in fedavg and 9 in fedara" in fairness(longer, {"runs": runs()})["why"]
 

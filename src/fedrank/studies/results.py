@@ -97,7 +97,7 @@ def _differences(
     return found
 
 
-def _by_seed(side: Mapping[str, Any], name: str) -> dict[str, float]:
+def _by_seed(side: Mapping[str, Any], name: str) -> dict[str, float | int]:
     return {s: value for s, value in zip(side["seeds"], side[name]["values"], strict=True) if value is not None}
 
 
@@ -134,11 +134,8 @@ def fairness(study: Study, found: Mapping[str, Any]) -> dict[str, Any]:
             why.append(
                 f"{setting}: tuned with unequal effort, trials: {', '.join(f'{arm} {n}' for arm, n in counts.items())}"
             )
-        for arm, mine in arms.items():
-            if mine.get("edge"):
-                notes.append(
-                    f"{setting}: the best {' and '.join(mine['edge'])} of {arm} is at the edge of what was tried"
-                )
+        if edged := [f"{arm} ({', '.join(mine['edge'])})" for arm, mine in arms.items() if mine.get("edge")]:
+            notes.append(f"{setting}: the best value that was tried is at an edge for {', '.join(edged)}")
     if study.tuning is None:
         notes.append("no knob was searched: learning rates are each method's default or as the arms set them")
     elif study.tuning.own:
