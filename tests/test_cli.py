@@ -19,7 +19,7 @@ import toy
 from fedrank import cli, units, views
 from fedrank.store import Store
 
-COMMANDS = ("run", "resume", "cost", "profile", "import", "export", "show", "methods")
+COMMANDS = ("run", "resume", "cost", "profile", "import", "export", "verify", "show", "methods")
 Fed = Callable[..., Any]
 
 
