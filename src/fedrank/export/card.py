@@ -1,11 +1,13 @@
 """README.md of an export: a model card in the form that the Hugging Face hub reads, made from the manifest alone."""
 
-import string
+import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
+MARKS = "\\`*_{}[]<>#|~&@:$!^="
 HERE = "PATH OF THIS FOLDER"
 NAMED = 40  # labels that are listed
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank takes
@@ -38,10 +40,12 @@ def model_card(found: Mapping[str, Any]) -> str:
 
 
 def plain(value: Any, most: int = 120) -> str:
-    """As Markdown shows it to the letter: on one line, no mark of it meant."""
+    """As Markdown shows it to the letter, anywhere but at the start of a line: on one line, no mark or link of it meant."""
+    if isinstance(value, int | float):
+        return str(value)
     text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
     text = text if len(text) <= most else f"{text[: most - 1]}…"
-    return "".join(f"\\{c}" if c in string.punctuation else c for c in text)
+    return re.sub(r"(?i)(www)\.", r"\1\\.", "".join(f"\\{c}" if c in MARKS else c for c in text))
 
 
 def _front(found: Mapping[str, Any]) -> str:
@@ -94,30 +98,33 @@ def _load(found: Mapping[str, Any]) -> list[str]:
         return code
     if model["source"] in ("tiny-encoder", "tiny-decoder"):
         return ["The base is drawn from the run's seed and has no files: `fedrank export --merged` writes it whole.\n"]
-    base = repr(model["source"]) if model["published"] else "PeftConfig.from_pretrained(folder).base_model_name_or_path"
     pooled = not generates and model["pooling"] == "mean"
+    base = repr(model["source"]) if model["published"] else "PeftConfig.from_pretrained(folder).base_model_name_or_path"
     auto = "AutoModelForCausalLM" if generates else "AutoModel" if pooled else "AutoModelForSequenceClassification"
     count = "" if generates or pooled else f", num_labels={len(labels)}"
-    lines = [
-        "from peft import PeftConfig, PeftModel", f"from transformers import {auto}, AutoTokenizer", "",
-        f'folder = "{HERE}"', f"base = {base}", "tokenizer = AutoTokenizer.from_pretrained(base)",
+    lines = [] if generates else ["import json", "", "import torch"]
+    lines += [f"from peft import {'' if model['published'] else 'PeftConfig, '}PeftModel"]
+    lines += ["from safetensors.torch import load_file"] if pooled else []
+    lines += [
+        f"from transformers import {auto}, AutoTokenizer", "", f'folder = "{HERE}"', f"base = {base}",
+        "tokenizer = AutoTokenizer.from_pretrained(base)",
         f"model = PeftModel.from_pretrained({auto}.from_pretrained(base{count}), folder).eval()",
     ]  # fmt: skip
     if not generates:
-        lines = ["import json", "", "import torch", *lines]
-        lines += ["", "batch = tokenizer([\"a text\", \"another\"], padding=True, truncation=True, return_tensors=\"pt\")"]  # fmt: skip
-        lines += ["with torch.inference_mode():"]
-        if pooled:
-            lines.insert(3, "from safetensors.torch import load_file")
-            lines += [
-                '    head = load_file(f"{folder}/head.safetensors")',
-                '    hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"][..., None].float()',
-                "    logits = (hidden * mask).sum(1) / mask.sum(1) @ head[\"head.weight\"].T + head[\"head.bias\"]",
-            ]  # fmt: skip
-        else:
-            lines.append("    logits = model(**batch).logits")
+        most = found["config"].get("local", {}).get("max_length")
+        cut = "" if most is None else f", max_length={most}"
         lines += [
-            'labels = json.load(open(f"{folder}/provenance.json"))["labels"]',
+            f'batch = tokenizer(["a text", "another"], padding=True, truncation=True{cut}, return_tensors="pt")',
+            "with torch.inference_mode():",
+        ]
+        lines += [
+            '    hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"][..., None].float()',
+            'head = load_file(f"{folder}/head.safetensors")',
+            'logits = (hidden * mask).sum(1) / mask.sum(1) @ head["head.weight"].T + head["head.bias"]',
+        ] if pooled else ["    logits = model(**batch).logits"]  # fmt: skip
+        lines += [
+            'with open(f"{folder}/provenance.json") as file:',
+            '    labels = json.load(file)["labels"]',
             "print([labels[at] for at in logits.argmax(-1)])",
         ]
     text = ["```python\n" + "\n".join(lines) + "\n```\n"]
@@ -136,6 +143,9 @@ def _vllm(found: Mapping[str, Any]) -> list[str]:
 def _data(found: Mapping[str, Any]) -> list[str]:
     data, labels = found["data"], found["labels"]
     rows = {"name": data["name"]}
+    if found["model"]["task"] == "generate":
+        form = (found["config"].get("data") or {}).get("instructions", {})
+        rows |= {"prompts": form.get("template"), "between prompt and completion": json.dumps(form.get("separator"))}
     for part in data["rows"]:
         rows[f"{part} rows"] = _known(data["rows"][part])
         rows[f"sha256 of the {part} rows"] = _known(data["sha256"][part])
@@ -154,7 +164,9 @@ def _method(found: Mapping[str, Any]) -> list[str]:
     method, chosen = found["method"], found["config"].get("method", {})
     local, adapter = found["config"].get("local", {}), found["config"].get("adapter", {})
     name = plain(method["name"]) + (" (reconstructed)" if method["reconstructed"] else "")
-    paper = f", after “{plain(method['paper'])}”, {plain(method['url'])}" if method.get("paper") else ""
+    url = str(method.get("url"))
+    url = f"<{url}>" if re.fullmatch(r"https://[\w./-]+", url) else plain(url)
+    paper = f", after “{plain(method['paper'])}”, {url}" if method.get("paper") else ""
     knobs = {key: value for key, value in chosen.items() if key != "name"}
     knobs |= {
         f"local.{key}": local[key] for key in ("lr", "epochs", "steps", "batch_size", "max_length") if key in local
@@ -163,7 +175,7 @@ def _method(found: Mapping[str, Any]) -> list[str]:
     there = found["adapter"]
     knobs |= {"components in this adapter": there["components"], "modules with components": there["modules"],
               "largest rank": there["rank"], "scale": there["scale"]}  # fmt: skip
-    text = [f"{name}{paper}.\n"]
+    text = [f"Trained by {name}{paper}.\n"]
     if method["reconstructed"]:
         text.append(
             "The body of that paper was not available: what was trained follows its abstract, public accounts and a "

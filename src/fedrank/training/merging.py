@@ -64,6 +64,8 @@ def save(
         else:
             network.config.get_text_config().use_cache = True  # which training goes without
         network.save_pretrained(out)
+    for file in out.glob("*.safetensors"):  # others may read them, too
+        shutil.copymode(out / "config.json", file)
     if network is not model.base:
         shutil.copyfile(pooled.__file__, out / "pooled.py")
     tokenizer.save_pretrained(out)
