@@ -77,7 +77,7 @@ def manifest(
         "scores": _scores(run, state.round, here, client),
         "privacy": {
             **{name: privacy.get(name) for name in ("kind", "clip", "noise", "votes_noise", "delta")},
-            "epsilon": here.get("epsilon"),
+            "epsilon": here.get("epsilon") if state.round else 0.0,
         } if private else None,
     }  # fmt: skip
 
@@ -135,7 +135,8 @@ def _scores(run: Path, round: int, here: Mapping[str, Any], client: ClientId | N
     end = end if end.get("rounds") == round else {}
     if client is not None:
         mine = [one for one in ledger.read(run / PERSONAL) if one["client"] == client] if end else []
-        return {key: value for key, value in mine[0].items() if key != "client"} if mine else None
+        own = {key: value for key, value in mine[0].items() if key != "client"} if mine else {}
+        return own if "accuracy" in own else None  # too few test rows say nothing about a client
     found = {name: here.get(name) for name in ("accuracy", "loss", *OF_TEXTS)}
     found |= {f"personal_{name}": {**here, **end}.get(f"personal_{name}") for name in OF_CLIENTS}
     found = {name: value for name, value in found.items() if value is not None or name in ("accuracy", "loss")}
