@@ -220,7 +220,7 @@ def test_no_name_of_the_user_s_breaks_the_card(tmp_path: Path) -> None:
     yaml.safe_load(text.split("---\n")[1])
     body = text.split("\n---\n", 1)[1]
     headings = [line for line in body.splitlines() if line.startswith("#")]
-    assert headings[0] == "# Adapter trained with fedrank, 1 rounds"
+    assert headings[0] == "# Adapter trained with fedrank, after round 1"
     assert all(line.startswith("## ") for line in headings[1:])
     for mark in ("<b>", "*a*", "[l]", "http://", "`c`", "www.e", "\u202e"):
         assert mark not in body, mark

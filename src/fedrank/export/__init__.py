@@ -63,7 +63,8 @@ def obstacle(run: Path, round: int | None = None) -> str | None:
     """Why the run's adapter is no function that one could export; None where it is."""
     if (why := _shared(_facts(run))) is not None:
         return why
-    return None if whole(Store(run).state(round)[0]).components else EMPTY
+    state = Store(run).state(round)[0]
+    return None if state.adapter.components or state.base_updates else EMPTY
 
 
 EMPTY = "the adapter has no components to export; merged, the model is exported with its head (--merged)"

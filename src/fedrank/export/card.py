@@ -26,7 +26,7 @@ def model_card(found: Mapping[str, Any]) -> str:
     title = "Model" if found["kind"] == "model" else "Adapter"
     parts = [
         f"---\n{_front(found)}---\n",
-        f"# {title} trained with fedrank, {run['round']} rounds{whose}\n",
+        f"# {title} trained with fedrank, after round {run['round']}{whose}\n",
         *([f"This is {found['limit']}.\n"] if found["limit"] else []),
         f"Base model: {plain(model['name'])}" + ("" if model["published"] else ", by its last name") + ".\n",
         "## Load\n", *_load(found), "## Data\n", *_data(found), "## Method\n", *_method(found),
