@@ -21,6 +21,7 @@ from fedrank.store import CLIENT, StoreError, write
 ROOTS = FILE, INDEX = "provenance.json", "index.json"
 SCHEMA = 1
 OF_CLIENTS = ("accuracy", "majority", "clients", "worst_decile", *OF_TEXTS)
+OF_ROWS = ("stack", "prefix")  # how a run computes that hangs on how many rows there are and how long they are
 CONNECTION = ("superlink", "root_certificate", "insecure")
 
 
@@ -39,7 +40,10 @@ def manifest(
     """
     config = _config(run)
     privacy, data, model = config.get("privacy", {}), config.get("data", {}), facts["model"]
-    private, rows = privacy.get("kind", "none") != "none", ledger.read(run / "rounds.jsonl")
+    if private := privacy.get("kind", "none") != "none":
+        config["engine"] = {name: value for name, value in config.get("engine", {}).items() if name not in OF_ROWS}
+        numerics = {name: value for name, value in numerics.items() if name not in OF_ROWS}
+    rows = ledger.read(run / "rounds.jsonl")
     rows = [row for row in rows if row["round"] <= state.round]
     here = rows[-1] if rows and rows[-1]["round"] == state.round else {}
     row_counts, hashes = (facts.get(name, {}) for name in ("rows", "hash"))
