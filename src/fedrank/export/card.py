@@ -58,16 +58,22 @@ def _front(found: Mapping[str, Any]) -> str:
         told |= {"base_model": model["source"], "base_model_relation": "finetune" if merged else "adapter"}
     told["tags"] = ["fedrank", "federated-learning", "lora", str(found["method"]["name"])]
     metrics = [
-        {"type": name, "value": scores[name], "name": f"{title}, of tokens" if generates and name == "accuracy" else title}
-        for name, title in SCORES.items()
-        if name in ("accuracy", "loss", "personal_accuracy", "personal_worst_decile") and scores.get(name) is not None
-    ]  # fmt: skip
+        {"type": name, "value": scores[name], "name": _title(name, generates)}
+        for name in ("accuracy", "loss", "personal_accuracy", "personal_worst_decile")
+        if scores.get(name) is not None
+    ]
     if metrics:
         data = _line(found["data"]["name"])
         result = {"task": {"type": kind}, "dataset": {"name": data, "type": data}, "metrics": metrics}
         named = f"{_line(model['name'])}, {_line(found['method']['name'])}"
         told["model-index"] = [{"name": named, "results": [result]}]
     return str(yaml.safe_dump(told, sort_keys=False))
+
+
+def _title(score: str, generates: bool) -> str:
+    """What a score is; accuracies are of rows, or of the completions' tokens."""
+    of_tokens = generates and score in ("accuracy", "personal_accuracy", "personal_worst_decile")
+    return SCORES.get(score, score) + (", of tokens" if of_tokens else "")
 
 
 def _line(value: Any) -> str:
@@ -205,7 +211,8 @@ def _scores(found: Mapping[str, Any]) -> list[str]:
         what = "this client was" if found["client"] is not None else "this round was"
         return [f"None: {what} not evaluated.\n"]
     where = "own test rows" if found["client"] is not None else f"{found['data']['test_rows_are']} rows"
-    told = {SCORES.get(name, name): value for name, value in scores.items() if value is not None}
+    generates = found["model"]["task"] == "generate"
+    told = {_title(name, generates): value for name, value in scores.items() if value is not None}
     rounded = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in told.items()}
     return [f"On the {plain(where)}:\n", _table(rounded)]
 
