@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from fedrank import config as settings
 from fedrank.adapter import Adapter, below, from_arrays, recompress
 from fedrank.client import complete
-from fedrank.config import hint
+from fedrank.config import Config, hint
 from fedrank.export import peft, provenance
 from fedrank.export.card import model_card
 from fedrank.export.peft import adopt, read_peft
@@ -25,6 +26,7 @@ __all__ = ["adopt", "export", "export_clients", "obstacle", "read_peft", "verify
 
 log = logging.getLogger(__name__)
 
+EMPTY = "the adapter has no components to export; merged, the model is exported with its head (--merged)"
 Save = Callable[[State, Path], None]
 
 
@@ -50,7 +52,7 @@ def export_clients(run: Path, out: Path, round: int | None = None, merged: bool 
     listed = facts.get("partition", {}).get("clients")
     known = [one["client"] for one in listed] if isinstance(listed, list) and listed else None
     with provenance.placed(out) as place:
-        save = _merging(run) if merged and there else None
+        save = _merging(run) if merged else None
         for client in there:
             _write(run, place / "clients" / client, round, client, save)
         never = None if known is None else [client for client in known if client not in state.seen]
@@ -65,9 +67,6 @@ def obstacle(run: Path, round: int | None = None) -> str | None:
         return why
     state = Store(run).state(round)[0]
     return None if state.adapter.components or state.base_updates else EMPTY
-
-
-EMPTY = "the adapter has no components to export; merged, the model is exported with its head (--merged)"
 
 
 def whole(state: State) -> Adapter:
@@ -102,16 +101,22 @@ def _write(run: Path, out: Path, round: int | None, client: ClientId | None, sav
 
 
 def _merging(run: Path) -> Save:
-    """What writes merged models of this run; its base model is loaded once, here."""
-    Store.open(run)
-    config, facts = settings.load(run / "config.yaml"), _facts(run)
-    from fedrank.training import merging
+    """What writes merged models of this run; its base model is loaded for the first, and serves for all."""
 
-    model = merging.pristine(config, tuple(facts["labels"]), facts["model"]["fingerprint"])
+    @cache
+    def base() -> tuple[Config, tuple[str, ...], Any]:
+        from fedrank.training import merging
+
+        config, facts = settings.load(run / "config.yaml"), _facts(run)
+        labels = tuple(facts["labels"])
+        return config, labels, merging.pristine(config, labels, facts["model"]["fingerprint"])
 
     def save(state: State, out: Path) -> None:
+        from fedrank.training import merging
+
+        config, labels, model = base()
         increment = Increment(state.adapter.scale).add(state.adapter).add_base(state.base_updates.values())
-        merging.save(model, increment, state.adapter.dense, tuple(facts["labels"]), config.local.max_length, out)
+        merging.save(model, increment, state.adapter.dense, labels, config.local.max_length, out)
 
     return save
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from fedrank.config import TINY_MODELS
+
 MARKS = "\\`*_{}[]<>#|~&@:$!^="
 HERE = "PATH OF THIS FOLDER"
 NAMED = 40  # labels that are listed
@@ -102,7 +104,7 @@ def _load(found: Mapping[str, Any]) -> list[str]:
         if not generates:
             code.append("truncation=True cuts texts at the length of training.\n")
         return code
-    if model["source"] in ("tiny-encoder", "tiny-decoder"):
+    if model["source"] in TINY_MODELS:
         return ["The base is drawn from the run's seed and has no files: `fedrank export --merged` writes it whole.\n"]
     pooled = not generates and model["pooling"] == "mean"
     base = repr(model["source"]) if model["published"] else "PeftConfig.from_pretrained(folder).base_model_name_or_path"
