@@ -19,7 +19,7 @@ import toy
 from fedrank import cli, units, views
 from fedrank.store import Store
 
-COMMANDS = ("run", "resume", "cost", "profile", "import", "export", "show", "methods")
+COMMANDS = ("run", "resume", "cost", "profile", "import", "export", "verify", "show", "methods")
 Fed = Callable[..., Any]
 
 
@@ -397,6 +397,8 @@ def test_export(fed: Fed, run: Path, tmp_path: Path) -> None:
     first = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
     assert first != (run / "adapter" / "adapter_model.safetensors").read_bytes()
     assert fed("export", run).output.strip() == str(run / "adapter")
+    assert fed("export", run, "--merged").output.strip().endswith(str(run / "model"))
+    assert fed("verify", run / "model").output.strip() == f"{run / 'model'}: as it was exported"
     mistake(fed("export", run, "--round", 7), "holds no state of round 7; it has: 0, 1, 2")
     mistake(fed("export", tmp_path), "is no run directory")
     mistake(fed("export", run, "--client", "0"), "no part of the adapter is a client's own; export it without a client")

@@ -85,7 +85,7 @@ def test_the_directory_is_complete(played: Any) -> None:
     }  # fmt: skip
     assert list((run.path / "spool").iterdir()) == []
     adapter = {p.name for p in (run.path / "adapter").iterdir()}
-    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= adapter
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "provenance.json"} <= adapter
     assert load(yaml.safe_load((run.path / "config.yaml").read_text())) == run.config
 
 

@@ -10,59 +10,15 @@ import torch
 import transformers
 
 import fedrank
+from exported import SHAPES, a_run, logits, pruned, saved_model
 from fedrank import config
-from fedrank.adapter import Adapter, Block
+from fedrank.adapter import Adapter
 from fedrank.export import adopt, export, read_peft
 from fedrank.methods import build, names
 from fedrank.products import Increment
-from fedrank.protocol import State
-from fedrank.store import Store, StoreError
+from fedrank.store import StoreError
 from fedrank.training import models, tiny
 from fedrank.training.hooks import live, mounted
-
-SIZES = {"vocab_size": 260, "pad_token_id": 0}
-SHAPES = {
-    "bert": (transformers.BertConfig, {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}),
-    "llama": (
-        transformers.LlamaConfig,
-        {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48},
-    ),
-    "gpt2": (transformers.GPT2Config, {"n_embd": 32, "n_layer": 3, "n_head": 2}),
-}  # fmt: skip
-
-
-def saved_model(kind: str, folder: Path, task: str) -> Path:
-    """A random model of this architecture on disk, with a tokenizer, as a user's own folder."""
-    cls, sizes = SHAPES[kind]
-    torch.manual_seed(0)
-    settings = cls(**SIZES, **sizes, num_labels=4)
-    auto = transformers.AutoModelForCausalLM if task == "generate" else transformers.AutoModelForSequenceClassification
-    auto.from_config(settings).save_pretrained(folder)
-    tiny.tokenizer(task).save_pretrained(folder)
-    return folder
-
-
-def pruned(spec: models.ModelSpec, rng: np.random.Generator) -> Adapter:
-    """Ranks 0 to 5, ids with gaps, in the SVD form."""
-    blocks = {}
-    for at, (name, (out, in_)) in enumerate(spec.shapes.items()):
-        if rank := at % 6:
-            ids = np.sort(rng.choice(12, rank, replace=False))
-            b, e, a = (rng.normal(size=size).astype(np.float32) for size in ((out, rank), rank, (rank, in_)))
-            blocks[name] = Block(ids, b, e, a)
-    dense = {n: rng.normal(size=t.shape).astype(np.float32) for n, t in spec.dense.items()}
-    return Adapter(blocks, 2 / 12, dense)
-
-
-def a_run(folder: Path, model: models.Model, adapter: Adapter) -> Path:
-    """The parts of a run directory that an export reads."""
-    store = Store.create(folder)
-    store.write("config.yaml", "{}")
-    conv1d = any(type(m).__name__ == "Conv1D" for m in model.modules.values())
-    facts = {"name": "own", "source": model.source, "pooling": model.pooling, "task": model.task, "conv1d": conv1d}
-    store.write("data.json", json.dumps({"model": facts}))
-    store.save_state(State(1, 1, adapter), {})
-    return folder
 
 
 @pytest.mark.parametrize("task", ["classify", "generate"])
@@ -231,3 +187,58 @@ def test_a_run_leaves_an_adapter(tmp_path: Path) -> None:
     written = json.loads((done.path / "adapter" / "adapter_config.json").read_text())
     assert set(written["target_modules"]) == set(done.state.adapter.blocks)
     assert read_peft(done.path / "adapter").components == done.state.adapter.components
+
+
+# ---- vLLM's rules
+
+
+@pytest.mark.parametrize("patterns", [False, True])
+def test_vllm_s_rules_give_the_same_logits(patterns: bool, tmp_path: Path, rng: np.random.Generator) -> None:
+    """The folder, read as vLLM reads it; vLLM itself was not run. From its repository (vllm-project/vllm):
+
+    vllm/lora/peft_helper.py (e745bafffc44744aa601169f8c6f325e47ca7cd5): of adapter_config.json only fields that it
+    knows are taken, rank_pattern and alpha_pattern are none; r, lora_alpha and target_modules must be there,
+    modules_to_save must be empty, bias "none", no DoRA, r at most max_lora_rank; one scaling, lora_alpha / r, for all.
+    A later form of this file (patterns) takes each module's own from the patterns, by full names.
+    vllm/lora/lora_model.py (0306474e9d1f26d8717aad457b9511f0c9e57d60): adapter_model.safetensors; every tensor is
+    base_model.model.MODULE.lora_A.weight or lora_B.weight, and MODULE's last name one of the model's linear layers.
+    vllm/lora/lora_weights.py (4c78406e054e0871688c256cfcc754bd631b508e): the scaling goes into B; of layers that vLLM
+    runs as one (q, k, v; gate, up) those that lack an adapter are passed over.
+    vllm/lora/layers/base_linear.py (01235a494f173b84814002c8382137e379371b07): factors are copied into the first rows
+    and columns of zeros of max_lora_rank, so ranks may differ between modules.
+    """
+    from safetensors.torch import load_file
+
+    settings = config.load({"data": {"name": "own"}, "task": "generate", "model": {"name": "tiny-decoder"}})
+    model = models.load(settings, ())
+    adapter = pruned(model.spec, rng)
+    out = export(a_run(tmp_path / "run", model, adapter), tmp_path / "adapter")
+    told, most = json.loads((out / "adapter_config.json").read_text()), 8
+    assert {"r", "lora_alpha", "target_modules"} <= told.keys()
+    assert not told["modules_to_save"]
+    assert (told["bias"], told["use_rslora"], told.get("use_dora", False)) == ("none", False, False)
+    assert 0 < told["r"] <= most
+    assert {block.rank for block in adapter.blocks.values()} == {1, 2, 3, 4, 5}  # which no one r says
+    linear = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    factors: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in load_file(out / "adapter_model.safetensors").items():
+        assert name.startswith("base_model.model.")
+        *module, factor, weight = name.removeprefix("base_model.model.").split(".")
+        assert module[-1] in linear
+        assert factor in ("lora_A", "lora_B")
+        assert weight == "weight"
+        factors.setdefault(".".join(module), {})[factor] = tensor
+    assert len(factors) < len(model.modules)  # some layers of a packed one lack an adapter
+    batch = {"input_ids": torch.randint(4, 260, (3, 11)), "attention_mask": torch.ones(3, 11, dtype=torch.long)}
+    ours = logits(model, adapter, batch)
+    with torch.no_grad():
+        for name, pair in factors.items():
+            rank, alpha = told["r"], told["lora_alpha"]
+            if patterns:
+                rank, alpha = told["rank_pattern"].get(name, rank), told["alpha_pattern"].get(name, alpha)
+                assert rank == len(pair["lora_A"])
+            a, b = torch.zeros(most, pair["lora_A"].shape[1]), torch.zeros(len(pair["lora_B"]), most)
+            a[: len(pair["lora_A"])], b[:, : pair["lora_B"].shape[1]] = pair["lora_A"], pair["lora_B"] * (alpha / rank)
+            model.modules[name].weight += b @ a
+        theirs = model.network(**batch)
+    assert (ours - theirs).abs().max() < 1e-5 * float(ours.abs().max())

@@ -1,9 +1,4 @@
-"""The command line: run, resume, compare, cost, profile, import, export, show, methods; and cli_deploy's."""
-
-import json
-import logging
-import shlex
-import sys
+"""The command line: run, resume, compare, cost, profile, import, export, verify, show, methods; and cli_deploy's."""
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
@@ -185,15 +180,41 @@ def import_(
 @app.command()
 def export(
     path: Annotated[Path, typer.Argument(help="A run directory.")],
-    to: Annotated[Path | None, typer.Option("--to", help="Where to write; by default RUN/adapter, or RUN/adapter-CLIENT.")] = None,
+    to: Annotated[Path | None, typer.Option("--to", help="Where to write; by default RUN/adapter, RUN/adapter-CLIENT or RUN/adapters.")] = None,
     round: Annotated[int | None, typer.Option(help="The state to export; by default the last.")] = None,
-    client: Annotated[str | None, typer.Option(help="Of a method whose clients keep parts of their own: whose adapter.")] = None,
+    client: Annotated[str | None, typer.Option(help="Of a method whose clients keep parts of their own: whose.")] = None,
+    all_clients: Annotated[bool, typer.Option("--all-clients", help="Of such a method: a folder for each client, and an index.")] = False,
+    merged: Annotated[bool, typer.Option("--merged", help="Not the adapter but the whole model, for transformers; by default to RUN/model.")] = False,
 ) -> None:  # fmt: skip
-    """Write a run's adapter in PEFT's format."""
-    from fedrank.export import export as write
+    """Write what a run came to, as PEFT or transformers load it, with a card and its provenance."""
+    from fedrank import export as exports
+
+    what = "model" if merged else "adapter"
+    with mistakes():
+        if all_clients and client is not None:
+            raise settings.ConfigError("--client names one, --all-clients takes all; give one of them")
+        if all_clients:
+            print(exports.export_clients(path, to or path / f"{what}s", round, merged))
+        else:
+            print(
+                exports.export(
+                    path, to or path / (what if client is None else f"{what}-{client}"), round, client, merged
+                )
+            )
+
+
+@app.command()
+def verify(path: Annotated[Path, typer.Argument(help="The folder of an export.")]) -> None:
+    """Say whether an export is as it was written: its files by their hashes, and its config."""
+    from fedrank import export as exports
 
     with mistakes():
-        print(write(path, to or path / ("adapter" if client is None else f"adapter-{client}"), round, client))
+        odd = exports.verify(path)
+    for line in odd:
+        print(line)
+    if odd:
+        raise typer.Exit(1)
+    print(f"{path}: as it was exported")
 
 
 @app.command()
@@ -223,11 +244,16 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="For scripts.")
         except (TypeError, AttributeError, ImportError) as error:  # another package's: the rest are listed all the same
             errors.print(f"[bold red]error:[/] {escape(f'{name}: {error}')}", highlight=False, soft_wrap=True)
             continue
-        summary = (sys.modules[cls.__module__].__doc__ or cls.__doc__ or "").strip().splitlines()[0]
         about = {f.name: getattr(getattr(cls, "about", None), f.name, None) for f in fields(About)}
         knobs = {f.name: None if f.default is MISSING else f.default for f in fields(cls) if f.init}
         listed.append(
-            {"name": name, "summary": summary, **about, "default_lr": cls.default_lr, "hyper_parameters": knobs}
+            {
+                "name": name,
+                "summary": registry.summary(cls),
+                **about,
+                "default_lr": cls.default_lr,
+                "hyper_parameters": knobs,
+            }
         )
     if as_json:
         print(json.dumps(listed, indent=1))

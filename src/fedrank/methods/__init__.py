@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+import sys
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from importlib.metadata import entry_points
@@ -33,6 +34,11 @@ def find(name: str) -> type[Any]:
     for point in entry_points(group="fedrank.methods", name=name):
         return check(point.load())
     raise ConfigError(f"method.name: no method is called {name!r}{hint(name, names())} (known: {', '.join(names())})")
+
+
+def summary(cls: type[Any]) -> str:
+    """The paper in a line: the first of its module."""
+    return (sys.modules[cls.__module__].__doc__ or cls.__doc__ or "").strip().partition("\n")[0]
 
 
 def build(settings: Mapping[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format: written from a run directory, and read to start a run from."""
+"""Adapters in PEFT's format: written, and read to start a run from."""
 
 import json
 import logging
@@ -12,43 +12,29 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from fedrank.adapter import Adapter, Block, below, from_arrays, recompress
-from fedrank.client import complete
-from fedrank.config import hint
+from fedrank.adapter import Adapter, Block, recompress
 from fedrank.products import Increment
-from fedrank.protocol import ClientId, Method, Plan, State
-from fedrank.store import Store, StoreError, write
+from fedrank.protocol import Method, State
+from fedrank.store import StoreError, write
 
 log = logging.getLogger(__name__)
 
-PREFIX = "base_model.model."
+PREFIX, HEAD = "base_model.model.", "head.safetensors"
 
 
-def export(run: Path, out: Path, round: int | None = None, client: ClientId | None = None) -> Path:
-    """Write the adapter of a run (after `round` rounds; default: its last) as PEFT loads it, with the head.
+def write_peft(out: Path, adapter: Adapter, model: Mapping[str, Any], drawn: Path | None) -> None:
+    """Write an adapter, e folded into B; modules without components are left out, ranks and alphas go module by module.
 
-    e is folded into B, modules without components are left out, ranks and alphas go module by module.
-    A head on mean pooling is no part of the base model: it is written beside, as head.safetensors.
-    client: with this client's own parts. StoreError where parts are the clients' own and none is named.
+    model: what the run knows of its base. drawn: a file of layers that the base's own files lack. A head on mean pooling
+    is no part of the base model: it is written beside, as head.safetensors. Every module has alpha / rank = the scale, the
+    largest rank too, so that readers which know of no pattern (older vLLM) scale all of them right.
     """
-    state, _ = Store.open(run).state(round)
-    facts = json.loads((run / "data.json").read_text())
-    model = facts["model"]
-    if client is not None:
-        state = replace(state, adapter=_adapted(Store(run), state, facts, client))
-    elif why := obstacle(run):
-        raise StoreError(f"{run}: {why}")
-    elif limit := _limit(facts):
-        log.warning("%s: %s", out, limit)
-    state = replace(state, adapter=whole(state))
-    ranks = {name: block.rank for name, block in state.adapter.blocks.items()}
-    if not ranks:
-        raise StoreError(f"{run}: the adapter has no components to export")
-    top, scale = max(ranks.values()), state.adapter.scale
+    ranks, scale = {name: block.rank for name, block in adapter.blocks.items()}, adapter.scale
+    top = max(ranks.values())
     inside = model["task"] == "classify" and model["pooling"] != "mean"
-    head = {n: np.ascontiguousarray(t) for n, t in state.adapter.dense.items()}
-    if inside and (run / "drawn.safetensors").exists():  # layers that the base model's own files lack
-        head |= load_file(run / "drawn.safetensors")
+    head = {n: np.ascontiguousarray(t) for n, t in adapter.dense.items()}
+    if inside and drawn is not None:
+        head |= load_file(drawn)
     heads = sorted({name.rpartition(".")[0] for name in head}) if inside else []
     kind = "CAUSAL_LM" if model["task"] == "generate" else "SEQ_CLS" if inside else "FEATURE_EXTRACTION"
     settings: dict[str, Any] = {
@@ -59,7 +45,7 @@ def export(run: Path, out: Path, round: int | None = None, client: ClientId | No
         "inference_mode": True, "modules_to_save": heads or None,
     }  # fmt: skip
     tensors = {}
-    for name, block in state.adapter.blocks.items():
+    for name, block in adapter.blocks.items():
         assert block.B is not None
         assert block.A is not None
         b = block.B if block.e is None else block.B * block.e
@@ -68,68 +54,9 @@ def export(run: Path, out: Path, round: int | None = None, client: ClientId | No
     if inside:
         tensors |= {f"{PREFIX}{name}": tensor for name, tensor in head.items()}
     elif head:
-        write(out / "head.safetensors", save(head))
+        write(out / HEAD, save(head))
     write(out / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
     write(out / "adapter_config.json", json.dumps(settings, indent=1).encode())
-    write(out / "README.md", _readme(model, bool(head) and not inside, state.round, _limit(facts, client)).encode())
-    return out
-
-
-def obstacle(run: Path) -> str | None:
-    """Why the run's adapter is no function that one could export; None where it is."""
-    if own := json.loads((run / "data.json").read_text()).get("own", ""):
-        parts = ", ".join("the head" if f == "h" else f for f in own)
-        return f"each client keeps {parts} to itself, so there is no one function to export; name a client (--client)"
-    return None
-
-
-def _limit(facts: Mapping[str, Any], client: ClientId | None = None) -> str:
-    """What an exported adapter is not; empty where clients predict with just this one."""
-    if client is not None or not facts.get("adapts"):
-        return ""
-    if facts.get("private"):
-        return "the common adapter alone; each client predicts with one of its own beside it (fedrank export --client)"
-    return "the common start; each client predicts after training of its own from it"
-
-
-def _adapted(store: Store, state: State, facts: Mapping[str, Any], client: ClientId) -> Adapter:
-    """What this client predicts with: the shared parts, and its own from its private store, where that is here."""
-    own = facts.get("own", "")
-    if not own and not facts.get("private"):
-        raise StoreError(f"{store.path}: no part of the adapter is a client's own; export it without a client")
-    if client not in state.seen:
-        raise StoreError(f"{store.path}: client {client!r} has trained in no round{hint(client, state.seen)}")
-    kept = store.private.load(client, since := state.seen[client])
-    if kept is None:
-        raise StoreError(f"{store.private.root} holds no version of round {since} of client {client!r}")
-    plan = Plan(state.adapter.ids, own=own, since=since)
-    adapter = complete(state.adapter.only(plan.sent), plan, kept, store.state(0)[0].adapter)
-    return adapter.union(from_arrays(below("private/", kept), adapter.scale))  # the second level, where there is one
-
-
-def whole(state: State) -> Adapter:
-    """The adapter that gives a pristine base the function of this state: base updates become components."""
-    if not state.base_updates:
-        return state.adapter
-    found = Increment(state.adapter.scale).add(state.adapter).add_base(state.base_updates.values()).adapter()
-    return replace(recompress(found.astype(np.float32)), dense=state.adapter.dense)
-
-
-def _readme(model: dict[str, Any], beside: bool, rounds: int, limit: str) -> str:
-    kind = {"generate": "AutoModelForCausalLM", "classify": "AutoModelForSequenceClassification"}[model["task"]]
-    kind, classes = ("AutoModel", "") if beside else (kind, ", num_labels=N" if model["task"] == "classify" else "")
-    tail = (
-        "\nThe classes' head is head.safetensors: a linear layer on the mean of the last hidden states.\n"
-        if beside
-        else ""
-    )
-    limit = f"This is {limit}.\n\n" if limit else ""
-    return (
-        f"# Adapter trained with fedrank, {rounds} rounds\n\n{limit}Base model: `{model['name']}`\n\n```python\n"
-        f"from peft import PeftModel\nfrom transformers import {kind}\n\n"
-        f"base = {kind}.from_pretrained({model['source']!r}{classes})\n"
-        f'model = PeftModel.from_pretrained(base, "PATH OF THIS FOLDER")\n```\n{tail}'
-    )
 
 
 def read_peft(folder: Path) -> Adapter:
@@ -161,8 +88,8 @@ def read_peft(folder: Path) -> Adapter:
     if scale is None:
         raise StoreError(f"{folder} holds no lora_A tensors")
     dense = {k.removeprefix(PREFIX): t for k, t in tensors.items() if ".lora_" not in k}
-    if (folder / "head.safetensors").exists():
-        dense |= load_file(folder / "head.safetensors")
+    if (folder / HEAD).exists():
+        dense |= load_file(folder / HEAD)
     return Adapter(blocks, scale, dense)
 
 
