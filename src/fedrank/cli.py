@@ -1,4 +1,9 @@
 """The command line: run, resume, compare, cost, profile, import, export, verify, show, methods; and cli_deploy's."""
+
+import json
+import logging
+import shlex
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
