@@ -62,6 +62,10 @@ def test_methods_on_a_runs_config(tmp_path: Path) -> None:
     assert found.tuning.trials == 2
     with pytest.raises(ConfigError, match=r"a study has arms or methods; .* --methods fedavg,fedara"):
         read(file)
+    with pytest.raises(ConfigError, match="methods: each once, got fedavg, fedavg"):
+        read(file, names=["fedavg", " fedavg"])
+    with pytest.raises(ConfigError, match="--methods goes with a run's config"):
+        read(write(tmp_path / "study.yaml", {"base": BASE, "methods": ["fedavg"]}), names=["rolora"])
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,8 @@ class Study(BaseModel, extra="forbid", frozen=True):
                 "methods and arms: one of the two; an arm that is a method alone is NAME: {method: {name: NAME}}"
             )
         arms = {name: {"method": {"name": name}} for name in raw["methods"]}
+        if len(arms) < len(raw["methods"]):
+            raise ValueError(f"methods: each once, got {', '.join(raw['methods'])}")
         return {key: value for key, value in raw.items() if key != "methods"} | {"arms": arms}
 
     @field_validator("seeds", mode="before")
@@ -167,7 +169,9 @@ def read(
     ConfigError with what is wrong and what would be right.
     """
     where, raw = settings.read(source)
-    if names := list(names):
+    if (names := [name.strip() for name in names]) and raw.keys() & {"arms", "methods", "base"}:
+        raise ConfigError(f"{where}: a study says itself what it compares; --methods goes with a run's config")
+    if names:
         raw = {"base": {key: value for key, value in raw.items() if key != "method"}, "methods": names}
     elif not raw.keys() & {"arms", "methods"}:
         raise ConfigError(f"{where}: a study has arms or methods; to compare methods on a run's config name them: --methods fedavg,fedara")  # fmt: skip
