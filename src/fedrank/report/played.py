@@ -109,7 +109,7 @@ def read(path: Path) -> Played:
     return Played(
         path, config, _json(path / "data.json"), _rows(path / "rounds.jsonl"),
         _rows(path / "clients.jsonl") if shown else [], _rows(path / "ranks.jsonl"),
-        _rows(path / PERSONAL) if shown else [], _json(path / "summary.json"), _working(path),
+        _rows(path / PERSONAL) if shown else [], _json(path / "summary.json"), working(path),
     )  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def _json(path: Path) -> Row:
     return dict(finite(found))
 
 
-def _working(path: Path) -> bool:
+def working(path: Path) -> bool:
     """Whether a process holds the run's lock. It is let go at once, and who starts a run asks more than once."""
     with suppress(FileNotFoundError, PermissionError), (path / ".lock").open() as file:
         try:

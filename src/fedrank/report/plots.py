@@ -8,7 +8,7 @@ from fedrank.report.page import Row
 
 Spec = dict[str, Any]
 SHARE, PLAIN = ".3~p", ".4~g"  # formats of numbers: of shares, and of others
-DASHES = [[1, 0], [7, 3], [2, 2], [8, 3, 2, 3], [4, 2], [1, 3], [10, 2], [6, 2, 1, 2, 1, 2]]
+DASHES = [[1, 0], [7, 3], [2, 2], [8, 3, 2, 3], [4, 2], [1, 3], [10, 2]]  # as many fewer than shapes and colours that no two of 56 lines are alike
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-left", "triangle-right"]
 BARS = 60  # of a chart over rounds
 TALLEST = 900  # pixels of a map
@@ -79,14 +79,18 @@ def lines(
     told += [{"field": "value", "title": title.lower(), "format": format}]
     told += [{"field": x["field"], "title": x["title"]} for name, x in axes.items() if name != "round"]
     dash = series(order, alone) | {"scale": {"domain": list(order), "range": cycle(DASHES, len(order))}}
-    shape = series(order, alone=True) | {"scale": {"domain": list(order), "range": cycle(SHAPES, len(order))}}
-    color, unsaid = series(order, alone), series(order, alone=True)  # the legend is the lines', which have the dashes
+    shapes = dict(zip(order, cycle(SHAPES, len(order)), strict=True))
+    placed = [{**row, "shape": shapes[row["series"]]} for row in placed]
+    shape = {"field": "shape", "type": "nominal", "scale": None, "legend": None}
+    color = series(order, alone)
+    if not alone:  # a piece of the line, as the dash tells lines apart where colours do not
+        color["legend"] = dash["legend"] = {"symbolType": "stroke", "symbolSize": 260}
     layers: list[Spec] = [
         {"mark": {"type": "line", "interpolate": "step-after" if steps else "linear"}, "encoding": {"y": y, "color": color, "strokeDash": dash}},
-        {"mark": {"type": "point", "filled": True, "size": 42 if len(rows) < 200 else 12, "opacity": 1}, "encoding": {"y": y, "color": unsaid, "shape": shape, "tooltip": told}},
+        {"mark": {"type": "point", "filled": True, "size": 42 if len(rows) < 200 else 12, "opacity": 1}, "encoding": {"y": y, "color": color, "shape": shape, "tooltip": told}},
     ]  # fmt: skip
     if any(row.get("low") is not None for row in rows):
-        edges = {"y": {**y, "field": "low"}, "y2": {"field": "high"}, "color": unsaid}
+        edges = {"y": {**y, "field": "low"}, "y2": {"field": "high"}, "color": color}
         layers.insert(0, {"mark": {"type": "area", "opacity": 0.16, "line": False}, "encoding": edges})
     return {"data": {"values": placed}, "height": 300, "encoding": {"x": axes["round"]}, "layer": layers}, axes
 
