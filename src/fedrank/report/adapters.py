@@ -85,7 +85,9 @@ def _spans(rounds: Sequence[Row], names: Mapping[str, str]) -> list[dict[str, An
             if values[start]:
                 stop = edges[at] - 0.5 if at < len(edges) else edges[-1] + 0.5
                 label = str(edges[start]) if at - 1 == start else f"{edges[start]} to {edges[at - 1]}"
-                found.append({"name": name, "start": edges[start] - 0.5, "stop": stop, "value": values[start], "label": label})
+                found.append(
+                    {"name": name, "start": edges[start] - 0.5, "stop": stop, "value": values[start], "label": label}
+                )
             start = at
     return found
 

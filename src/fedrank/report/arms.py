@@ -11,7 +11,11 @@ from fedrank.report.page import Block, Chart, Row, Section, Table, Text
 from fedrank.report.played import known, short
 from fedrank.units import duration, energy, memory, share, size
 
-SCORES = {"accuracy": "Accuracy", "personal_accuracy": "Clients' accuracy", "personal_worst_decile": "Worst tenth of clients"}
+SCORES = {
+    "accuracy": "Accuracy",
+    "personal_accuracy": "Clients' accuracy",
+    "personal_worst_decile": "Worst tenth of clients",
+}
 MEASURES: dict[str, tuple[str, Callable[[Any], str]]] = {
     **{name: (title, share) for name, title in SCORES.items()},
     "last_accuracy": ("Accuracy, last round", share), "bytes_up": ("Bytes up", size), "bytes_down": ("Bytes down", size),
@@ -19,6 +23,7 @@ MEASURES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "clock_seconds": ("Device time", duration), "device_joules": ("Energy", energy),
     "peak_memory_bytes": ("Largest memory", memory),
 }  # fmt: skip
+COSTS = tuple(name for name in MEASURES if MEASURES[name][1] is not share)
 
 
 def setting(found: Comparison, name: str, id: str, before: str) -> list[Section]:
@@ -26,25 +31,34 @@ def setting(found: Comparison, name: str, id: str, before: str) -> list[Section]
     result = found.part("results").get(name) or {}
     runs = {arm: mine for arm in found.arms if (mine := found.runs(name, arm))}
     parts: list[tuple[str, str, Sequence[Block | None]]] = [
-        ("results", "Results", [results(found, result), target(found, result)]),
-        ("progress", "Accuracy along the way", [curves(id, runs, score, title) for score, title in list(SCORES.items())[:2]]),
+        ("results", "Results", [*results(found, result), target(found, result)]),
+        ("progress", "Accuracy along the way", [curves(found, id, runs, score, title) for score, title in list(SCORES.items())[:2]]),
         ("seeds", "Seeds and differences", [*seeds(found, id, result), *differences(found, id, result)]),
-        ("clients", "Clients", [clients(id, runs)]),
-        ("ranks", "Ranks", [alive(id, runs), ranks(id, runs)]),
+        ("clients", "Clients", [clients(found, id, runs)]),
+        ("ranks", "Ranks", [alive(found, id, runs), ranks(id, runs)]),
     ]  # fmt: skip
-    sections = [Section(f"{id}-{key}", f"{before}{title}", [b for b in blocks if b is not None]) for key, title, blocks in parts]
+    sections = [
+        Section(f"{id}-{key}", f"{before}{title}", [b for b in blocks if b is not None]) for key, title, blocks in parts
+    ]
     there = [section for section in sections if section.blocks]
     return there or [Section(f"{id}-results", f"{before}Results", [Text("No run of this setting has ended yet.")])]
 
 
-def results(found: Comparison, result: Row) -> Table | None:
+def results(found: Comparison, result: Row) -> list[Table]:
+    """What was reached, and what it took."""
     arms = result.get("arms") or {}
-    names = [name for name in MEASURES if any((arms[arm].get(name) or {}).get("mean") is not None for arm in arms)]
-    if not names:
-        return None
-    rows = [[arm, *(_spread(arms[arm].get(name) or {}, MEASURES[name][1]) for name in names)] for arm in found.arms if arm in arms]
-    title = "Mean ± standard deviation over the seeds"
-    return Table(["Arm", *(MEASURES[name][0] for name in names)], rows, title=title)
+    tables = []
+    for title, names in (("What was reached", (*SCORES, "last_accuracy")), ("What it took", COSTS)):
+        there = [name for name in names if any((arms[arm].get(name) or {}).get("mean") is not None for arm in arms)]
+        rows = [
+            [arm, *(_spread(arms[arm].get(n) or {}, MEASURES[n][1]) for n in there)]
+            for arm in found.arms
+            if arm in arms
+        ]
+        if there:
+            said = f"{title}: mean ± standard deviation over the seeds"
+            tables.append(Table(["Arm", *(MEASURES[name][0] for name in there)], rows, title=said))
+    return tables
 
 
 def _spread(one: Row, write: Callable[[Any], str]) -> str:
@@ -62,7 +76,7 @@ def target(found: Comparison, result: Row) -> Table | None:
     arms = wanted.get("arms") or {}
     if wanted.get("value") is None or not arms:
         return None
-    names = [n for n in MEASURES if n not in SCORES and any((one.get(n) or {}).get("mean") is not None for one in arms.values())]
+    names = [n for n in COSTS if any((one.get(n) or {}).get("mean") is not None for one in arms.values())]
     rows = [
         [arm, str(arms[arm].get("reached", "–")), _spread(arms[arm].get("round") or {}, lambda value: f"{value:.1f}"),
          *(_spread(arms[arm].get(name) or {}, MEASURES[name][1]) for name in names)]
@@ -72,7 +86,7 @@ def target(found: Comparison, result: Row) -> Table | None:
     return Table(["Arm", "Seeds that do", "Round", *(MEASURES[name][0] for name in names)], rows, title=title)
 
 
-def curves(id: str, runs: Mapping[str, Mapping[str, Row]], score: str, title: str) -> Chart | None:
+def curves(found: Comparison, id: str, runs: Mapping[str, Mapping[str, Row]], score: str, title: str) -> Chart | None:
     """A line for each arm, the mean over its seeds, in a band from the lowest seed to the highest."""
     points, order = [], []
     for arm, seeds in runs.items():
@@ -81,7 +95,7 @@ def curves(id: str, runs: Mapping[str, Mapping[str, Row]], score: str, title: st
         order += [arm] * bool(mine)
     if not points:
         return None
-    spec, axes = plots.lines(points, order, title, plots.SHARE)
+    spec, axes = plots.lines(points, order, title, plots.SHARE, every=found.arms)
     spec["height"] = 340
     ends = {arm: [p for p in points if p["series"] == arm][-1] for arm in order}
     best = sorted(order, key=lambda arm: -ends[arm]["value"])
@@ -108,8 +122,14 @@ def _mean_curve(curves: Sequence[Sequence[Row]], score: str) -> list[dict[str, A
             continue
         values = known(mine, score)
         band = {"low": min(values), "high": max(values)} if len(values) > 1 else {}
-        sums = {"bytes": [_both(p) for p in mine], "seconds": [p.get("clock_seconds") for p in mine], "joules": [p.get("device_joules") for p in mine]}
-        means = {name: None if None in v else statistics.fmean(x for x in v if x is not None) for name, v in sums.items()}
+        sums = {
+            "bytes": [_both(p) for p in mine],
+            "seconds": [p.get("clock_seconds") for p in mine],
+            "joules": [p.get("device_joules") for p in mine],
+        }
+        means = {
+            name: None if None in v else statistics.fmean(x for x in v if x is not None) for name, v in sums.items()
+        }
         found.append({"round": round, "value": statistics.fmean(values), **band, **means})
     return found
 
@@ -133,9 +153,13 @@ def _dots(found: Comparison, id: str, result: Row, name: str, title: str) -> Cha
     rows: list[dict[str, Any]] = []
     for arm, one in arms.items():
         values = [v for v in one.get("values") or [] if v is not None]
-        rows.append({"name": arm, "middle": one["mean"], "low": min(values, default=None), "high": max(values, default=None)})
-        rows += [{"name": arm, "value": value, "label": f"seed {n} of {len(values)}"} for n, value in enumerate(values, 1)]
-    spec = plots.ranges(rows, list(arms), title, plots.SHARE)
+        rows.append(
+            {"name": arm, "middle": one["mean"], "low": min(values, default=None), "high": max(values, default=None)}
+        )
+        rows += [
+            {"name": arm, "value": value, "label": f"seed {n} of {len(values)}"} for n, value in enumerate(values, 1)
+        ]
+    spec = plots.ranges(rows, list(arms), title, plots.SHARE, found.arms)
     top, bottom = (pick(arms, key=lambda arm: float(arms[arm]["mean"])) for pick in (max, min))
     said = f"A dot for each seed, a bar for the mean: highest {top}, {share(arms[top]['mean'])}, lowest {bottom}, {share(arms[bottom]['mean'])}."
     table = Table(
@@ -163,12 +187,14 @@ def differences(found: Comparison, id: str, result: Row) -> list[Block]:
         rows += [{"name": arm, "value": 100 * v, "label": "a seed"} for v in one.get("values") or []]
         p = one.get("p_corrected")
         lines.append([
-            arm, f"{100 * one['mean']:+.1f}", "–" if low is None or high is None else f"{100 * low:+.1f} to {100 * high:+.1f}",
+            arm, _points(one["mean"]), "–" if low is None or high is None else f"{_points(low)} to {_points(high)}",
             "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}",
             *(_times(every[arm].get(name)) for name in ("bytes_up", "bytes_down", "clock_seconds", "device_joules")),
         ])  # fmt: skip
     what = found.score.replace("_", " ")
-    spec = plots.ranges(rows, arms, f"Difference in {what} from {found.reference} (points)", "+.3~g", zero=True)
+    spec = plots.ranges(
+        rows, arms, f"Difference in {what} from {found.reference} (points)", "+.3~g", found.arms, zero=True
+    )
     clear = [arm for arm in arms if (p := every[arm][found.score].get("p_corrected")) is not None and p < 0.05]
     said = f"Differences over the same seeds, with their 95 % interval. Apart from 0 by the corrected test at 5 %: {', '.join(clear) or 'none'}."
     columns = ["Arm", "Points", "95 % interval", "p, corrected", "Bytes up", "Bytes down", "Device time", "Energy"]
@@ -179,11 +205,15 @@ def differences(found: Comparison, id: str, result: Row) -> list[Block]:
     ]
 
 
+def _points(value: float) -> str:
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
 def _times(one: Row | None) -> str:
     return "–" if not one or one.get("mean") is None else f"{one['mean']:.3g} ×"
 
 
-def clients(id: str, runs: Mapping[str, Mapping[str, Row]]) -> Chart | None:
+def clients(found: Comparison, id: str, runs: Mapping[str, Mapping[str, Row]]) -> Chart | None:
     """How the accuracy of single clients spreads, all seeds together."""
     rows, lines, names = list[dict[str, Any]](), list[list[str]](), list[str]()
     for arm, mine in runs.items():
@@ -193,11 +223,13 @@ def clients(id: str, runs: Mapping[str, Mapping[str, Row]]) -> Chart | None:
         names.append(arm)
         cuts = [_quantile(values, q) for q in (0.1, 0.25, 0.5, 0.75, 0.9)]
         rows.append({"name": arm, "low": cuts[0], "high": cuts[-1], "middle": cuts[2]})
-        rows += [{"name": arm, "value": v, "label": f"{q} % of clients are below"} for q, v in ((25, cuts[1]), (75, cuts[3]))]
+        rows += [
+            {"name": arm, "value": v, "label": f"{q} % of clients are below"} for q, v in ((25, cuts[1]), (75, cuts[3]))
+        ]
         lines.append([arm, str(len(values)), *map(share, cuts), share(values[0])])
     if not names:
         return None
-    spec = plots.ranges(rows, names, "Accuracy of a client on its own rows", plots.SHARE)
+    spec = plots.ranges(rows, names, "Accuracy of a client on its own rows", plots.SHARE, found.arms)
     said = "The line holds the middle eight tenths of the clients, the dots the middle half, the bar is the median; all seeds together."
     table = Table(["Arm", "Clients", "10 %", "25 %", "Median", "75 %", "90 %", "Lowest"], lines)
     return Chart(f"{id}-personal", "Accuracy over clients", said, spec, table)
@@ -210,19 +242,21 @@ def _quantile(values: Sequence[float], q: float) -> float:
     return values[low] + (at - low) * (values[min(low + 1, len(values) - 1)] - values[low])
 
 
-def alive(id: str, runs: Mapping[str, Mapping[str, Row]]) -> Chart | None:
+def alive(found: Comparison, id: str, runs: Mapping[str, Mapping[str, Row]]) -> Chart | None:
     points, order = [], []
     for arm, mine in runs.items():
-        found = _mean_curve([run.get("curve") or [] for run in mine.values()], "modules_alive")
-        points += [{"series": arm, **point} for point in found]
-        order += [arm] * bool(found)
+        curve = _mean_curve([run.get("curve") or [] for run in mine.values()], "modules_alive")
+        points += [{"series": arm, **point} for point in curve]
+        order += [arm] * bool(curve)
     if not points:
         return None
-    spec, axes = plots.lines(points, order, "Modules alive", steps=True, zero=True)
+    spec, axes = plots.lines(points, order, "Modules alive", steps=True, zero=True, every=found.arms)
     ends = {arm: next(p["value"] for p in reversed(points) if p["series"] == arm) for arm in order}
     left = ", ".join(f"{arm} {value:.4g}" for arm, value in ends.items())
     said = f"In the mean over the seeds, in the end: {left}."
-    table = Table(["Arm", "Round", "Modules alive"], [[str(p["series"]), str(p["round"]), f"{p['value']:.4g}"] for p in points])
+    table = Table(
+        ["Arm", "Round", "Modules alive"], [[str(p["series"]), str(p["round"]), f"{p['value']:.4g}"] for p in points]
+    )
     return Chart(f"{id}-alive", "Modules alive", said, spec, table, axes)
 
 
@@ -239,7 +273,12 @@ def ranks(id: str, runs: Mapping[str, Mapping[str, Row]]) -> Chart | None:
     if not modules:
         return None
     names = short(list(modules))
-    cells = [{"name": names[m], "column": arm, "value": round(v, 2)} for arm, one in means.items() for m, v in one.items() if v]
+    cells = [
+        {"name": names[m], "column": arm, "value": round(v, 2)}
+        for arm, one in means.items()
+        for m, v in one.items()
+        if v
+    ]
     spec = plots.cells(cells, list(reversed(names.values())), list(means), "Rank", "Arm")
     totals = ", ".join(f"{arm} {sum(one.values()):.4g}" for arm, one in means.items())
     said = f"Components of each module in the end, in the mean over the seeds; of all modules: {totals}."

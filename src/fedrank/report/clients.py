@@ -52,7 +52,11 @@ def served(scored: Sequence[Row]) -> list[Block]:
         marks.append(("mean of majority classes", statistics.fmean(one for _, one in majority)))
     spec = plots.distribution(plots.histogram(values), marks, "Accuracy on the client's own test rows", "Clients")
     below = sum(accuracy < one for accuracy, one in majority)
-    lost = f" {below} of {len(majority)} {'is' if below == 1 else 'are'} below what their most frequent class alone would give." if majority else ""
+    lost = (
+        f" {below} of {len(majority)} {'is' if below == 1 else 'are'} below what their most frequent class alone would give."
+        if majority
+        else ""
+    )
     said = f"{len(values)} clients: mean {share(mean)}, standard deviation {share(deviation)}, from {share(values[0])} to {share(values[-1])}.{lost}"
     order = sorted(scored, key=lambda row: row["accuracy"])
     table = Table(
@@ -118,7 +122,9 @@ def held(run: Played) -> Chart:
     )  # fmt: skip
     if not 1 < len(labels) <= LABELS or not any(kinds):
         tally = _parts([row["train_rows"] for row in people])
-        spec = plots.bars([{**one, "series": "clients", "rank": 0} for one in tally], ["clients"], "Clients", "d", x="Training rows")
+        spec = plots.bars(
+            [{**one, "series": "clients", "rank": 0} for one in tally], ["clients"], "Clients", "d", x="Training rows"
+        )
         return Chart("held", "Who holds how much", said, spec, table)
     place = {str(row["client"]): row for row in people}
     shown = sampled(list(place), SHOWN)
@@ -128,7 +134,11 @@ def held(run: Played) -> Chart:
         for label, count in place[c]["label_counts"].items()
     ]
     spec = plots.cells(cells, shown, labels, "Share of the client's rows", "Label")
-    note = f"Of {len(people)} clients {len(shown)} are shown, evenly from the most rows to the fewest." if len(shown) < len(people) else ""
+    note = (
+        f"Of {len(people)} clients {len(shown)} are shown, evenly from the most rows to the fewest."
+        if len(shown) < len(people)
+        else ""
+    )
     return Chart("held", "Who holds what", said, spec, table, note=note)
 
 
@@ -196,8 +206,8 @@ def waiting(run: Played) -> Chart:
         wait = statistics.fmean(by[r].get("waiting_seconds") or 0.0 for r in rounds)
         rows += [{"at": at, "series": "busy", "value": (whole - wait) / unit, "rank": 0}, {"at": at, "series": "waiting", "value": wait / unit, "rank": 1}]  # fmt: skip
     spec = plots.bars(rows, ["busy", "waiting"], f"Simulated time ({word})")
-    waits, whole = known(list(by.values()), "waiting_seconds"), known(list(by.values()), "round_seconds")
-    said = f"A round takes {duration(statistics.fmean(whole))} in the mean, and a client waits {duration(statistics.fmean(waits or [0.0]))} of it."
+    waits, lengths = (known(list(by.values()), name) for name in ("waiting_seconds", "round_seconds"))
+    said = f"A round takes {duration(statistics.fmean(lengths))} in the mean, and a client waits {duration(statistics.fmean(waits or [0.0]))} of it."
     table = Table(
         ["Round", "Length", "Mean wait", "Energy"],
         [[str(r), duration(row["round_seconds"]), duration(row.get("waiting_seconds")), energy(row.get("device_joules"))] for r, row in by.items()],
@@ -229,7 +239,9 @@ def failures(run: Played) -> Section | None:
     failed = [row for row in run.clients if not row["ok"]]
     out = sum(row.get("clients_out") or 0 for row in run.rounds)
     if not failed and not out:
-        return Section("failures", "Failures", [Text("Every client that was asked answered, and every answer was merged.", "good")])
+        return Section(
+            "failures", "Failures", [Text("Every client that was asked answered, and every answer was merged.", "good")]
+        )
     by = {row["round"]: row for row in run.rounds}
     parts = ("clients_ok", "clients_failed", "clients_out")
     bars = [
@@ -238,8 +250,12 @@ def failures(run: Played) -> Section | None:
         for n, (way, name) in enumerate(zip(WAYS, parts, strict=True))
     ]
     asked = sum(len(known([row], name)) and row[name] for row in run.rounds for name in parts[:2])
-    said = f"{len(failed)} of {asked} requests came to nothing" + (f", and {out} times a client sat out." if out else ".")
-    table = Table(["Round", *WAYS], [[str(r), *(str(row.get(name) or 0) for name in parts)] for r, row in by.items()], left=0)
+    said = f"{len(failed)} of {asked} requests came to nothing" + (
+        f", and {out} times a client sat out." if out else "."
+    )
+    table = Table(
+        ["Round", *WAYS], [[str(r), *(str(row.get(name) or 0) for name in parts)] for r, row in by.items()], left=0
+    )
     why = defaultdict[str, list[Row]](list)
     for row in failed:
         why[str(row.get("error", "unknown"))[:300]].append(row)
@@ -247,7 +263,9 @@ def failures(run: Played) -> Section | None:
         [reason, str(len(mine)), f"{mine[0]['round']} to {mine[-1]['round']}", ", ".join(list(dict.fromkeys(str(r["client"]) for r in mine))[:8])]
         for reason, mine in sorted(why.items(), key=lambda item: -len(item[1]))
     ]  # fmt: skip
-    blocks: list[Block] = [Chart("failed", "Answers of each round", said, plots.bars(bars, WAYS, "Clients", "d"), table)]
+    blocks: list[Block] = [
+        Chart("failed", "Answers of each round", said, plots.bars(bars, WAYS, "Clients", "d"), table)
+    ]
     if reasons:
         blocks.append(Table(["Reason", "Times", "Rounds", "Clients, at most 8"], reasons, title="Reasons"))
     return Section("failures", "Failures", blocks)

@@ -12,6 +12,7 @@ from fedrank.report.compared import Comparison
 from fedrank.report.page import Block, Chart, Code, Facts, Page, Row, Section, Table, Text
 from fedrank.units import duration, number, share
 
+
 def page(found: Comparison) -> Page:
     study, axes = found.study, dict[str, str]()
     sections = [conclusions(found)]
@@ -55,14 +56,16 @@ def conclusions(found: Comparison) -> Section:
     several = len(found.settings) > 1
     for name, result in found.part("results").items():
         if sentence := result.get("conclusion"):
-            blocks.append(Text(f"{name}: {sentence}" if several else str(sentence)))
+            blocks.append(Text(f"{name}: {sentence}" if several else str(sentence), "strong"))
     if not found.part("results"):
         blocks.append(Text("No run has ended yet, so nothing can be concluded."))
     fair = found.found.get("fair")
     if isinstance(fair, dict) and fair.get("verdict") is not None:
         why = " ".join(_sentence(one) for one in fair.get("why") or [])
         if fair["verdict"]:
-            blocks.append(Text(f"A fair comparison: the arms had the same data, seeds, work and tuning. {why}".strip(), "good"))
+            blocks.append(
+                Text(f"A fair comparison: the arms had the same data, seeds, work and tuning. {why}".strip(), "good")
+            )
         else:
             blocks.append(Text(f"Not a fair comparison. {why}".strip(), "bad"))
         blocks += [Text(_sentence(one), "note") for one in fair.get("notes") or []]
@@ -118,7 +121,7 @@ def _tried(found: Comparison, trials: Sequence[tuple[str, str, Row, Row]], knob:
         return None
     values = [point["x"] for point in points]
     order = [arm for arm in found.arms if any(point["series"] == arm for point in points)]
-    spec = plots.points(points, order, (knob, "~g"), (found.score.replace("_", " ").capitalize(), plots.SHARE), logarithmic=min(values) > 0 and max(values) / min(values) >= 8)  # fmt: skip
+    spec = plots.points(points, order, (knob, "~g"), (found.score.replace("_", " ").capitalize(), plots.SHARE), min(values) > 0 and max(values) / min(values) >= 8, found.arms)  # fmt: skip
     top = max(points, key=lambda point: float(point["y"]))
     said = f"{len(points)} trials from {min(values):g} to {max(values):g}; the best of all, {top['series']} at {top['x']:g}, has {share(top['y'])}."
     table = Table(["Arm", knob, "Score"], [[p["series"], f"{p['x']:g}", _score(p["y"])] for p in points])
@@ -137,19 +140,28 @@ def failures(found: Comparison) -> Section | None:
     failed = found.part("failures")
     if not failed:
         return None
-    rows = [[str(one.get(name, "–")) for name in ("setting", "arm", "seed")] + [str(one.get("error", ""))[:300]] for one in failed]
+    rows = [
+        [str(one.get(name, "–")) for name in ("setting", "arm", "seed")] + [str(one.get("error", ""))[:300]]
+        for one in failed
+    ]
     return Section("failures", "Failures", [Table(["Setting", "Arm", "Seed", "Error"], rows, left=4)])
 
 
 def again(found: Comparison) -> Section:
     """The study, the command, the machine and what was forecast."""
     command = str(found.found.get("command") or f"fedrank compare study.yaml --out {shlex.quote(str(found.path))}")
-    walls = [run.get("seconds") or 0.0 for s in found.settings for arm in found.arms for run in found.runs(s, arm).values()]
+    walls = [
+        run.get("seconds") or 0.0 for s in found.settings for arm in found.arms for run in found.runs(s, arm).values()
+    ]
     figures = [("fedrank", str(found.found.get("version") or "–"), "")]
     if walls:
         figures.append(("Wall time of the runs", duration(sum(walls)), f"{len(walls)} runs, added up"))
     blocks: list[Block] = [Code(command, "Command"), Facts(figures)]
-    for name, title in (("study", "The study as it was resolved"), ("machine", "The machine"), ("forecast", "What was forecast")):
+    for name, title in (
+        ("study", "The study as it was resolved"),
+        ("machine", "The machine"),
+        ("forecast", "What was forecast"),
+    ):
         if found.part(name):
             blocks.append(Code(yaml.safe_dump(found.part(name), sort_keys=False), title, folded=True))
     return Section("again", "Run it again", blocks)

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -63,10 +64,10 @@ class Facts:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; of a tone where it is a verdict or a warning."""
+    """A paragraph; of a tone where it is a conclusion, a verdict or a remark."""
 
     text: str
-    tone: Literal["plain", "good", "bad", "note"] = "plain"
+    tone: Literal["plain", "strong", "good", "bad", "note"] = "plain"
     kind: Literal["text"] = "text"
 
 
@@ -130,6 +131,11 @@ def inline(value: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
+def kept(text: str) -> str:
+    """With numbers and their units on one line."""
+    return re.sub(r"(?<=\d) (?=(%|[kMGT]?B|m?s|min|h|days|[kMG]?J|mJ)(?![\w-]))", "\u00a0", text)
+
+
 def _template(name: str) -> Any:
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -137,17 +143,18 @@ def _template(name: str) -> Any:
         raise ImportError("pages need jinja2: pip install 'fedrank[report]'") from None
     loader = PackageLoader("fedrank.report")
     made = Environment(autoescape=True, loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    made.filters["kept"] = kept
     return made.get_template(name)
 
 
 @cache
 def library() -> str:
-    """Vega, Vega-Lite and vega-embed, as one script."""
+    """Vega, Vega-Lite and vega-embed, as one script that sets `vegaEmbed`."""
     try:
         from vl_convert import javascript_bundle
     except ImportError:
         raise ImportError("charts need vl-convert-python: pip install 'fedrank[report]'") from None
-    code = str(javascript_bundle())
+    code = str(javascript_bundle("window.vegaEmbed = vegaEmbed;"))
     assert "</script" not in code.lower()
     return code
 

@@ -8,7 +8,15 @@ from fedrank.report.page import Row
 
 Spec = dict[str, Any]
 SHARE, PLAIN = ".3~p", ".4~g"  # formats of numbers: of shares, and of others
-DASHES = [[1, 0], [7, 3], [2, 2], [8, 3, 2, 3], [4, 2], [1, 3], [10, 2]]  # as many fewer than shapes and colours that no two of 56 lines are alike
+DASHES = [
+    [1, 0],
+    [7, 3],
+    [2, 2],
+    [8, 3, 2, 3],
+    [4, 2],
+    [1, 3],
+    [10, 2],
+]  # as many fewer than shapes and colours that no two of 56 lines are alike
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-left", "triangle-right"]
 BARS = 60  # of a chart over rounds
 TALLEST = 900  # pixels of a map
@@ -56,11 +64,15 @@ def _short(value: float) -> float:
     return float(f"{value:.5g}") if math.isfinite(value) else value
 
 
-def series(order: Sequence[str], alone: bool = False) -> Spec:
-    """Colour by name. alone: there is one thing to see, and no legend."""
-    found: Spec = {"field": "series", "type": "nominal", "sort": list(order), "title": None}
-    found["scale"] = {"domain": list(order)}
-    return found | ({"legend": None} if alone else {})
+def series(order: Sequence[str], every: Sequence[str] = (), marks: Sequence[Any] = ()) -> Spec:
+    """Colour, or one of `marks`, by name; of one name alone there is no legend.
+
+    every: all names of the page, so that each looks the same in all of its charts; by default those of this one.
+    """
+    domain = list(every or order)
+    scale: Spec = {"domain": domain} | ({"range": cycle(marks, len(domain))} if marks else {})
+    legend = {"values": list(order), "symbolOpacity": 1} if len(order) > 1 else None
+    return {"field": "series", "type": "nominal", "sort": domain, "title": None, "scale": scale, "legend": legend}
 
 
 def lines(
@@ -70,21 +82,22 @@ def lines(
     format: str = PLAIN,
     steps: bool = False,
     zero: bool = False,
+    every: Sequence[str] = (),
 ) -> tuple[Spec, dict[str, Spec]]:
     """A line for each `series` of rows with `value`, and around it a band where they have `low` and `high`; its x encodings."""
     placed, axes = along(rows)
-    alone = len(order) < 2
     y = {"field": "value", "type": "quantitative", "title": title, "scale": {"zero": zero}, "axis": {"format": format}}
     told = [{"field": "series", "title": " "}, {"field": "round", "title": "round"}]
     told += [{"field": "value", "title": title.lower(), "format": format}]
     told += [{"field": x["field"], "title": x["title"]} for name, x in axes.items() if name != "round"]
-    dash = series(order, alone) | {"scale": {"domain": list(order), "range": cycle(DASHES, len(order))}}
-    shapes = dict(zip(order, cycle(SHAPES, len(order)), strict=True))
+    color, dash = series(order, every), series(order, every, DASHES)
+    if len(order) > 1:  # the legend shows a piece of the line, as the dash tells lines apart where colours do not
+        color["legend"] |= {"symbolType": "stroke", "symbolSize": 260}
+        dash["legend"] = color["legend"]
+    domain = list(every or order)
+    shapes = dict(zip(domain, cycle(SHAPES, len(domain)), strict=True))
     placed = [{**row, "shape": shapes[row["series"]]} for row in placed]
     shape = {"field": "shape", "type": "nominal", "scale": None, "legend": None}
-    color = series(order, alone)
-    if not alone:  # a piece of the line, as the dash tells lines apart where colours do not
-        color["legend"] = dash["legend"] = {"symbolType": "stroke", "symbolSize": 260}
     layers: list[Spec] = [
         {"mark": {"type": "line", "interpolate": "step-after" if steps else "linear"}, "encoding": {"y": y, "color": color, "strokeDash": dash}},
         {"mark": {"type": "point", "filled": True, "size": 42 if len(rows) < 200 else 12, "opacity": 1}, "encoding": {"y": y, "color": color, "shape": shape, "tooltip": told}},
@@ -107,7 +120,7 @@ def bars(rows: Sequence[Row], order: Sequence[str], title: str, format: str = PL
         "encoding": {
             "x": {"field": "at", "type": "ordinal", "sort": places, "title": x, "axis": {"labelAngle": 0, "labelOverlap": "greedy"}},
             "y": {"field": "value", "type": "quantitative", "title": title, "axis": {"format": format}},
-            "color": series(order, len(order) < 2), "order": {"field": "rank"},
+            "color": series(order), "order": {"field": "rank"},
             "tooltip": [{"field": "at", "title": x.lower()}, {"field": "series", "title": " "},
                         {"field": "value", "title": title.lower(), "format": format}],
         },
@@ -129,7 +142,7 @@ def lying(rows: Sequence[Row], order: Sequence[str], title: str, format: str = P
         "encoding": {
             "y": {"field": "name", "type": "nominal", "sort": names, "title": None},
             "x": {"field": "value", "type": "quantitative", "title": title, "axis": {"format": format}},
-            "color": series(order, len(order) < 2), "order": {"field": "rank"},
+            "color": series(order), "order": {"field": "rank"},
             "tooltip": [{"field": "name", "title": " "}, {"field": "series", "title": "part"},
                         {"field": "value", "title": title.lower(), "format": format}],
         },
@@ -163,9 +176,10 @@ def heat(rows: Sequence[Row], names: Sequence[str], title: str, x: Spec, most: f
 def cells(rows: Sequence[Row], names: Sequence[str], columns: Sequence[str], title: str, x: str) -> Spec:
     """A map of `name` by row and `column`, with words on both axes."""
     spec = heat(rows, names, title, {"title": x})
+    turned = sum(map(len, columns)) > 36  # letters that fit beside each other on a phone
     spec["encoding"] |= {
         "x": {"field": "column", "type": "nominal", "sort": list(columns), "title": x, "scale": {"domain": list(columns), "paddingInner": 0.04},
-              "axis": {"labelAngle": -90 if max(map(len, columns), default=0) > 3 else 0, "labelOverlap": "greedy", "grid": False, "ticks": False}},
+              "axis": {"labelAngle": -90 if turned else 0, "labelOverlap": "greedy", "grid": False, "ticks": False}},
         "tooltip": [{"field": "name", "title": " "}, {"field": "column", "title": x.lower()},
                     {"field": "value", "title": title.lower(), "format": PLAIN}],
     }  # fmt: skip
@@ -184,7 +198,13 @@ def histogram(values: Sequence[float], count: int = 20) -> list[dict[str, float]
 def distribution(parts: Sequence[Row], marks: Sequence[tuple[str, float]], title: str, y: str) -> Spec:
     """A histogram of `start`, `stop` and `value`, and rules at named places."""
     order = [name for name, _ in marks]
-    x = {"field": "start", "type": "quantitative", "title": title, "axis": {"format": ".0%"}, "scale": {"domain": [0, 1]}}
+    x = {
+        "field": "start",
+        "type": "quantitative",
+        "title": title,
+        "axis": {"format": ".0%"},
+        "scale": {"domain": [0, 1]},
+    }
     ruled = series(order)
     return {
         "height": 240,
@@ -196,56 +216,69 @@ def distribution(parts: Sequence[Row], marks: Sequence[tuple[str, float]], title
                                       {"field": "value", "title": y.lower()}]}},
             {"data": {"values": [{"series": name, "start": at} for name, at in marks]},
              "mark": {"type": "rule", "strokeWidth": 2.5},
-             "encoding": {"x": x, "color": ruled, "strokeDash": {**ruled, "scale": {"domain": order, "range": cycle(DASHES, len(order))}},
+             "encoding": {"x": x, "color": ruled, "strokeDash": series(order, marks=DASHES),
                           "tooltip": [{"field": "series", "title": " "}, {"field": "start", "format": SHARE, "title": "at"}]}},
         ],
     }  # fmt: skip
 
 
 def points(
-    rows: Sequence[Row], order: Sequence[str], x: tuple[str, str], y: tuple[str, str], logarithmic: bool = False
+    rows: Sequence[Row],
+    order: Sequence[str],
+    x: tuple[str, str],
+    y: tuple[str, str],
+    logarithmic: bool = False,
+    every: Sequence[str] = (),
 ) -> Spec:
     """A point for each row of `x`, `y`, `series` and `label`; x, y: title and format."""
-    alone = len(order) < 2
-    shape = series(order, alone) | {"scale": {"domain": list(order), "range": cycle(SHAPES, len(order))}}
+    places = sorted({row["x"] for row in rows})
+    axis = {"format": x[1]} | ({"values": places} if logarithmic and len(places) <= 8 else {})
     return {
         "data": {"values": rows}, "height": 260, "mark": {"type": "point", "filled": True, "size": 60, "opacity": 0.8},
         "encoding": {
-            "x": {"field": "x", "type": "quantitative", "title": x[0], "axis": {"format": x[1]},
+            "x": {"field": "x", "type": "quantitative", "title": x[0], "axis": axis,
                   "scale": {"type": "log", "nice": False, "padding": 16} if logarithmic else {"zero": False, "padding": 8}},
             "y": {"field": "y", "type": "quantitative", "title": y[0], "axis": {"format": y[1]}, "scale": {"zero": False}},
-            "color": series(order, alone), "shape": shape,
+            "color": series(order, every), "shape": series(order, every, SHAPES),
             "tooltip": [{"field": "label", "title": " "}, {"field": "series", "title": "  "},
                         {"field": "x", "title": x[0].lower(), "format": x[1]}, {"field": "y", "title": y[0].lower(), "format": y[1]}],
         },
     }  # fmt: skip
 
 
-def ranges(rows: Sequence[Row], names: Sequence[str], title: str, format: str, zero: bool = False) -> Spec:
+def ranges(
+    rows: Sequence[Row], names: Sequence[str], title: str, format: str, every: Sequence[str], zero: bool = False
+) -> Spec:
     """By `name`: single values as points (`value`), and what sums them up as a tick (`middle`) and a line from `low` to `high`.
 
     zero: a rule at 0.
     """
-    x = {"field": "value", "type": "quantitative", "title": title, "axis": {"format": format}, "scale": {"zero": False, "padding": 12}}
+    x = {
+        "field": "value",
+        "type": "quantitative",
+        "title": title,
+        "axis": {"format": format},
+        "scale": {"zero": False, "padding": 12},
+    }
     y = {"field": "name", "type": "nominal", "sort": list(names), "title": None, "scale": {"domain": list(names)}}
     said = [{"field": "name", "title": " "}]
     layers: list[Spec] = [
         {"transform": [{"filter": "isValid(datum.low)"}], "mark": {"type": "rule", "strokeWidth": 3, "opacity": 0.45},
          "encoding": {"x": {**x, "field": "low"}, "x2": {"field": "high"},
                       "tooltip": [*said, {"field": "low", "format": format, "title": "from"}, {"field": "high", "format": format, "title": "to"}]}},
-        {"transform": [{"filter": "isValid(datum.middle)"}], "mark": {"type": "tick", "thickness": 3, "size": 20},
+        {"transform": [{"filter": "isValid(datum.middle)"}], "mark": {"type": "tick", "thickness": 3, "size": 20, "opacity": 1},
          "encoding": {"x": {**x, "field": "middle"}, "tooltip": [*said, {"field": "middle", "format": format, "title": title.lower()}]}},
         {"transform": [{"filter": "isValid(datum.value)"}], "mark": {"type": "point", "filled": True, "size": 50, "opacity": 0.75},
          "encoding": {"x": x, "tooltip": [*said, {"field": "value", "format": format, "title": title.lower()}, {"field": "label", "title": "of"}]}},
     ]  # fmt: skip
     if zero:
         layers.insert(0, {"data": {"values": [{"value": 0}]}, "mark": {"type": "rule", "style": "zero"}, "encoding": {"x": x}})  # fmt: skip
-    color = {"field": "name", "type": "nominal", "sort": list(names), "scale": {"domain": list(names)}, "legend": None}
+    color = {"field": "name", "type": "nominal", "scale": {"domain": list(every)}, "legend": None}
     for layer in layers[int(zero) :]:
         layer["encoding"] |= {"y": y, "color": color}
     return {"data": {"values": rows}, "height": 38 * max(len(names), 1), "layer": layers}
 
 
-def offered(axes: Mapping[str, Spec]) -> dict[str, str]:
+def offered(axes: Mapping[str, Row]) -> dict[str, str]:
     """The page's choice of horizontal axes."""
     return {name: AXES[name][0] for name in axes}

@@ -67,7 +67,7 @@ def summed(rounds: Sequence[Row]) -> list[dict[str, Any]]:
     """Rounds with the sums so far that a chart may run along; None from where a run does not tell."""
     both = [[row.get("bytes_up"), row.get("bytes_down")] for row in rounds]
     sums = {
-        "bytes": _running([None if None in pair else sum(pair) for pair in both]),
+        "bytes": _running([None if None in pair else sum(part or 0 for part in pair) for pair in both]),
         "joules": _running([row.get("device_joules") for row in rounds]),
         "seconds": [row.get("clock_seconds") for row in rounds],
     }
@@ -249,7 +249,9 @@ def again(run: Played) -> Section:
     own = run.facts.get("rows", {"train": 0}).get("train") is None and run.config.engine.kind != "flower"
     if "object" in config["method"] or own:
         what = "a method of one's own" if "object" in config["method"] else "clients that bring their own rows"
-        blocks: list[Block] = [Text(f"It was started from Python with {what}: fedrank.run() with the same runs it again.")]
+        blocks: list[Block] = [
+            Text(f"It was started from Python with {what}: fedrank.run() with the same runs it again.")
+        ]
     else:
         lines = [f"fedrank run {path}/config.yaml --out again"]
         lines += [f"fedrank resume {path}" + (" rounds.count=+10" if run.finished else "")]
