@@ -30,6 +30,6 @@ def watch(
     """Serve the page of a run or of a comparison, before it begins, while it goes on, and after; Ctrl-C ends it."""
     from fedrank.report.watch import served
 
-    with stoppable(lambda: "no longer served."), mistakes(), served(path, host, port) as url:
+    with stoppable(code=0), mistakes(), served(path, host, port) as url:
         print(url, flush=True)
         threading.Event().wait()

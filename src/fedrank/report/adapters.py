@@ -122,7 +122,7 @@ def by_client(run: Played, id: str, title: str, found: Mapping[str, Mapping[str,
     shown = sampled(order, CLIENTS)
     if len(shown) < len(order):
         note.append(f"Of {len(order)} clients {len(shown)} are shown, evenly from the most components to the fewest.")
-    labels = {client: f"{client} · {run.kinds[client]}" if client in run.kinds else client for client in order}
+    labels = {client: f"{client} · {run.devices[client]}" if client in run.devices else client for client in order}
     columns = list(dict.fromkeys(names[module] for module in modules))
     cells = []
     for client in shown:
@@ -135,13 +135,13 @@ def by_client(run: Played, id: str, title: str, found: Mapping[str, Mapping[str,
     value = {(cell["name"], cell["column"]): cell["value"] for cell in cells}
     said = f"{what}. Of {len(found)} clients, from {min(totals.values()):.4g} to {max(totals.values()):.4g} over all modules."
     table = Table(
-        ["Client", *(["Device"] if run.kinds else []), "All modules", *columns[:MODULES]],
+        ["Client", *(["Device"] if run.devices else []), "All modules", *columns[:MODULES]],
         [
-            [client, *([run.kinds.get(client, "–")] if run.kinds else []), f"{totals[client]:.4g}",
+            [client, *([run.devices.get(client, "–")] if run.devices else []), f"{totals[client]:.4g}",
              *(f"{value.get((labels[client], column), 0):.3g}" for column in columns[:MODULES])]
             for client in shown
         ],
-        left=2 if run.kinds else 1,
+        left=2 if run.devices else 1,
     )  # fmt: skip
     return Chart(id, title, said, spec, table, note=" ".join(note))
 

@@ -25,7 +25,7 @@ def clients(run: Played) -> Section | None:
     blocks: list[Block] = []
     if scored:
         blocks += served(scored)
-        if run.kinds and len(set(run.kinds.values())) > 1:
+        if run.devices:
             blocks.append(by_kind(run, scored))
         if run.holders:
             blocks.append(over_rows(run, scored))
@@ -85,7 +85,7 @@ def over_rows(run: Played, scored: Sequence[Row]) -> Chart:
     """Whether clients with little data are served worse."""
     held = {row["client"]: int(row["train_rows"]) for row in run.holders}
     rows = [
-        {"x": held[row["client"]], "y": row["accuracy"], "label": row["client"], "series": run.kinds.get(row["client"], "clients")}
+        {"x": held[row["client"]], "y": row["accuracy"], "label": row["client"], "series": run.devices.get(row["client"], "clients")}
         for row in sorted(scored, key=lambda row: str(row["client"]))
         if row["client"] in held
     ]  # fmt: skip
@@ -223,7 +223,7 @@ def _kinds(run: Played, groups: dict[str, list[Row]], counts: Row) -> Table:
         seconds, joules = known(ok, "device_seconds"), known(mine, "device_joules")
         rows.append([
             kind, str(counts.get(kind, run.config.clients.count or "–")), str(len(mine)), str(len(mine) - len(ok)),
-            duration(statistics.fmean(seconds) if seconds else None), energy(sum(joules)),
+            duration(statistics.fmean(seconds) if seconds else None), energy(sum(joules, 0.0)),
             memory(max(known(ok, "peak_memory_bytes"), default=None)),
         ])  # fmt: skip
     return Table(["Device", "Clients", "Asked", "Failed", "Mean round", "Energy", "Largest memory"], rows, title="By kind of device")  # fmt: skip

@@ -155,7 +155,7 @@ def again(found: Comparison) -> Section:
     ]
     figures = [("fedrank", str(found.found.get("version") or "–"), "")]
     if walls:
-        figures.append(("Wall time of the runs", duration(sum(walls)), f"{len(walls)} runs, added up"))
+        figures.append(("Wall time of the runs", duration(sum(walls, 0.0)), f"{len(walls)} runs, added up"))
     blocks: list[Block] = [Code(command, "Command"), Facts(figures)]
     for name, title in (
         ("study", "The study as it was resolved"),

@@ -82,6 +82,11 @@ class Played:
             return {}
         return {client: found.machines[int(at)].kind for client, at in zip(names, found.dealt, strict=True)}
 
+    @property
+    def devices(self) -> dict[str, str]:
+        """The same where there is more than one kind: what all have in common tells nobody apart."""
+        return self.kinds if len(set(self.kinds.values())) > 1 else {}
+
     @cached_property
     def effective(self) -> dict[str, list[int]]:
         """Client -> the effective rank of each module, of a method with private adapters that tells them."""

@@ -31,7 +31,7 @@ AXES = {  # as the page offers them: label, title
 }  # fmt: skip
 
 
-def unit(kind: str, values: Sequence[float]) -> tuple[str, float]:
+def unit(kind: str, values: Sequence[float | int]) -> tuple[str, float]:
     """The unit in which the largest of these has one digit or more before the point, and what it stands for."""
     most = max((abs(value) for value in values), default=0.0)
     fitting = [one for one in UNITS[kind] if most >= 2 * one[1]]

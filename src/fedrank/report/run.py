@@ -74,7 +74,7 @@ def summed(rounds: Sequence[Row]) -> list[dict[str, Any]]:
     return [{**row, **{name: values[at] for name, values in sums.items()}} for at, row in enumerate(rounds)]
 
 
-def _running(values: Sequence[float | None]) -> list[float | None]:
+def _running(values: Sequence[float | int | None]) -> list[float | int | None]:
     if None in values:
         return [None] * len(values)
     return list(accumulate(value for value in values if value is not None))
@@ -82,7 +82,9 @@ def _running(values: Sequence[float | None]) -> list[float | None]:
 
 def glance(run: Played) -> Section:
     """The figures of the end, or of now."""
-    last = run.rounds[-1] if run.rounds else {}
+    if not run.rounds:
+        return Section("glance", "At a glance", [Text("No round has ended yet, so there is nothing to show.")])
+    last = run.rounds[-1]
     scored = [row for row in run.rounds if row.get("accuracy") is not None or row.get("personal_accuracy") is not None]
     end = run.summary or (scored[-1] if scored else {})
     shown: list[tuple[str, str, str]] = []
@@ -111,12 +113,10 @@ def glance(run: Played) -> Section:
     figure("Components", last.get("components"), str, f"{start} after round {run.common[0]['round']}" if start else "")
     figure("Modules alive", last.get("modules_alive"), str, f"of {run.summary['modules']}" if run.summary else "")
     figure("Epsilon spent", last.get("epsilon"), number, f"at delta {last['delta']:g}" if last.get("delta") else "")
-    if not run.rounds:
-        return Section("glance", "At a glance", [Text("No round has ended yet, so there is nothing to show.")])
     return Section("glance", "At a glance", [Facts(shown)])
 
 
-def _total(rounds: Sequence[Row], name: str) -> float | None:
+def _total(rounds: Sequence[Row], name: str) -> float | int | None:
     values = [row.get(name) for row in rounds]
     return None if None in values else sum(value for value in values if value is not None)
 
