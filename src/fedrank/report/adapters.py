@@ -61,7 +61,11 @@ def rank_map(run: Played) -> Chart:
     gone = [names[module] for module in names if not last.get(module)]
     most = max(last.values(), default=0)
     said = f"Components of each module after each round. At the end {len(names) - len(gone)} of {len(names)} modules have any, at most {most}"
-    said += f"; empty: {', '.join(gone[:6])}{' and more' if len(gone) > 6 else ''}." if gone else "."
+    said += (
+        f"; empty: {', '.join(f'block {name}' if name[0].isdigit() else name for name in gone[:6])}{' and more' if len(gone) > 6 else ''}."
+        if gone
+        else "."
+    )
     if gone:
         said += " Where nothing is drawn, nothing is left."
     ends = [run.common[0]["ranks"], last]

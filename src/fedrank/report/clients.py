@@ -139,7 +139,7 @@ def held(run: Played) -> Chart:
         if len(shown) < len(people)
         else ""
     )
-    return Chart("held", "Who holds what", said, spec, table, note=note)
+    return Chart("held", "Who holds what", f"{said} Those with the most rows are on top.", spec, table, note=note)
 
 
 def _parts(values: Sequence[int], count: int = 12) -> list[dict[str, Any]]:
@@ -191,7 +191,8 @@ def phases(groups: dict[str, list[Row]]) -> Chart:
     spec = plots.lying(rows, [part for part, _ in PHASES], f"Mean of a client's round ({word})")
     waits = {kind: values[-1] / (sum(values) or 1) for kind, values in means.items()}
     longest = max(waits, key=lambda kind: waits[kind])
-    said = f"In the mean over rounds. The longest wait for others is that of {longest}: {share(waits[longest])} of a round."
+    said = f"In the mean over rounds, a client waits {share(waits[longest])} of its time for slower ones"
+    said += f" where that is longest, on {longest}." if len(waits) > 1 else "."
     table = Table(["Device", *(part for part, _ in PHASES)], [[k, *map(duration, v)] for k, v in means.items()])
     return Chart("phases", "Where a round's time goes", said, spec, table)
 
@@ -243,11 +244,11 @@ def failures(run: Played) -> Section | None:
             "failures", "Failures", [Text("Every client that was asked answered, and every answer was merged.", "good")]
         )
     by = {row["round"]: row for row in run.rounds}
-    parts = ("clients_ok", "clients_failed", "clients_out")
+    parts = ("clients_ok", "clients_failed", "clients_out")[: 3 if out else 2]
     bars = [
         {"at": at, "series": way, "value": statistics.fmean(by[r].get(name) or 0 for r in rounds), "rank": n}
         for at, rounds in plots.binned(list(by))
-        for n, (way, name) in enumerate(zip(WAYS, parts, strict=True))
+        for n, (way, name) in enumerate(zip(WAYS, parts, strict=False))
     ]
     asked = sum(len(known([row], name)) and row[name] for row in run.rounds for name in parts[:2])
     said = f"{len(failed)} of {asked} requests came to nothing" + (
@@ -264,7 +265,7 @@ def failures(run: Played) -> Section | None:
         for reason, mine in sorted(why.items(), key=lambda item: -len(item[1]))
     ]  # fmt: skip
     blocks: list[Block] = [
-        Chart("failed", "Answers of each round", said, plots.bars(bars, WAYS, "Clients", "d"), table)
+        Chart("failed", "Answers of each round", said, plots.bars(bars, WAYS[: len(parts)], "Clients", "d"), table)
     ]
     if reasons:
         blocks.append(Table(["Reason", "Times", "Rounds", "Clients, at most 8"], reasons, title="Reasons"))

@@ -22,7 +22,7 @@ BARS = 60  # of a chart over rounds
 TALLEST = 900  # pixels of a map
 UNITS = {
     "bytes": [("B", 1.0), ("kB", 1e3), ("MB", 1e6), ("GB", 1e9), ("TB", 1e12)],
-    "seconds": [("s", 1.0), ("min", 60.0), ("h", 3600.0), ("days", 86400.0)],
+    "seconds": [("ms", 1e-3), ("s", 1.0), ("min", 60.0), ("h", 3600.0), ("days", 86400.0)],
     "joules": [("mJ", 1e-3), ("J", 1.0), ("kJ", 1e3), ("MJ", 1e6), ("GJ", 1e9)],
 }
 AXES = {  # as the page offers them: label, title
@@ -35,7 +35,7 @@ def unit(kind: str, values: Sequence[float | int]) -> tuple[str, float]:
     """The unit in which the largest of these has one digit or more before the point, and what it stands for."""
     most = max((abs(value) for value in values), default=0.0)
     fitting = [one for one in UNITS[kind] if most >= 2 * one[1]]
-    return fitting[-1] if fitting else UNITS[kind][0] if kind != "joules" else UNITS[kind][1]
+    return fitting[-1] if fitting else UNITS[kind][0]
 
 
 def along(rows: Sequence[Row]) -> tuple[list[dict[str, Any]], dict[str, Spec]]:
