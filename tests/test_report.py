@@ -4,6 +4,9 @@ import http.client
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -352,7 +355,7 @@ def test_a_comparison_that_grows_has_a_page_at_any_time(left_out: tuple[str, ...
 def test_an_unfair_comparison_says_why_before_anything_else(tmp_path: Path) -> None:
     made = made_of(tmp_path, fair={"verdict": False, "why": ["fedara had 8 trials, the others 4"]})
     block = next(b for b in made.sections[0].blocks if isinstance(b, Text) and b.tone == "bad")
-    assert block.text == "Not a fair comparison. Fedara had 8 trials, the others 4."
+    assert block.text == "Not a fair comparison. fedara had 8 trials, the others 4."
 
 
 @pytest.mark.parametrize("text", ['{"schema": 2}', "[]", "{", '{"runs": {}}'])
@@ -453,6 +456,27 @@ def test_watch_serves_the_page_to_who_knows_its_name_and_nothing_else(pruned: Pa
             raise AssertionError
     with pytest.raises(ConnectionError):
         http.client.HTTPConnection("127.0.0.1", port, timeout=2).request("GET", "/")
+
+
+def test_watch_ends_with_a_word_when_it_is_stopped(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fedrank.cli", "watch", str(tmp_path / "run"), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/\n", process.stdout.readline())
+        process.send_signal(signal.SIGINT)
+        out, told = process.communicate(timeout=30)
+    assert (process.returncode, out, told.strip()) == (0, "", "stopped.")
+
+
+@pytest.mark.parametrize(("package", "command"), [("jinja2", "report"), ("vl_convert", "watch")])
+def test_what_is_missing_is_named_with_its_extra(
+    package: str, command: str, pruned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    page.library.cache_clear()
+    done = CliRunner().invoke(cli.app, [command, str(pruned)])
+    assert done.exit_code == 2
+    assert "pip install 'fedrank[report]'" in " ".join(done.stderr.split())
 
 
 def test_a_server_on_all_addresses_answers_to_any_of_them_but_to_no_strange_name() -> None:

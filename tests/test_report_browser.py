@@ -20,6 +20,7 @@ from fedrank.store import Store
 
 sync = pytest.importorskip("playwright.sync_api", reason="no playwright")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe-playwright-python")
+pytestmark = pytest.mark.xdist_group("browser")  # one browser, and the same few runs
 BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome")
 CHARTS = "[...document.querySelectorAll('.plot')].map(p => [p.dataset.chart, p.dataset.state, p.querySelectorAll('svg .role-mark path, svg .role-mark line').length])"
 WAITING = 20.0  # seconds

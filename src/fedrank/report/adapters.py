@@ -16,13 +16,16 @@ CLIENTS, MODULES = 60, 80  # rows and columns of a map of clients
 def ranks(run: Played, rows: Sequence[Row]) -> Section | None:
     if not run.rounds:
         return None
-    blocks: list[Block] = [alive("alive", "Modules alive", "modules_alive", rows), alive("components", "Rank-one components", "components", rows)]  # fmt: skip
+    blocks: list[Block] = [
+        alive("alive", "Modules alive", "modules_alive", rows),
+        alive("components", "Rank-one components", "components", rows),
+    ]
     if run.common:
         blocks.append(rank_map(run))
     if run.apart:
         blocks.append(by_client(
             run, "trained", "Ranks that clients trained", _trained(run.apart),
-            "Components by client, in the mean over the rounds in which a client trained others than the global adapter had",
+            "Components by client, in the mean over the rounds in which it trained others than the global adapter had",
         ))  # fmt: skip
     if run.effective:
         modules = run.modules
@@ -30,7 +33,7 @@ def ranks(run: Played, rows: Sequence[Row]) -> Section | None:
         blocks += [chart for chart in (over_rounds(rows),) if chart is not None]
         blocks.append(by_client(
             run, "effective", "Effective ranks of private adapters", found,
-            "Numerical rank of what each client uses, the common and its private adapter together, when it last trained",
+            "Numerical rank of what a client uses, the common and its private adapter together, when it last trained",
         ))  # fmt: skip
     return Section("ranks", "Ranks", blocks)
 
@@ -60,14 +63,13 @@ def rank_map(run: Played) -> Chart:
     spec = plots.heat(spans, order, "Rank", {"title": "Round", "axis": {"tickMinStep": 1, "format": "d"}})
     gone = [names[module] for module in names if not last.get(module)]
     most = max(last.values(), default=0)
-    said = f"Components of each module after each round. At the end {len(names) - len(gone)} of {len(names)} modules have any, at most {most}"
-    said += (
-        f"; empty: {', '.join(f'block {name}' if name[0].isdigit() else name for name in gone[:6])}{' and more' if len(gone) > 6 else ''}."
-        if gone
-        else "."
-    )
+    said = f"Components of each module after each round. At the end {len(names) - len(gone)} of {len(names)} modules "
+    said += f"have any, at most {most}"
     if gone:
-        said += " Where nothing is drawn, nothing is left."
+        listed = ", ".join(f"block {name}" if name[0].isdigit() else name for name in gone[:6])
+        said += f"; empty: {listed}{' and more' if len(gone) > 6 else ''}. Where nothing is drawn, nothing is left."
+    else:
+        said += "."
     ends = [run.common[0]["ranks"], last]
     table = Table(
         ["Module", f"After round {run.common[0]['round']}", f"After round {run.common[-1]['round']}", "Empty since"],
@@ -116,7 +118,7 @@ def _trained(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
 
 
 def by_client(run: Played, id: str, title: str, found: Mapping[str, Mapping[str, float]], what: str) -> Chart:
-    """Clients by modules, those with the most components first; of many clients some, of many modules the blocks' sums."""
+    """Clients by modules, those with the most components on top; of many clients some, of many modules sums."""
     modules = [m for m in run.modules if any(m in mine for mine in found.values())]
     names, note = short(modules), []
     if len(modules) > MODULES:
@@ -137,7 +139,8 @@ def by_client(run: Played, id: str, title: str, found: Mapping[str, Mapping[str,
     spec = plots.cells(cells, [labels[client] for client in shown], columns, "Rank", "Module")
     totals = {client: sum(mine.values()) for client, mine in found.items()}
     value = {(cell["name"], cell["column"]): cell["value"] for cell in cells}
-    said = f"{what}. Of {len(found)} clients, from {min(totals.values()):.4g} to {max(totals.values()):.4g} over all modules."
+    least, most = min(totals.values()), max(totals.values())
+    said = f"{what}. Of {len(found)} clients, from {least:.4g} to {most:.4g} over all modules."
     table = Table(
         ["Client", *(["Device"] if run.devices else []), "All modules", *columns[:MODULES]],
         [
@@ -168,5 +171,6 @@ def over_rounds(rows: Sequence[Row]) -> Chart | None:
         [[str(p["round"]), f"{p['value']:.3f}", f"{p['high'] - p['value']:.3f}"] for p in points],
         left=0,
     )
-    said = f"Mean over the clients of a round and all modules: from {values[0]:.2f} to {values[-1]:.2f}; the band is one deviation between clients."
+    said = f"Mean over the clients of a round and all modules: from {values[0]:.2f} to {values[-1]:.2f}. "
+    said += "The band is one standard deviation between clients."
     return Chart("effective-mean", "Effective rank over rounds", said, spec, table, axes)

@@ -2,28 +2,32 @@
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedrank.report import plots
 from fedrank.report.compared import Comparison
 from fedrank.report.page import Block, Chart, Row, Section, Table, Text
 from fedrank.report.played import known, short
-from fedrank.units import duration, energy, memory, share, size
+from fedrank.units import duration, energy, share, size
 
 SCORES = {
     "accuracy": "Accuracy",
     "personal_accuracy": "Clients' accuracy",
     "personal_worst_decile": "Worst tenth of clients",
 }
-MEASURES: dict[str, tuple[str, Callable[[Any], str]]] = {
-    **{name: (title, share) for name, title in SCORES.items()},
-    "last_accuracy": ("Accuracy, last round", share), "bytes_up": ("Bytes up", size), "bytes_down": ("Bytes down", size),
-    "adapter_bytes_up": ("Adapter up", size), "adapter_bytes_down": ("Adapter down", size),
-    "clock_seconds": ("Device time", duration), "device_joules": ("Energy", energy),
-    "peak_memory_bytes": ("Largest memory", memory),
+CURVES = ("accuracy", "personal_accuracy")
+COSTS = {  # by name: title, and of which kind its units are
+    "bytes_up": ("Bytes up", "bytes"), "bytes_down": ("Bytes down", "bytes"),
+    "adapter_bytes_up": ("Adapter up", "bytes"), "adapter_bytes_down": ("Adapter down", "bytes"),
+    "clock_seconds": ("Device time", "seconds"), "device_joules": ("Energy", "joules"),
+    "peak_memory_bytes": ("Memory", "bytes"),
 }  # fmt: skip
-COSTS = tuple(name for name in MEASURES if MEASURES[name][1] is not share)
+MEASURES = {
+    **{name: (title, "share") for name, title in SCORES.items()},
+    "last_accuracy": ("Accuracy, last round", "share"),
+    **COSTS,
+}
 
 
 def setting(found: Comparison, name: str, id: str, before: str) -> list[Section]:
@@ -32,7 +36,7 @@ def setting(found: Comparison, name: str, id: str, before: str) -> list[Section]
     runs = {arm: mine for arm in found.arms if (mine := found.runs(name, arm))}
     parts: list[tuple[str, str, Sequence[Block | None]]] = [
         ("results", "Results", [*results(found, result), target(found, result)]),
-        ("progress", "Accuracy along the way", [curves(found, id, runs, score, title) for score, title in list(SCORES.items())[:2]]),
+        ("progress", "Accuracy along the way", [curves(found, id, runs, score) for score in CURVES]),
         ("seeds", "Seeds and differences", [*seeds(found, id, result), *differences(found, id, result)]),
         ("clients", "Clients", [clients(found, id, runs)]),
         ("ranks", "Ranks", [alive(found, id, runs), ranks(id, runs)]),
@@ -61,13 +65,14 @@ def results(found: Comparison, result: Row) -> list[Table]:
     return tables
 
 
-def _spread(one: Row, write: Callable[[Any], str]) -> str:
+def _spread(one: Row, kind: str) -> str:
+    """Mean and deviation, in the mean's unit."""
     mean, deviation = one.get("mean"), one.get("deviation")
     if mean is None:
         return "–"
-    if write is share:
-        return f"{100 * mean:.1f} ± {100 * deviation:.1f} %" if deviation is not None else share(mean)
-    return f"{write(mean)} ± {write(deviation)}" if deviation else write(mean)
+    word, size = {"share": ("%", 0.01), "rounds": ("", 1.0)}.get(kind) or plots.unit(kind, [mean], least=1.0)
+    spread = f" ± {deviation / size:.1f}" if deviation or (deviation is not None and kind == "share") else ""
+    return f"{mean / size:.1f}{spread} {word}".strip()
 
 
 def target(found: Comparison, result: Row) -> Table | None:
@@ -76,9 +81,13 @@ def target(found: Comparison, result: Row) -> Table | None:
     arms = wanted.get("arms") or {}
     if wanted.get("value") is None or not arms:
         return None
-    names = [n for n in COSTS if any((one.get(n) or {}).get("mean") is not None for one in arms.values())]
+    names = [
+        n
+        for n in COSTS
+        if not n.startswith("adapter") and any((one.get(n) or {}).get("mean") is not None for one in arms.values())
+    ]
     rows = [
-        [arm, str(arms[arm].get("reached", "–")), _spread(arms[arm].get("round") or {}, lambda value: f"{value:.1f}"),
+        [arm, str(arms[arm].get("reached", "–")), _spread(arms[arm].get("round") or {}, "rounds"),
          *(_spread(arms[arm].get(name) or {}, MEASURES[name][1]) for name in names)]
         for arm in found.arms if arm in arms
     ]  # fmt: skip
@@ -86,9 +95,9 @@ def target(found: Comparison, result: Row) -> Table | None:
     return Table(["Arm", "Seeds that do", "Round", *(MEASURES[name][0] for name in names)], rows, title=title)
 
 
-def curves(found: Comparison, id: str, runs: Mapping[str, Mapping[str, Row]], score: str, title: str) -> Chart | None:
+def curves(found: Comparison, id: str, runs: Mapping[str, Mapping[str, Row]], score: str) -> Chart | None:
     """A line for each arm, the mean over its seeds, in a band from the lowest seed to the highest."""
-    points, order = [], []
+    points, order, title = [], [], SCORES[score]
     for arm, seeds in runs.items():
         mine = _mean_curve([run.get("curve") or [] for run in seeds.values()], score)
         points += [{"series": arm, **point} for point in mine]
@@ -141,13 +150,13 @@ def _both(point: Row) -> float | None:
 
 def seeds(found: Comparison, id: str, result: Row) -> list[Chart]:
     """Every seed as a dot."""
-    return [chart for name, title in SCORES.items() if (chart := _dots(found, id, result, name, title)) is not None]
+    names = dict.fromkeys((found.score, "personal_worst_decile"))
+    return [chart for name in names if (chart := _dots(found, id, result, name, SCORES[name])) is not None]
 
 
 def _dots(found: Comparison, id: str, result: Row, name: str, title: str) -> Chart | None:
-    if name not in (found.score, "personal_worst_decile"):
-        return None
-    arms = {arm: one for arm in found.arms if (one := (result.get("arms") or {}).get(arm, {}).get(name) or {}).get("mean") is not None}  # fmt: skip
+    every = {arm: (result.get("arms") or {}).get(arm, {}).get(name) or {} for arm in found.arms}
+    arms = {arm: one for arm, one in every.items() if one.get("mean") is not None}
     if not arms:
         return None
     rows: list[dict[str, Any]] = []
@@ -161,7 +170,8 @@ def _dots(found: Comparison, id: str, result: Row, name: str, title: str) -> Cha
         ]
     spec = plots.ranges(rows, list(arms), title, plots.SHARE, found.arms)
     top, bottom = (pick(arms, key=lambda arm: float(arms[arm]["mean"])) for pick in (max, min))
-    said = f"A dot for each seed, a bar for the mean: highest {top}, {share(arms[top]['mean'])}, lowest {bottom}, {share(arms[bottom]['mean'])}."
+    said = f"A dot for each seed, a bar for the mean. Highest is {top} with {share(arms[top]['mean'])}"
+    said += f", lowest {bottom} with {share(arms[bottom]['mean'])}." if bottom != top else "."
     table = Table(
         ["Arm", "Mean", "Each seed"],
         [[arm, share(one["mean"]), ", ".join(share(v) for v in one.get("values") or [])] for arm, one in arms.items()],
@@ -196,7 +206,8 @@ def differences(found: Comparison, id: str, result: Row) -> list[Block]:
         rows, arms, f"Difference in {what} from {found.reference} (points)", "+.3~g", found.arms, zero=True
     )
     clear = [arm for arm in arms if (p := every[arm][found.score].get("p_corrected")) is not None and p < 0.05]
-    said = f"Differences over the same seeds, with their 95 % interval. Apart from 0 by the corrected test at 5 %: {', '.join(clear) or 'none'}."
+    said = "A dot for each seed, a bar for the mean, a line for its 95 % interval. "
+    said += f"Told apart from 0 by the corrected test at 5 %: {', '.join(clear) or 'none'}."
     columns = ["Arm", "Points", "95 % interval", "p, corrected", "Bytes up", "Bytes down", "Device time", "Energy"]
     table = Table(columns, lines)
     return [
@@ -206,7 +217,8 @@ def differences(found: Comparison, id: str, result: Row) -> list[Block]:
 
 
 def _points(value: float) -> str:
-    return f"{100 * value:+.1f}".replace("-", "−")
+    text = f"{100 * value:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
 
 
 def _times(one: Row | None) -> str:
@@ -230,7 +242,9 @@ def clients(found: Comparison, id: str, runs: Mapping[str, Mapping[str, Row]]) -
     if not names:
         return None
     spec = plots.ranges(rows, names, "Accuracy of a client on its own rows", plots.SHARE, found.arms)
-    said = "The line holds the middle eight tenths of the clients, the dots the middle half, the bar is the median; all seeds together."
+    said = (
+        "The bar is the median client; half of all lie between the dots, eight tenths on the line. All seeds together."
+    )
     table = Table(["Arm", "Clients", "10 %", "25 %", "Median", "75 %", "90 %", "Lowest"], lines)
     return Chart(f"{id}-personal", "Accuracy over clients", said, spec, table)
 

@@ -57,7 +57,8 @@ def served(scored: Sequence[Row]) -> list[Block]:
         if majority
         else ""
     )
-    said = f"{len(values)} clients: mean {share(mean)}, standard deviation {share(deviation)}, from {share(values[0])} to {share(values[-1])}.{lost}"
+    said = f"{len(values)} clients: mean {share(mean)}, standard deviation {share(deviation)}, "
+    said += f"from {share(values[0])} to {share(values[-1])}.{lost}"
     order = sorted(scored, key=lambda row: row["accuracy"])
     table = Table(
         ["Client", "Accuracy", "Majority class", "Test rows"],
@@ -85,7 +86,8 @@ def over_rows(run: Played, scored: Sequence[Row]) -> Chart:
     """Whether clients with little data are served worse."""
     held = {row["client"]: int(row["train_rows"]) for row in run.holders}
     rows = [
-        {"x": held[row["client"]], "y": row["accuracy"], "label": row["client"], "series": run.devices.get(row["client"], "clients")}
+        {"x": held[row["client"]], "y": row["accuracy"], "label": row["client"],
+         "series": run.devices.get(row["client"], "clients")}
         for row in sorted(scored, key=lambda row: str(row["client"]))
         if row["client"] in held
     ]  # fmt: skip
@@ -205,13 +207,16 @@ def waiting(run: Played) -> Chart:
     for at, rounds in plots.binned(list(by)):
         whole = statistics.fmean(by[r]["round_seconds"] for r in rounds)
         wait = statistics.fmean(by[r].get("waiting_seconds") or 0.0 for r in rounds)
-        rows += [{"at": at, "series": "busy", "value": (whole - wait) / unit, "rank": 0}, {"at": at, "series": "waiting", "value": wait / unit, "rank": 1}]  # fmt: skip
+        parts = {"busy": whole - wait, "waiting": wait}
+        rows += [{"at": at, "series": part, "value": v / unit, "rank": n} for n, (part, v) in enumerate(parts.items())]
     spec = plots.bars(rows, ["busy", "waiting"], f"Simulated time ({word})")
     waits, lengths = (known(list(by.values()), name) for name in ("waiting_seconds", "round_seconds"))
-    said = f"A round takes {duration(statistics.fmean(lengths))} in the mean, and a client waits {duration(statistics.fmean(waits or [0.0]))} of it."
+    said = f"A round takes {duration(statistics.fmean(lengths))} in the mean, and a client waits "
+    said += f"{duration(statistics.fmean(waits or [0.0]))} of it."
     table = Table(
         ["Round", "Length", "Mean wait", "Energy"],
-        [[str(r), duration(row["round_seconds"]), duration(row.get("waiting_seconds")), energy(row.get("device_joules"))] for r, row in by.items()],
+        [[str(r), duration(row["round_seconds"]), duration(row.get("waiting_seconds")), energy(row.get("device_joules"))]
+         for r, row in by.items()],
         left=0,
     )  # fmt: skip
     return Chart("waiting", "Length of each round", said, spec, table)
@@ -227,7 +232,8 @@ def _kinds(run: Played, groups: dict[str, list[Row]], counts: Row) -> Table:
             duration(statistics.fmean(seconds) if seconds else None), energy(sum(joules, 0.0)),
             memory(max(known(ok, "peak_memory_bytes"), default=None)),
         ])  # fmt: skip
-    return Table(["Device", "Clients", "Asked", "Failed", "Mean round", "Energy", "Largest memory"], rows, title="By kind of device")  # fmt: skip
+    columns = ["Device", "Clients", "Asked", "Failed", "Mean round", "Energy", "Largest memory"]
+    return Table(columns, rows, title="By kind of device")
 
 
 # ---- failures
@@ -261,7 +267,8 @@ def failures(run: Played) -> Section | None:
     for row in failed:
         why[str(row.get("error", "unknown"))[:300]].append(row)
     reasons = [
-        [reason, str(len(mine)), f"{mine[0]['round']} to {mine[-1]['round']}", ", ".join(list(dict.fromkeys(str(r["client"]) for r in mine))[:8])]
+        [reason, str(len(mine)), f"{mine[0]['round']} to {mine[-1]['round']}",
+         ", ".join(list(dict.fromkeys(str(row["client"]) for row in mine))[:8])]
         for reason, mine in sorted(why.items(), key=lambda item: -len(item[1]))
     ]  # fmt: skip
     blocks: list[Block] = [

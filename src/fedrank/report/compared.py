@@ -68,5 +68,5 @@ def read(path: Path) -> Comparison:
         raise StoreError(f"{file} is no comparison: {error}") from None
     schema = found.get("schema") if isinstance(found, dict) else None
     if schema != SCHEMA:
-        raise StoreError(f"{file}: schema {schema!r}, and this fedrank reads {SCHEMA}; write the page with the version that made it")  # fmt: skip
+        raise StoreError(f"{file}: schema {schema!r}, and this fedrank reads {SCHEMA}; use the version that wrote it")
     return Comparison(file.parent, finite(found), working(file.parent))

@@ -25,8 +25,8 @@ def page(found: Comparison) -> Page:
     seeds = len(study.get("seeds") or [])
     return Page(
         title=str(study.get("title") or "Comparison"), kicker="Comparison",
-        lead=f"{_counted(len(found.arms), 'arm')}, {_counted(len(found.settings), 'setting')}, {_counted(seeds, 'seed')}. "
-             f"Judged by {found.score.replace('_', ' ')}.",
+        lead=f"{_counted(len(found.arms), 'arm')}, {_counted(len(found.settings), 'setting')}, "
+             f"{_counted(seeds, 'seed')}. Judged by {found.score.replace('_', ' ')}.",
         status=status(found), sections=sections, axes=ordered,
     )  # fmt: skip
 
@@ -51,7 +51,7 @@ def conclusions(found: Comparison) -> Section:
     """First of all: what was asked, what came out, and whether it may be believed."""
     blocks: list[Block] = []
     for name, text in (found.study.get("questions") or found.study.get("claims") or {}).items():
-        said = text if isinstance(text, str) else "; ".join(f"{k}: {v}" for k, v in text.items()) if isinstance(text, dict) else str(text)  # fmt: skip
+        said = "; ".join(f"{key}: {value}" for key, value in text.items()) if isinstance(text, dict) else text
         blocks.append(Text(f"{name}: {said}", "note"))
     several = len(found.settings) > 1
     for name, result in found.part("results").items():
@@ -74,7 +74,7 @@ def conclusions(found: Comparison) -> Section:
 
 def _sentence(text: Any) -> str:
     words = str(text).strip()
-    return f"{words[:1].upper()}{words[1:]}{'' if words.endswith('.') else '.'}"
+    return words if words.endswith(".") else f"{words}."
 
 
 # ---- tuning, failures, once more
@@ -105,10 +105,16 @@ def tuning(found: Comparison) -> Section | None:
         ])  # fmt: skip
     columns = [*(["Setting"] if several else []), "Arm", "Knobs", "Score", "Took", "Chosen"]
     blocks.append(Table(columns, rows, left=3 if several else 2, title="Every trial"))
-    edges = [f"{arm} ({', '.join(mine['edge'])})" for arms in found.part("tuning").values() for arm, mine in arms.items() if mine.get("edge")]  # fmt: skip
+    edges = [
+        f"{arm} ({', '.join(mine['edge'])})"
+        for arms in found.part("tuning").values()
+        for arm, mine in arms.items()
+        if mine.get("edge")
+    ]
     if edges:
-        blocks.append(Text(f"The best value lies at the edge of what was tried for: {', '.join(edges)}. A wider search might do better.", "note"))  # fmt: skip
-    return Section("tuning", "Tuning", blocks, "Each arm searched its knobs with the same effort, on rows that no result is from.")  # fmt: skip
+        said = f"The best value lies at the edge of what was tried for: {', '.join(edges)}. A wider search might do better."
+        blocks.append(Text(said, "note"))
+    return Section("tuning", "Tuning", blocks, "Knobs are searched on a validation share, from which no result is.")
 
 
 def _tried(found: Comparison, trials: Sequence[tuple[str, str, Row, Row]], knob: str, at: int) -> Chart | None:
@@ -121,15 +127,19 @@ def _tried(found: Comparison, trials: Sequence[tuple[str, str, Row, Row]], knob:
         return None
     values = [point["x"] for point in points]
     order = [arm for arm in found.arms if any(point["series"] == arm for point in points)]
-    spec = plots.points(points, order, (knob, "~g"), (found.score.replace("_", " ").capitalize(), plots.SHARE), min(values) > 0 and max(values) / min(values) >= 8, found.arms)  # fmt: skip
+    y = (found.score.replace("_", " ").capitalize(), plots.SHARE)
+    wide = min(values) > 0 and max(values) / min(values) >= 8
+    spec = plots.points(points, order, (knob, "~g"), y, wide, found.arms)
     top = max(points, key=lambda point: float(point["y"]))
-    said = f"{len(points)} trials from {min(values):g} to {max(values):g}; the best of all, {top['series']} at {top['x']:g}, has {share(top['y'])}."
+    said = f"{len(points)} trials from {min(values):g} to {max(values):g}; "
+    said += f"the best of all, {top['series']} at {top['x']:g}, has {share(top['y'])}."
     table = Table(["Arm", knob, "Score"], [[p["series"], f"{p['x']:g}", _score(p["y"])] for p in points])
     return Chart(f"tried-{at}", f"Trials by {knob}", said, spec, table)
 
 
 def _knobs(knobs: Row) -> str:
-    return ", ".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in knobs.items()) or "–"  # fmt: skip
+    written = (f"{value:g}" if isinstance(value, float) else str(value) for value in knobs.values())
+    return ", ".join(f"{name}={value}" for name, value in zip(knobs, written, strict=True)) or "–"
 
 
 def _score(value: Any) -> str:

@@ -94,7 +94,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """kicker: what the page is of. status: how far it is, in a word and a sentence. axes: name -> label of those to choose from."""
+    """kicker: what it is of. status: how far that is, in a word and a sentence. axes: name -> label of those on offer."""
 
     title: str
     kicker: str
@@ -165,7 +165,7 @@ def _asset(name: str) -> str:
 
 
 def policy(live: bool) -> str:
-    """The Content-Security-Policy: these very scripts and this style, and, where live, the page's own data; nothing else.
+    """The Content-Security-Policy: these scripts and this style, and, where live, the page's own data.
 
     Style attributes are let through, in which the charts' library writes fonts and places.
     """

@@ -105,7 +105,7 @@ def is_run(path: Path) -> bool:
 
 
 def read(path: Path) -> Played:
-    """All that is there. StoreError where it is no run directory; ConfigError where its config is none of this version."""
+    """All that is there. StoreError where it is no run directory; ConfigError where its config is not of this version."""
     if not is_run(path):
         raise StoreError(f"{path} is no run directory: it has no config.yaml")
     config = settings.load(path / "config.yaml")
@@ -157,7 +157,7 @@ def known(rows: Iterable[Row], name: str) -> list[float]:
 
 
 def short(modules: Sequence[str]) -> dict[str, str]:
-    """Names of modules that fit beside a chart: the number of the block, and as much of the end as tells kinds apart."""
+    """Names that fit beside a chart: the number of a module's block, and as much of its end as tells kinds apart."""
     parts = {name: _parted(name) for name in modules}
     tails: Mapping[str, str] = _tails({tail for _, tail in parts.values()})
     made = {name: f"{block} {tails[tail]}".strip() for name, (block, tail) in parts.items()}

@@ -31,10 +31,10 @@ AXES = {  # as the page offers them: label, title
 }  # fmt: skip
 
 
-def unit(kind: str, values: Sequence[float | int]) -> tuple[str, float]:
-    """The unit in which the largest of these has one digit or more before the point, and what it stands for."""
+def unit(kind: str, values: Sequence[float | int], least: float = 2.0) -> tuple[str, float]:
+    """The largest unit of which the largest of these is at least so many, and what it stands for."""
     most = max((abs(value) for value in values), default=0.0)
-    fitting = [one for one in UNITS[kind] if most >= 2 * one[1]]
+    fitting = [one for one in UNITS[kind] if most >= least * one[1]]
     return fitting[-1] if fitting else UNITS[kind][0]
 
 

@@ -21,20 +21,19 @@ from fedrank.report.pages import awaited
 SECONDS = 20.0  # that a reader may take over a request
 
 
-class Source:
-    """The page of a path as it is now, made anew only when something of it has changed."""
+def current(path: Path) -> Callable[[], Page]:
+    """What gives the page of a path as it is now, made anew only when something of it has changed."""
+    lock, last = threading.Lock(), dict[tuple[object, ...], Page]()
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.lock = path, threading.Lock()
-        self.stamp: tuple[object, ...] | None = None
-        self.page: Page | None = None
+    def now() -> Page:
+        with lock:  # many readers, one that makes it
+            if (stamp := _stamp(path)) not in last:
+                made = _made(path)
+                last.clear()
+                last[stamp] = made
+            return last[stamp]
 
-    def now(self) -> Page:
-        with self.lock:  # many readers, one that makes it
-            stamp = _stamp(self.path)
-            if self.page is None or stamp != self.stamp:
-                self.page, self.stamp = _made(self.path), stamp
-            return self.page
+    return now
 
 
 def _stamp(path: Path) -> tuple[object, ...]:
@@ -94,7 +93,7 @@ def _address(name: str) -> bool:
 def served(path: Path, host: str, port: int) -> Iterator[str]:
     """Serve the page of a path while the block runs; its URL. ConfigError where the address cannot be had. Port 0: any."""
     page.library()  # what is missing shows before anything is served
-    source = Source(path)
+    now = current(path)
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
         made = type("Server", (ThreadingHTTPServer,), {"address_family": family, "daemon_threads": True})
@@ -102,7 +101,7 @@ def served(path: Path, host: str, port: int) -> Iterator[str]:
     except (OSError, OverflowError) as error:
         raise ConfigError(f"--host {host} --port {port}: {getattr(error, 'strerror', None) or error}") from None
     taken = server.server_address[1]
-    server.RequestHandlerClass = _handler(source, names(host, taken))
+    server.RequestHandlerClass = _handler(now, names(host, taken))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
     thread.start()
     try:
@@ -113,7 +112,7 @@ def served(path: Path, host: str, port: int) -> Iterator[str]:
         thread.join()
 
 
-def _handler(source: Source, mine: Callable[[str], bool]) -> type[BaseHTTPRequestHandler]:
+def _handler(now: Callable[[], Page], mine: Callable[[str], bool]) -> type[BaseHTTPRequestHandler]:
     """What answers: the page at /, its data at /data.json, to who calls the server by its name; and no one else."""
 
     class Answer(BaseHTTPRequestHandler):
@@ -125,10 +124,10 @@ def _handler(source: Source, mine: Callable[[str], bool]) -> type[BaseHTTPReques
             if len(hosts) != 1 or not mine(hosts[0]):
                 self.say(HTTPStatus.MISDIRECTED_REQUEST, "text/plain", b"This server goes by another name.\n")
             elif self.path == "/":
-                text = page.html(source.now(), live=True)
+                text = page.html(now(), live=True)
                 self.say(HTTPStatus.OK, "text/html", text.encode(), policy=page.policy(live=True))
             elif self.path == "/data.json":
-                body = json.dumps(page.data(source.now()), allow_nan=False).encode()
+                body = json.dumps(page.data(now()), allow_nan=False).encode()
                 tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
                 if self.headers.get("If-None-Match") == tag:
                     self.say(HTTPStatus.NOT_MODIFIED, "application/json", b"", tag)
