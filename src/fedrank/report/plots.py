@@ -89,7 +89,11 @@ def lines(
     y = {"field": "value", "type": "quantitative", "title": title, "scale": {"zero": zero}, "axis": {"format": format}}
     told = [{"field": "series", "title": " "}, {"field": "round", "title": "round"}]
     told += [{"field": "value", "title": title.lower(), "format": format}]
-    told += [{"field": x["field"], "title": x["title"]} for name, x in axes.items() if name != "round"]
+    told += [
+        {"field": name, "title": f"{AXES[name][0].lower()} {x['title'].rpartition(' ')[2]}"}  # with its unit
+        for name, x in axes.items()
+        if name != "round"
+    ]
     color, dash = series(order, every), series(order, every, DASHES)
     if len(order) > 1:  # the legend shows a piece of the line, as the dash tells lines apart where colours do not
         color["legend"] |= {"symbolType": "stroke", "symbolSize": 260}
