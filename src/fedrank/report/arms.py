@@ -267,11 +267,10 @@ def alive(found: Comparison, id: str, runs: Mapping[str, Mapping[str, Row]]) -> 
     spec, axes = plots.lines(points, order, "Modules alive", steps=True, zero=True, every=found.arms)
     ends = {arm: next(p["value"] for p in reversed(points) if p["series"] == arm) for arm in order}
     left = ", ".join(f"{arm} {value:.4g}" for arm, value in ends.items())
-    said = f"In the mean over the seeds, in the end: {left}."
     table = Table(
         ["Arm", "Round", "Modules alive"], [[str(p["series"]), str(p["round"]), f"{p['value']:.4g}"] for p in points]
     )
-    return Chart(f"{id}-alive", "Modules alive", said, spec, table, axes)
+    return Chart(f"{id}-alive", "Modules alive", f"Mean over the seeds, in the end: {left}.", spec, table, axes)
 
 
 def ranks(id: str, runs: Mapping[str, Mapping[str, Row]]) -> Chart | None:
