@@ -31,7 +31,7 @@ FLOORS = [
     {"engines"},
     {"apps", "central", "deploy", "experiment", "forecast", "machine", "observe", "parts", "profile", "remote"}
     | {"resident", "resolve", "sites"},
-    {"cli", "cli_deploy", "studies", "exits", "tables", "units", "views"},
+    {"cli", "cli_deploy", "cli_report", "exits", "report", "studies", "tables", "units", "views"},
 ]
 HEAVY = {"torch", "transformers", "tokenizers", "peft", "sklearn", "flwr", "datasets"}
 

@@ -1,4 +1,4 @@
-"""The command line: run, resume, compare, cost, profile, import, export, verify, show, methods; and cli_deploy's."""
+"""The command line: run, resume, compare, cost, profile, import, export, verify, show, methods; cli_report's and cli_deploy's."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 import fedrank
-from fedrank import cli_deploy, tables, views
+from fedrank import cli_deploy, cli_report, tables, views
 from fedrank import config as settings
 from fedrank import methods as registry
 from fedrank.engines.workers import quieten
@@ -237,6 +237,10 @@ def show(path: Annotated[Path, typer.Argument(help="A run directory.")]) -> None
             console.print(views.summary(found.summary))
         else:
             console.print(f"not finished: round {len(rows)} of {found.config.rounds.count}; fedrank resume {path}")
+
+
+app.command()(cli_report.report)
+app.command()(cli_report.watch)
 
 
 @app.command()

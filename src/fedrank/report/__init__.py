@@ -1,0 +1,1 @@
+"""Pages of runs and of comparisons: one file that needs nothing else, or served while they grow."""

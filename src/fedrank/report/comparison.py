@@ -1,0 +1,177 @@
+"""The page of a comparison: what may be concluded, then what it rests on, setting by setting."""
+
+import shlex
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import yaml
+
+from fedrank.report import plots
+from fedrank.report.arms import setting
+from fedrank.report.compared import Comparison
+from fedrank.report.page import Block, Chart, Code, Facts, Page, Row, Section, Table, Text
+from fedrank.units import duration, number, share
+
+
+def page(found: Comparison) -> Page:
+    study, axes = found.study, dict[str, str]()
+    sections = [conclusions(found)]
+    for at, name in enumerate(found.settings):
+        sections += setting(found, name, f"s{at}", f"{name}: " if len(found.settings) > 1 else "")
+    sections += [section for section in (tuning(found), failures(found), again(found)) if section is not None]
+    for chart in (block for section in sections for block in section.blocks if isinstance(block, Chart)):
+        axes |= plots.offered(chart.axes)
+    ordered = {name: axes[name] for name in plots.AXES if name in axes}
+    seeds = len(study.get("seeds") or [])
+    return Page(
+        title=str(study.get("title") or "Comparison"), kicker="Comparison",
+        lead=f"{_counted(len(found.arms), 'arm')}, {_counted(len(found.settings), 'setting')}, "
+             f"{_counted(seeds, 'seed')}. Judged by {found.score.replace('_', ' ')}.",
+        status=status(found), sections=sections, axes=ordered,
+    )  # fmt: skip
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
+def status(found: Comparison) -> tuple[Literal["done", "running", "waiting", "stopped"], str]:
+    done = sum(len(found.runs(s, arm)) for s in found.settings for arm in found.arms)
+    planned = max(len(found.settings) * len(found.arms) * len(found.study.get("seeds") or []), done)
+    failed = len(found.part("failures"))
+    more = f", {failed} failed" if failed else ""
+    if done and done == planned:
+        return "done", f"Finished: {done} of {planned} runs{more}."
+    if found.working:
+        return ("running" if done else "waiting"), f"Running: {done} of {planned} runs{more}."
+    return "stopped", f"Not finished: {done} of {planned} runs{more}, and no process on this machine is at it."
+
+
+def conclusions(found: Comparison) -> Section:
+    """First of all: what was asked, what came out, and whether it may be believed."""
+    blocks: list[Block] = []
+    for name, text in (found.study.get("questions") or found.study.get("claims") or {}).items():
+        said = "; ".join(f"{key}: {value}" for key, value in text.items()) if isinstance(text, dict) else text
+        blocks.append(Text(f"{name}: {said}", "note"))
+    several = len(found.settings) > 1
+    for name, result in found.part("results").items():
+        if sentence := result.get("conclusion"):
+            blocks.append(Text(f"{name}: {sentence}" if several else str(sentence), "strong"))
+    if not found.part("results"):
+        blocks.append(Text("No run has ended yet, so nothing can be concluded."))
+    fair = found.found.get("fair")
+    if isinstance(fair, dict) and fair.get("verdict") is not None:
+        why = " ".join(_sentence(one) for one in fair.get("why") or [])
+        if fair["verdict"]:
+            blocks.append(
+                Text(f"A fair comparison: the arms had the same data, seeds, work and tuning. {why}".strip(), "good")
+            )
+        else:
+            blocks.append(Text(f"Not a fair comparison. {why}".strip(), "bad"))
+        blocks += [Text(_sentence(one), "note") for one in fair.get("notes") or []]
+    return Section("conclusions", "What may be concluded", blocks)
+
+
+def _sentence(text: Any) -> str:
+    words = str(text).strip()
+    return words if words.endswith(".") else f"{words}."
+
+
+# ---- tuning, failures, once more
+
+
+def tuning(found: Comparison) -> Section | None:
+    """The knobs that were tried for each arm, and what came of each."""
+    trials = [
+        (s, arm, trial, mine)
+        for s, arms in found.part("tuning").items()
+        for arm, mine in (arms or {}).items()
+        for trial in mine.get("trials") or []
+    ]
+    if not trials:
+        return None
+    several = len(found.part("tuning")) > 1
+    blocks: list[Block] = []
+    knobs = list(dict.fromkeys(knob for _, _, trial, _ in trials for knob in trial.get("knobs") or {}))
+    for at, knob in enumerate(knobs):
+        if (chart := _tried(found, trials, knob, at)) is not None:
+            blocks.append(chart)
+    rows = []
+    for s, arm, trial, mine in trials:
+        best = "yes" if trial.get("knobs") == mine.get("best") else "no"
+        rows.append([
+            *([s] if several else []), arm, _knobs(trial.get("knobs") or {}), _score(trial.get("score")),
+            duration(trial.get("seconds")), best,
+        ])  # fmt: skip
+    columns = [*(["Setting"] if several else []), "Arm", "Knobs", "Score", "Took", "Chosen"]
+    blocks.append(Table(columns, rows, left=3 if several else 2, title="Every trial"))
+    edges = [
+        f"{arm} ({', '.join(mine['edge'])})"
+        for arms in found.part("tuning").values()
+        for arm, mine in arms.items()
+        if mine.get("edge")
+    ]
+    if edges:
+        said = f"The best value lies at the edge of what was tried for: {', '.join(edges)}. A wider search might do better."
+        blocks.append(Text(said, "note"))
+    return Section("tuning", "Tuning", blocks, "Knobs are searched on a validation share, from which no result is.")
+
+
+def _tried(found: Comparison, trials: Sequence[tuple[str, str, Row, Row]], knob: str, at: int) -> Chart | None:
+    points = [
+        {"x": trial["knobs"][knob], "y": trial["score"], "series": arm, "label": s}
+        for s, arm, trial, _ in trials
+        if isinstance((trial.get("knobs") or {}).get(knob), int | float) and trial.get("score") is not None
+    ]
+    if not points:
+        return None
+    values = [point["x"] for point in points]
+    order = [arm for arm in found.arms if any(point["series"] == arm for point in points)]
+    y = (found.score.replace("_", " ").capitalize(), plots.SHARE)
+    wide = min(values) > 0 and max(values) / min(values) >= 8
+    spec = plots.points(points, order, (knob, "~g"), y, wide, found.arms)
+    top = max(points, key=lambda point: float(point["y"]))
+    said = f"{len(points)} trials from {min(values):g} to {max(values):g}; "
+    said += f"the best of all, {top['series']} at {top['x']:g}, has {share(top['y'])}."
+    table = Table(["Arm", knob, "Score"], [[p["series"], f"{p['x']:g}", _score(p["y"])] for p in points])
+    return Chart(f"tried-{at}", f"Trials by {knob}", said, spec, table)
+
+
+def _knobs(knobs: Row) -> str:
+    written = (f"{value:g}" if isinstance(value, float) else str(value) for value in knobs.values())
+    return ", ".join(f"{name}={value}" for name, value in zip(knobs, written, strict=True)) or "–"
+
+
+def _score(value: Any) -> str:
+    return share(value) if value is None or 0 <= value <= 1 else number(value)
+
+
+def failures(found: Comparison) -> Section | None:
+    failed = found.part("failures")
+    if not failed:
+        return None
+    rows = [
+        [str(one.get(name, "–")) for name in ("setting", "arm", "seed")] + [str(one.get("error", ""))[:300]]
+        for one in failed
+    ]
+    return Section("failures", "Failures", [Table(["Setting", "Arm", "Seed", "Error"], rows, left=4)])
+
+
+def again(found: Comparison) -> Section:
+    """The study, the command, the machine and what was forecast."""
+    command = str(found.found.get("command") or f"fedrank compare study.yaml --out {shlex.quote(str(found.path))}")
+    walls = [
+        run.get("seconds") or 0.0 for s in found.settings for arm in found.arms for run in found.runs(s, arm).values()
+    ]
+    figures = [("fedrank", str(found.found.get("version") or "–"), "")]
+    if walls:
+        figures.append(("Wall time of the runs", duration(sum(walls, 0.0)), f"{len(walls)} runs, added up"))
+    blocks: list[Block] = [Code(command, "Command"), Facts(figures)]
+    for name, title in (
+        ("study", "The study as it was resolved"),
+        ("machine", "The machine"),
+        ("forecast", "What was forecast"),
+    ):
+        if found.part(name):
+            blocks.append(Code(yaml.safe_dump(found.part(name), sort_keys=False), title, folded=True))
+    return Section("again", "Run it again", blocks)

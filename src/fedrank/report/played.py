@@ -1,0 +1,181 @@
+"""A run directory as a page needs it: whatever of it there is, while it goes on or after it broke off."""
+
+import fcntl
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from fedrank import config as settings
+from fedrank import fleet, ledger
+from fedrank.config import Config, ConfigError
+from fedrank.report.page import Row, finite
+from fedrank.server import PERSONAL
+from fedrank.store import Store, StoreError
+
+FILES = ("config.yaml", "data.json", "rounds.jsonl", "clients.jsonl", "ranks.jsonl", PERSONAL, "summary.json")
+
+
+@dataclass(frozen=True)
+class Played:
+    """What a run directory holds. facts: data.json. summary: empty until it ends. working: whether a process is at it.
+
+    clients, personal: rows of single clients, none where the run protects them: a page may be handed on.
+    """
+
+    path: Path
+    config: Config
+    facts: Row
+    rounds: Sequence[Row]
+    clients: Sequence[Row]
+    ranks: Sequence[Row]
+    personal: Sequence[Row]
+    summary: Row
+    working: bool
+
+    @property
+    def private(self) -> bool:
+        return self.config.privacy.kind != "none"
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.summary) and self.summary.get("rounds") == self.config.rounds.count
+
+    @property
+    def modules(self) -> list[str]:
+        """The adapted modules, in the model's order: those of the start."""
+        return list(self.common[0]["ranks"]) if self.common else []
+
+    @cached_property
+    def common(self) -> list[Row]:
+        """Ranks of the global adapter, a row a round."""
+        return [row for row in self.ranks if row["client"] is None]
+
+    @cached_property
+    def apart(self) -> list[Row]:
+        """Ranks of clients that trained others."""
+        return [] if self.private else [row for row in self.ranks if row["client"] is not None]
+
+    @cached_property
+    def holders(self) -> list[Row]:
+        """What each client holds, where that is listed and may be told."""
+        found = self.facts.get("partition", {}).get("clients")
+        return list(found) if isinstance(found, list) and not self.private else []
+
+    @cached_property
+    def kinds(self) -> dict[str, str]:
+        """Client -> its kind of device: dealt out once more, and held against what the run wrote down; else empty."""
+        names = {row["client"]: int(row["train_rows"]) for row in self.holders}
+        told = self.facts.get("fleet") or {}
+        if not names or not told:
+            return {}
+        try:
+            found = fleet.build(self.config.engine.fleet, names, self.config.seed)
+        except ConfigError:  # a CSV that is no longer there, or is another
+            return {}
+        if found.digest() != told.get("hash"):
+            return {}
+        return {client: found.machines[int(at)].kind for client, at in zip(names, found.dealt, strict=True)}
+
+    @property
+    def devices(self) -> dict[str, str]:
+        """The same where there is more than one kind: what all have in common tells nobody apart."""
+        return self.kinds if len(set(self.kinds.values())) > 1 else {}
+
+    @cached_property
+    def effective(self) -> dict[str, list[int]]:
+        """Client -> the effective rank of each module, of a method with private adapters that tells them."""
+        if not any("effective_rank" in row for row in self.rounds) or self.private:
+            return {}
+        try:
+            arrays = Store.open(self.path).state()[0].arrays
+        except (StoreError, OSError):  # it is being replaced, or was cleared away
+            return {}
+        found = {name.partition("/")[2]: array for name, array in arrays.items() if name.startswith("ranks/")}
+        return {client: np.asarray(array).tolist() for client, array in sorted(found.items())}
+
+
+def is_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file()
+
+
+def read(path: Path) -> Played:
+    """All that is there. StoreError where it is no run directory; ConfigError where its config is not of this version."""
+    if not is_run(path):
+        raise StoreError(f"{path} is no run directory: it has no config.yaml")
+    config = settings.load(path / "config.yaml")
+    shown = config.privacy.kind == "none"
+    return Played(
+        path, config, _json(path / "data.json"), _rows(path / "rounds.jsonl"),
+        _rows(path / "clients.jsonl") if shown else [], _rows(path / "ranks.jsonl"),
+        _rows(path / PERSONAL) if shown else [], _json(path / "summary.json"), working(path),
+    )  # fmt: skip
+
+
+def _rows(path: Path) -> list[Row]:
+    try:
+        return [finite(row) for row in ledger.read(path)]
+    except ValueError as error:
+        raise StoreError(str(error)) from None
+
+
+def _json(path: Path) -> Row:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise StoreError(f"{path} is damaged: {error}") from None
+    return dict(finite(found))
+
+
+def working(path: Path) -> bool:
+    """Whether a process holds the run's lock. It is let go at once, and who starts a run asks more than once."""
+    with suppress(FileNotFoundError, PermissionError), (path / ".lock").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def sampled(names: Sequence[str], most: int) -> list[str]:
+    """At most so many, evenly over their order, the first and the last among them."""
+    if len(names) <= most:
+        return list(names)
+    return [names[at] for at in np.linspace(0, len(names) - 1, most).round().astype(int).tolist()]
+
+
+def known(rows: Iterable[Row], name: str) -> list[float]:
+    """The numbers of a column that some rows may lack."""
+    return [float(row[name]) for row in rows if row.get(name) is not None]
+
+
+def short(modules: Sequence[str]) -> dict[str, str]:
+    """Names that fit beside a chart: the number of a module's block, and as much of its end as tells kinds apart."""
+    parts = {name: _parted(name) for name in modules}
+    tails: Mapping[str, str] = _tails({tail for _, tail in parts.values()})
+    made = {name: f"{block} {tails[tail]}".strip() for name, (block, tail) in parts.items()}
+    return made if len(set(made.values())) == len(made) else {name: name for name in modules}
+
+
+def _parted(name: str) -> tuple[str, str]:
+    """The number of a module's block, or nothing, and what comes after it."""
+    found = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
+    return (found[1], found[2]) if found else ("", name)
+
+
+def _tails(names: set[str]) -> dict[str, str]:
+    """The shortest end of each dotted name that is no end of another; all of it where one is the end of another."""
+    result = {}
+    for name in names:
+        words = name.split(".")
+        ends = (".".join(words[-count:]) for count in range(1, len(words) + 1))
+        others = [f".{other}" for other in names if other != name]
+        result[name] = next((end for end in ends if not any(o.endswith(f".{end}") for o in others)), name)
+    return result

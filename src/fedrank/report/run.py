@@ -1,0 +1,278 @@
+"""The page of one run: how far it is, what it reached, what it took, and how to run it again."""
+
+import shlex
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from fedrank import config as settings
+from fedrank.report import plots
+from fedrank.report.adapters import ranks
+from fedrank.report.clients import clients, failures, fleet
+from fedrank.report.page import Block, Chart, Code, Facts, Page, Row, Section, Table, Text
+from fedrank.report.played import Played, known
+from fedrank.server import OF_TEXTS
+from fedrank.units import duration, energy, memory, number, share, size
+
+MEASURES = {  # of texts: its name, and how it is written
+    "perplexity": ("Perplexity", number), "choice_accuracy": ("Likeliest choice right", share),
+    "choice_accuracy_per_byte": ("Likeliest choice right, per byte", share), "exact_match": ("Exact match", share),
+    "bleu": ("BLEU", number), "rouge_l": ("ROUGE-L", number),
+}  # fmt: skip
+assert MEASURES.keys() == set(OF_TEXTS)
+PARTS = (("adapter up", "adapter_bytes_up"), ("adapter down", "adapter_bytes_down"), ("head up", "head_bytes_up"), ("head down", "head_bytes_down"))  # fmt: skip
+GLOBAL, OWN = "global model, test set", "clients, their own rows"
+
+
+def page(run: Played) -> Page:
+    """All that a run directory tells."""
+    config = run.config
+    rows = summed(run.rounds)
+    sections = [
+        glance(run), progress(run, rows), *costs(run), ranks(run, rows), clients(run), fleet(run), privacy(run),
+        failures(run), again(run),
+    ]  # fmt: skip
+    data, model = run.facts.get("data") or config.data.name or Path(str(config.data.path)).name, config.model.name
+    who = f"{config.clients.count} clients" if config.clients.count else "sites"
+    return Page(
+        title=f"{config.method['name']} on {data}", kicker="Federated run",
+        lead=f"{model}, rank {config.adapter.rank}; {who}, {config.rounds.cohort} a round; task {config.task}.",
+        status=status(run), sections=[section for section in sections if section is not None],
+        axes=plots.offered(plots.along(rows)[1]),
+    )  # fmt: skip
+
+
+def status(run: Played) -> tuple[Literal["done", "running", "waiting", "stopped"], str]:
+    """How far it is; said aloud when it changes."""
+    count, done = run.config.rounds.count, len(run.rounds)
+    last = next((row for row in reversed(run.rounds) if row.get("accuracy") is not None), None)
+    score = "" if last is None else f", accuracy {share(last['accuracy'])} after round {last['round']}"
+    if run.finished:
+        return "done", f"Finished: {done} of {count} rounds{score}."
+    if run.working:
+        if not done:
+            return "waiting", f"Running: no round of {count} has ended yet."
+        walls = known(run.rounds, "wall_seconds")
+        left = f"; some {duration(statistics.fmean(walls) * (count - done))} left" if walls and done < count else ""
+        return "running", f"Running: {done} of {count} rounds{score}{left}."
+    return "stopped", f"Not finished: {done} of {count} rounds{score}, and no process on this machine is at it."
+
+
+def summed(rounds: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rounds with the sums so far that a chart may run along; None from where a run does not tell."""
+    both = [[row.get("bytes_up"), row.get("bytes_down")] for row in rounds]
+    sums = {
+        "bytes": _running([None if None in pair else sum(part or 0 for part in pair) for pair in both]),
+        "joules": _running([row.get("device_joules") for row in rounds]),
+        "seconds": [row.get("clock_seconds") for row in rounds],
+    }
+    return [{**row, **{name: values[at] for name, values in sums.items()}} for at, row in enumerate(rounds)]
+
+
+def _running(values: Sequence[float | int | None]) -> list[float | int | None]:
+    if None in values:
+        return [None] * len(values)
+    return list(accumulate(value for value in values if value is not None))
+
+
+def glance(run: Played) -> Section:
+    """The figures of the end, or of now."""
+    if not run.rounds:
+        return Section("glance", "At a glance", [Text("No round has ended yet, so there is nothing to show.")])
+    last = run.rounds[-1]
+    scored = [row for row in run.rounds if row.get("accuracy") is not None or row.get("personal_accuracy") is not None]
+    end = run.summary or (scored[-1] if scored else {})
+    shown: list[tuple[str, str, str]] = []
+
+    def figure(title: str, value: Any, write: Callable[[Any], str], more: str = "") -> None:
+        if value is not None:
+            shown.append((title, write(value), more))
+
+    word = "Token accuracy" if run.config.task == "generate" else "Accuracy"
+    majority = run.summary.get("majority")
+    figure(f"{word}, global", end.get("accuracy"), share, f"majority class {share(majority)}" if majority else "")
+    theirs = end.get("personal_majority")
+    figure(f"{word}, clients' mean", end.get("personal_accuracy"), share, f"their majority classes {share(theirs)}" if theirs else "")  # fmt: skip
+    figure("Worst tenth of clients", end.get("personal_worst_decile"), share, "mean of their accuracy")
+    for name, (title, write) in MEASURES.items():
+        own = end.get(f"personal_{name}")
+        figure(title, end.get(name), write, f"clients' mean {write(own)}" if own is not None else "")
+    total = {name: _total(run.rounds, name) for name in ("bytes_up", "bytes_down", "adapter_bytes_up", "adapter_bytes_down", "device_joules")}  # fmt: skip
+    if total["bytes_up"] is not None:
+        figure("Bytes up", total["bytes_up"], size, f"adapter {size(total['adapter_bytes_up'])}")
+        figure("Bytes down", total["bytes_down"], size, f"adapter {size(total['adapter_bytes_down'])}")
+    figure("Device time", last.get("clock_seconds"), duration, "simulated, the slowest of each round")
+    figure("Energy of devices", total["device_joules"], energy)
+    figure("Largest memory", max(known(run.rounds, "peak_memory_bytes"), default=None), memory, "of a client")
+    start = sum(run.common[0]["ranks"].values()) if run.common else None
+    figure("Components", last.get("components"), str, f"{start} after round {run.common[0]['round']}" if start else "")
+    figure("Modules alive", last.get("modules_alive"), str, f"of {run.summary['modules']}" if run.summary else "")
+    figure("Epsilon spent", last.get("epsilon"), number, f"at delta {last['delta']:g}" if last.get("delta") else "")
+    return Section("glance", "At a glance", [Facts(shown)])
+
+
+def _total(rounds: Sequence[Row], name: str) -> float | int | None:
+    values = [row.get(name) for row in rounds]
+    return None if None in values else sum(value for value in values if value is not None)
+
+
+# ---- over rounds
+
+
+def scores(
+    id: str, title: str, rows: Sequence[Row], names: Sequence[tuple[str, str]], format: str, write: Callable[[Any], str]
+) -> Chart | None:
+    """The lines of these columns, by their names; None where no round has any."""
+    there = [(label, name) for label, name in names if known(rows, name)]
+    if not there:
+        return None
+    points = [
+        {**{axis: row.get(axis) for axis in plots.AXES}, "series": label, "value": row[name]}
+        for row in rows
+        for label, name in there
+        if row.get(name) is not None
+    ]
+    spec, axes = plots.lines(points, [label for label, _ in there], title, format)
+    said = []
+    for label, name in there:
+        values = known(rows, name)
+        said.append(f"{label}: from {write(values[0])} to {write(values[-1])}")
+    shown = [row for row in rows if any(row.get(name) is not None for _, name in there)]
+    table = Table(
+        ["Round", *(label for label, _ in there), "Bytes so far", "Device time", "Energy"],
+        [
+            [str(row["round"]), *(write(row[name]) if row.get(name) is not None else "–" for _, name in there),
+             size(row["bytes"]), duration(row["seconds"]), energy(row["joules"])]
+            for row in shown
+        ],
+        left=0,
+    )  # fmt: skip
+    whole = "; ".join(said)
+    return Chart(id, title, f"{whole[0].upper()}{whole[1:]}.", spec, table, axes)
+
+
+def progress(run: Played, rows: Sequence[Row]) -> Section | None:
+    word = "Token accuracy" if run.config.task == "generate" else "Accuracy"
+    charts = [
+        scores("accuracy", word, rows, [(GLOBAL, "accuracy"), (OWN, "personal_accuracy")], plots.SHARE, share),
+        *(
+            scores(name, title, rows, [(GLOBAL, name), (OWN, f"personal_{name}")],
+                   plots.SHARE if write is share else plots.PLAIN, write)
+            for name, (title, write) in MEASURES.items()
+        ),
+        scores("loss", "Loss", rows, [("in training", "train_loss"), (GLOBAL, "loss")], plots.PLAIN, number),
+    ]  # fmt: skip
+    found = [chart for chart in charts if chart is not None]
+    if not found:
+        return None
+    early = run.config.rounds.evaluate_every
+    lead = f"The model is scored every {early} rounds and after the last." if early > 1 else ""
+    return Section("progress", "Progress", found, lead)
+
+
+def costs(run: Played) -> list[Section]:
+    """What travelled in each round."""
+    rows = [row for row in run.rounds if row.get("bytes_up") is not None]
+    if not rows:
+        return []
+    by = {row["round"]: row for row in rows}
+    word, unit = plots.unit("bytes", [row["bytes_up"] + row["bytes_down"] for row in rows])
+    groups = plots.binned(list(by))
+    names = [*(label for label, _ in PARTS), "the rest of the frames"]
+    bars = []
+    for at, rounds in groups:
+        parts = [statistics.fmean(by[r].get(name) or 0 for r in rounds) for _, name in PARTS]
+        whole = statistics.fmean(by[r]["bytes_up"] + by[r]["bytes_down"] for r in rounds)
+        values = [*parts, max(whole - sum(parts), 0.0)]
+        bars += [
+            {"at": at, "series": name, "value": value / unit, "rank": n}
+            for n, (name, value) in enumerate(zip(names, values, strict=True))
+        ]
+    first, last = (row["bytes_up"] + row["bytes_down"] for row in (rows[0], rows[-1]))
+    total = sum(row["bytes_up"] + row["bytes_down"] for row in rows)
+    table = Table(
+        ["Round", *(label for label, _ in PARTS), "all up", "all down"],
+        [[str(row["round"]), *(size(row.get(name)) for _, name in PARTS), size(row["bytes_up"]), size(row["bytes_down"])] for row in rows],
+        left=0,
+    )  # fmt: skip
+    said = f"{size(first)} in round {rows[0]['round']}, {size(last)} in round {rows[-1]['round']}, {size(total)} in all; all clients of a round together."
+    note = "Each bar is the mean of several rounds." if len(groups) < len(by) else ""
+    chart = Chart("bytes", "Bytes of each round", said, plots.bars(bars, names, f"Bytes ({word})"), table, note=note)
+    tested = sum(known(run.rounds, "evaluation_bytes"))
+    blocks: list[Block] = [chart]
+    if tested:
+        blocks.append(Text(f"Evaluation took {size(tested)} more, which is counted apart.", "note"))
+    return [Section("bytes-sent", "Bytes", blocks)]
+
+
+def privacy(run: Played) -> Section | None:
+    """What was spent; a run without protection has none."""
+    kept = run.config.privacy
+    if kept.kind == "none":
+        return None
+    spent = [{**row, "round": row["round"]} for row in run.rounds if row.get("epsilon") is not None]
+    about = Facts([
+        ("Protection", kept.kind, "the server clips and noises" if kept.kind == "central" else "each client clips and noises"),
+        ("Clip", f"{kept.clip:g}", "largest norm of a change"), ("Noise", f"{kept.noise:g}", "in clips"),
+        ("Delta", f"{kept.delta:g}", ""),
+        *([("Epsilon", number(spent[-1]["epsilon"]), f"after {len(spent)} rounds")] if spent else []),
+    ])  # fmt: skip
+    blocks: list[Block] = [about]
+    if spent:
+        chart = scores("epsilon", "Epsilon spent", summed(spent), [("epsilon", "epsilon")], plots.PLAIN, number)
+        assert chart is not None
+        blocks.append(replace(chart, axes={}))
+    elif run.rounds:
+        blocks.append(Text("Epsilon is unbounded: a round had no noise.", "bad"))
+    blocks.append(Text("What single clients did and hold is left out of this page, as the run protects them.", "note"))
+    return Section("privacy", "Privacy", blocks)
+
+
+# ---- once more
+
+
+def again(run: Played) -> Section:
+    """The config, where it came from, and the commands."""
+    path, config = shlex.quote(str(run.path)), run.config.model_dump(mode="json")
+    numerics = run.summary.get("numerics", {})
+    origin = [
+        ("fedrank", str(run.summary.get("version") or numerics.get("fedrank") or "–"), ""),
+        ("Seed", str(run.config.seed), ""),
+        *[(f"{part} rows".capitalize(), str(run.facts["rows"][part]), f"sha256 {str(digest)[:16]}" if digest else "")
+          for part, digest in (run.facts.get("hash") or {}).items() if run.facts["rows"].get(part) is not None],
+    ]  # fmt: skip
+    own = run.facts.get("rows", {"train": 0}).get("train") is None and run.config.engine.kind != "flower"
+    if "object" in config["method"] or own:
+        what = "a method of one's own" if "object" in config["method"] else "clients that bring their own rows"
+        blocks: list[Block] = [
+            Text(f"It was started from Python with {what}: fedrank.run() with the same runs it again.")
+        ]
+    else:
+        lines = [f"fedrank run {path}/config.yaml --out again"]
+        lines += [f"fedrank resume {path}" + (" rounds.count=+10" if run.finished else "")]
+        blocks = [Code("\n".join(lines), "Commands")]
+    plain = settings.load({"data": {"name": "any"}}).model_dump(mode="json")
+    changed = [[key, _written(value)] for key, value in _flat(config).items() if _flat(plain).get(key) != value and value is not None]  # fmt: skip
+    return Section("again", "Run it again", [
+        *blocks, Facts(origin),
+        Table(["Setting", "Value"], changed, left=2, title="Settings that are not the defaults"),
+        Code(yaml.safe_dump(config, sort_keys=False), "The whole config", folded=True),
+        *([Code(yaml.safe_dump(numerics, sort_keys=False), "What bit equality hangs on", folded=True)] if numerics else []),
+    ])  # fmt: skip
+
+
+def _flat(config: Row, before: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{before}{key}"
+        found |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return found
+
+
+def _written(value: Any) -> str:
+    return value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True).split("\n")[0]

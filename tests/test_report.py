@@ -1,0 +1,488 @@
+"""Pages: what they read of runs and comparisons, in whatever state, and what they let through of untrusted text."""
+
+import http.client
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import compared as study
+import fedrank
+import toy
+from fedrank import cli, ledger
+from fedrank.config import ConfigError
+from fedrank.report import adapters, clients, compared, comparison, page, pages, played, plots, run, watch
+from fedrank.report.page import Chart, Facts, Page, Table, Text
+from fedrank.store import Store, StoreError
+
+DEVICES = "engine.fleet={devices: {jetson-tx2: 1, jetson-xavier-nx: 1, jetson-agx-xavier: 1}, jitter: 0.2}"
+
+
+@pytest.fixture(scope="module")
+def play(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The directory of a short run with these overrides; the same ones give the same directory."""
+    texts, made = tmp_path_factory.mktemp("texts"), dict[tuple[str, ...], Path]()
+    toy.write(texts, train=toy.texts(64, 0), test=toy.texts(48, 1))
+    base = {
+        "data": {"path": str(texts), "partition": {"kind": "iid"}}, "clients": {"count": 4},
+        "rounds": {"count": 2, "cohort": 3, "evaluate_every": 1}, "adapter": {"rank": 4, "targets": ["query", "value"]},
+        "local": {"batch_size": 8, "max_length": 16}, "engine": {"workers": 1, "compute": "float32", "products": "torch"},
+    }  # fmt: skip
+
+    def call(*overrides: str) -> Path:
+        if overrides not in made:
+            made[overrides] = fedrank.run(base, *overrides, out=tmp_path_factory.mktemp("runs") / "run").path
+        return made[overrides]
+
+    return call
+
+
+@pytest.fixture
+def pruned(play: Callable[..., Path]) -> Path:
+    return play("method={name: fedara, target_rank: 1, warmup: 0.0, settle: 0.0}", "rounds.count=3", DEVICES, "engine.failure_rate=0.3", "seed=2")  # fmt: skip
+
+
+@pytest.fixture
+def private(play: Callable[..., Path]) -> Path:
+    return play("privacy={kind: central, clip: 1.0, noise: 0.8, delta: 0.01}", "rounds.personal=0")
+
+
+def charts(made: Page) -> dict[str, Chart]:
+    return {b.id: b for section in made.sections for b in section.blocks if isinstance(b, Chart)}
+
+
+def figures(made: Page) -> dict[str, str]:
+    return {
+        name: value for s in made.sections for b in s.blocks if isinstance(b, Facts) for name, value, _ in b.figures
+    }
+
+
+def words(made: Page) -> str:
+    return " ".join(b.text for s in made.sections for b in s.blocks if isinstance(b, Text))
+
+
+def values(chart: Chart) -> list[dict[str, Any]]:
+    return list(chart.spec["data"]["values"])
+
+
+# ---- a run
+
+
+def test_the_page_of_a_run_tells_what_its_ledgers_hold(pruned: Path) -> None:
+    found, rows = run.page(played.read(pruned)), ledger.read(pruned / "rounds.jsonl")
+    drawn = charts(found)
+    assert [p["value"] for p in values(drawn["accuracy"]) if p["series"] == run.GLOBAL] == [r["accuracy"] for r in rows]
+    assert [p["value"] for p in values(drawn["alive"])] == [r["modules_alive"] for r in rows]
+    whole = sum(r["bytes_up"] + r["bytes_down"] for r in rows)
+    assert drawn["accuracy"].axes["bytes"]["title"].endswith("(kB)")
+    assert values(drawn["accuracy"])[-1]["bytes"] == pytest.approx(whole / 1e3, rel=1e-4)
+    assert set(found.axes) == {"round", "bytes", "seconds", "joules"}
+    assert figures(found)["Components"] == str(rows[-1]["components"])
+    assert found.status == (
+        "done",
+        f"Finished: 3 of 3 rounds, accuracy {100 * rows[-1]['accuracy']:.1f} % after round 3.",
+    )
+
+
+def test_the_rank_map_has_every_modules_rank_after_every_round(pruned: Path) -> None:
+    read = played.read(pruned)
+    chart = charts(run.page(read))["map"]
+    names = played.short(read.modules)
+    drawn: dict[tuple[str, int], int] = {}
+    for span in values(chart):
+        for at in range(int(span["start"] + 0.5), int(span["stop"] + 0.5)):
+            drawn[span["name"], at] = span["value"]
+    assert drawn == {
+        (names[module], row["round"]): rank for row in read.common for module, rank in row["ranks"].items() if rank
+    }
+    assert len(values(chart)) < len(drawn)  # equal neighbours are one
+
+
+def test_failures_are_told_by_their_reasons(pruned: Path) -> None:
+    failed = [row for row in ledger.read(pruned / "clients.jsonl") if not row["ok"]]
+    section = next(s for s in run.page(played.read(pruned)).sections if s.id == "failures")
+    table = next(b for b in section.blocks if isinstance(b, Table))
+    assert failed
+    assert [(row[0], row[1]) for row in table.rows] == [("no answer", str(len(failed)))]
+
+
+def test_each_clients_device_is_dealt_out_once_more_and_checked(pruned: Path, tmp_path: Path) -> None:
+    from fedrank import experiment
+
+    read = played.read(pruned)
+    parts = experiment.prepare(read.config)
+    assert read.kinds == {client: device.kind for client, device in parts.devices.items()}
+    shutil.copytree(pruned, tmp_path / "other")
+    facts = json.loads((pruned / "data.json").read_text())
+    (tmp_path / "other" / "data.json").write_text(json.dumps(facts | {"fleet": facts["fleet"] | {"hash": "0"}}))
+    other = played.read(tmp_path / "other")
+    assert other.kinds == {}
+    fleet = next(s for s in run.page(other).sections if s.id == "fleet")
+    assert "cannot be told" in fleet.lead
+
+
+def test_a_worst_tenth_and_clients_below_their_majority_class() -> None:
+    scored = [{"client": str(n), "accuracy": n / 20, "majority": 0.1, "rows": 5} for n in range(20)]
+    facts, chart = clients.served(scored)
+    assert isinstance(facts, Facts)
+    assert isinstance(chart, Chart)
+    assert {name: value for name, value, _ in facts.figures} == {
+        "Mean of clients": "47.5 %", "Standard deviation": "28.8 %", "Worst tenth": "2.5 %", "Best tenth": "92.5 %",
+    }  # fmt: skip
+    assert "2 of 20 are below" in chart.summary
+
+
+def test_ranks_that_differ_between_clients(play: Callable[..., Path]) -> None:
+    read = played.read(play("method.name=legend", DEVICES, "engine.fleet.jitter=0.5"))
+    found: dict[str, dict[str, list[int]]] = {}
+    for row in read.apart:
+        for module in read.modules:
+            found.setdefault(row["client"], {}).setdefault(module, []).append(row["ranks"].get(module, 0))
+    chart = charts(run.page(read))["trained"]
+    names = played.short(read.modules)
+    drawn = {(cell["name"].split(" · ")[0], cell["column"]): cell["value"] for cell in values(chart)}
+    assert found
+    assert drawn == {
+        (client, names[module]): pytest.approx(np.mean(ranks), abs=0.01)
+        for client, mine in found.items() for module, ranks in mine.items() if any(ranks)
+    }  # fmt: skip
+    assert {row[1] for row in chart.table.rows} <= set(read.kinds.values())
+
+
+def test_effective_ranks_of_private_adapters(play: Callable[..., Path]) -> None:
+    path = play("method.name=pf2lora", "rounds.count=1")
+    chart, arrays = charts(run.page(played.read(path)))["effective"], Store.open(path).state()[0].arrays
+    totals = {row[0]: int(row[1]) for row in chart.table.rows}
+    assert totals == {name.removeprefix("ranks/"): int(ranks.sum()) for name, ranks in arrays.items() if name.startswith("ranks/")}  # fmt: skip
+
+
+def test_a_private_run_tells_epsilon_and_nothing_of_single_clients(private: Path) -> None:
+    found, rows = run.page(played.read(private)), ledger.read(private / "rounds.jsonl")
+    assert [p["value"] for p in values(charts(found)["epsilon"])] == [row["epsilon"] for row in rows]
+    assert set(charts(found)) == {"accuracy", "loss", "alive", "components", "map", "epsilon"}
+    assert set(found.axes) == {"round"}
+    assert {"clients", "fleet", "failures", "bytes-sent"} & {section.id for section in found.sections} == set()
+    read = played.read(private)
+    assert ledger.read(private / "clients.jsonl")
+    assert (read.clients, read.personal, read.apart, read.holders, read.kinds) == ([], [], [], [], {})
+
+
+def test_a_run_of_task_generate_shows_perplexity(play: Callable[..., Path], tmp_path: Path) -> None:
+    lines = [
+        json.dumps({"prompt": f"{word} {at}:", "completion": word[::-1]})
+        for word in ("red", "blue")
+        for at in range(12)
+    ]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    found = run.page(
+        played.read(
+            play(
+                "task=generate",
+                "model.name=tiny-decoder",
+                f"data.path={tmp_path}",
+                "rounds.count=1",
+                "adapter.targets=all",
+            )
+        )
+    )
+    assert {"perplexity", "accuracy"} <= charts(found).keys()
+    assert {"Perplexity", "Token accuracy, global"} <= figures(found).keys()
+
+
+def test_what_has_hardly_begun_runs_or_broke_off_has_a_page_that_says_so(pruned: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cut"
+    path.mkdir()
+    shutil.copy(pruned / "config.yaml", path)
+    made = run.page(played.read(path))  # no data.json, no ledger
+    assert made.status == ("stopped", "Not finished: 0 of 3 rounds, and no process on this machine is at it.")
+    assert "nothing to show" in words(made)
+    assert charts(made) == {}
+    with Store(path).locked():
+        assert run.page(played.read(path)).status == ("waiting", "Running: no round of 3 has ended yet.")
+        for name in ("rounds", "clients", "ranks"):
+            rows = [row for row in ledger.read(pruned / f"{name}.jsonl") if row["round"] == 1]
+            ledger.append(path / f"{name}.jsonl", rows)
+        with (path / "rounds.jsonl").open("a") as file:
+            file.write('{"round": 2, "accu')  # as a kill leaves it
+        made = run.page(played.read(path))
+    assert made.status[0] == "running"
+    assert made.status[1].startswith("Running: 1 of 3 rounds, accuracy ")
+    assert "left" in made.status[1]
+    assert {"accuracy", "map", "waiting"} <= charts(made).keys()
+
+
+def test_numbers_that_are_none_do_not_reach_the_page(pruned: Path, tmp_path: Path) -> None:
+    shutil.copytree(pruned, tmp_path / "run")
+    rows = ledger.read(pruned / "rounds.jsonl")
+    (tmp_path / "run" / "rounds.jsonl").write_text(
+        "".join(json.dumps(row | {"loss": float("nan")}) + "\n" for row in rows)
+    )
+    assert "NaN" not in page.html(run.page(played.read(tmp_path / "run"))).replace(page.library(), "")
+
+
+def test_a_large_run_makes_a_page_of_a_few_megabytes(pruned: Path, tmp_path: Path) -> None:
+    """2,000 clients and 168 modules over 400 rounds, in which every rank changes all the time."""
+    path, modules = tmp_path / "large", [f"model.layers.{at // 7}.part.{'qkvougd'[at % 7]}_proj" for at in range(168)]
+    shutil.copytree(pruned, path)
+    draw, row = np.random.default_rng(0), ledger.read(pruned / "rounds.jsonl")[0]
+    asked, clock = ledger.read(pruned / "clients.jsonl")[0], row["clock_seconds"]
+    rounds = [row | {"round": at, "clock_seconds": clock * at} for at in range(1, 401)]
+    ranks = [
+        {
+            "round": r["round"],
+            "client": None,
+            "ranks": dict(zip(modules, draw.integers(0, 9, 168).tolist(), strict=True)),
+        }
+        for r in rounds
+    ]
+    ranks += [
+        {"round": 1, "client": f"{c:04}", "ranks": dict(zip(modules, draw.integers(0, 9, 168).tolist(), strict=True))}
+        for c in range(2000)
+    ]
+    people = [
+        {
+            "client": f"{c:04}",
+            "origin": None,
+            "train_rows": c % 90 + 5,
+            "test_rows": 3,
+            "label_counts": {"0": 3, "1": 2},
+        }
+        for c in range(2000)
+    ]
+    facts = json.loads((path / "data.json").read_text())
+    facts["partition"]["clients"] = people
+    (path / "data.json").write_text(json.dumps(facts))
+    for name, many in (
+        ("rounds", rounds), ("ranks", ranks), ("clients", [asked | {"round": n // 10 + 1, "client": f"{n % 2000:04}"} for n in range(4000)]),
+        ("personal", [{"client": one["client"], "accuracy": draw.random(), "majority": 0.3, "rows": 3.0} for one in people]),
+    ):  # fmt: skip
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in many))
+    made = run.page(played.read(path))
+    drawn = charts(made)
+    assert len(page.html(made)) - len(page.library()) < 4e6
+    assert len(values(drawn["map"])) <= adapters.SPANS
+    assert "evenly spaced" in drawn["map"].note
+    assert "Of 2000 clients 60 are shown" in drawn["trained"].note
+    assert "Modules of a block are added up" in drawn["trained"].note
+    assert "Of 2000 clients" in drawn["held"].note
+    assert len({bar["at"] for bar in values(drawn["bytes"])}) <= plots.BARS
+
+
+def test_names_of_modules_are_as_short_as_tells_them_apart() -> None:
+    every = ["encoder.layer.0.attention.self.query", "encoder.layer.0.attention.output.dense", "encoder.layer.0.output.dense", "encoder.layer.11.attention.self.query"]  # fmt: skip
+    assert list(played.short(every).values()) == ["0 query", "0 attention.output.dense", "0 output.dense", "11 query"]
+    assert played.short(["a.q", "b.q"]) == {"a.q": "a.q", "b.q": "b.q"}
+
+
+# ---- a comparison
+
+
+def made_of(path: Path, **other: Any) -> Page:
+    return comparison.page(compared.read(study.write(path, study.comparison(**other))))
+
+
+def test_the_page_of_a_comparison_tells_what_it_came_to(tmp_path: Path) -> None:
+    found, made = study.comparison(), made_of(tmp_path)
+    first, drawn = made.sections[0], charts(made)
+    said = [block.text for block in first.blocks if isinstance(block, Text)]
+    assert found["results"]["clinc150"]["conclusion"] in said
+    assert any(text.startswith("A fair comparison") for text in said)
+    assert made.status == ("done", "Finished: 20 of 20 runs, 1 failed.")
+    curve = [p for p in values(drawn["s0-accuracy"]) if p["series"] == "fedara"]
+    runs = found["runs"]["clinc150"]["fedara"].values()
+    last = [one["curve"][-1]["accuracy"] for one in runs]
+    assert (curve[-1]["value"], curve[-1]["low"], curve[-1]["high"]) == (
+        pytest.approx(np.mean(last)),
+        min(last),
+        max(last),
+    )
+    assert {p["series"] for p in values(drawn["s0-accuracy"])} == {
+        "fedavg",
+        "fedara",
+        "legend",
+    }  # no global model: no line
+    dots = [row["value"] for row in values(drawn["s0-dots-accuracy"]) if row["name"] == "legend" and "value" in row]
+    assert dots == [one["summary"]["accuracy"] for one in found["runs"]["clinc150"]["legend"].values()]
+    gap = next(row for row in values(drawn["s0-differences"]) if row["name"] == "legend" and "middle" in row)
+    assert gap["middle"] == pytest.approx(
+        100 * found["results"]["clinc150"]["differences"]["legend"]["accuracy"]["mean"]
+    )
+    assert {"s0-personal", "s0-alive", "s0-ranks", "tried-0"} <= drawn.keys()
+    assert "Failures" in [section.title for section in made.sections]
+
+
+def test_an_arm_looks_the_same_in_every_chart(tmp_path: Path) -> None:
+    def domains(spec: Any) -> list[Any]:
+        if isinstance(spec, Mapping):
+            own = (
+                [spec["scale"]["domain"]]
+                if spec.get("field") in ("series",) and "domain" in (spec.get("scale") or {})
+                else []
+            )
+            return own + [found for part in spec.values() for found in domains(part)]
+        return [found for part in spec for found in domains(part)] if isinstance(spec, list) else []
+
+    drawn = charts(made_of(tmp_path))
+    every = [domain for id in ("s0-accuracy", "s0-alive", "tried-0") for domain in domains(drawn[id].spec)]
+    assert every
+    assert all(domain == list(study.ARMS) for domain in every)
+
+
+@pytest.mark.parametrize(
+    "left_out", [(), ("results", "fair"), ("runs", "results", "tuning", "failures", "forecast", "machine", "fair")]
+)
+def test_a_comparison_that_grows_has_a_page_at_any_time(left_out: tuple[str, ...], tmp_path: Path) -> None:
+    found = {name: part for name, part in study.comparison(more={"to": ["come"]}).items() if name not in left_out}
+    made = comparison.page(compared.read(study.write(tmp_path, found)))
+    assert page.html(made)
+    if "runs" in left_out:
+        assert made.status == ("stopped", "Not finished: 0 of 20 runs, and no process on this machine is at it.")
+        assert "No run of this setting has ended yet." in words(made)
+    with Store(tmp_path).locked():
+        assert comparison.page(compared.read(tmp_path)).status[0] == ("waiting" if "runs" in left_out else "done")
+
+
+def test_an_unfair_comparison_says_why_before_anything_else(tmp_path: Path) -> None:
+    made = made_of(tmp_path, fair={"verdict": False, "why": ["fedara had 8 trials, the others 4"]})
+    block = next(b for b in made.sections[0].blocks if isinstance(b, Text) and b.tone == "bad")
+    assert block.text == "Not a fair comparison. fedara had 8 trials, the others 4."
+
+
+@pytest.mark.parametrize("text", ['{"schema": 2}', "[]", "{", '{"runs": {}}'])
+def test_another_form_of_comparison_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "comparison.json").write_text(text)
+    with pytest.raises(StoreError, match=re.escape("comparison.json")):
+        compared.read(tmp_path)
+
+
+# ---- untrusted text
+
+
+def test_text_of_a_run_never_becomes_markup(pruned: Path, tmp_path: Path) -> None:
+    bad = "</script><script>alert(1)</script><img src=x onerror=alert(1)>&<!--"
+    path = tmp_path / "run"
+    shutil.copytree(pruned, path)
+    for name in ("clients", "personal", "ranks"):
+        rows = [row | ({"client": bad} if row["client"] else {}) for row in ledger.read(path / f"{name}.jsonl")]
+        rows = [row | ({"error": bad} if not row.get("ok", True) else {}) for row in rows]
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    facts = json.loads((path / "data.json").read_text()) | {"data": bad, "labels": [bad, "b", "c", "d"]}
+    (path / "data.json").write_text(json.dumps(facts))
+    made = run.page(played.read(path))
+    texts = [
+        page.html(made),
+        page.html(made_of(tmp_path / "study", fair={"verdict": False, "why": [bad]}, command=bad)),
+    ]
+    for text in (text.replace(page.library(), "") for text in texts):
+        assert "&lt;img src=x" in text
+        assert "<script>alert" not in text
+        assert "<img" not in text
+        assert text.lower().count("<script") == 3  # its own
+    inside = re.search(r'<script type="application/json" id="charts">(.*?)</script>', texts[0], re.S)
+    assert inside is not None
+    assert json.loads(inside[1]) == json.loads(json.dumps(page.finite(made.charts)))
+
+
+def test_the_policy_lets_nothing_in_from_elsewhere(pruned: Path) -> None:
+    text = page.html(run.page(played.read(pruned))).replace(page.library(), "")
+    assert "default-src 'none'" in page.policy(live=False)
+    assert "unsafe-eval" not in page.policy(live=True)
+    assert "connect-src" not in page.policy(live=False)
+    assert not re.findall(r'(?:src|href|action)="(?!#|data:,")[^"]*"', text)
+
+
+# ---- the commands
+
+
+def test_report_prints_where_the_page_is(pruned: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli.app, ["report", str(pruned), "--out", str(tmp_path / "a.html")])
+    assert (done.exit_code, done.stdout.strip()) == (0, str(tmp_path / "a.html"))
+    assert (tmp_path / "a.html").read_text().startswith("<!doctype html>")
+    study.write(tmp_path / "study", study.comparison())
+    assert pages.report(tmp_path / "study") == tmp_path / "study" / "report.html"
+    assert pages.report(tmp_path / "study" / "comparison.json") == tmp_path / "study" / "report.html"
+
+
+def test_report_of_something_else_is_a_mistake(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli.app, ["report", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "is no run directory and holds no comparison" in " ".join(done.stderr.split())
+
+
+def test_watch_serves_the_page_to_who_knows_its_name_and_nothing_else(pruned: Path, tmp_path: Path) -> None:
+    path = tmp_path / "later"
+    with watch.served(path, "127.0.0.1", 0) as url:
+        port = int(url.rsplit(":", 1)[1].strip("/"))
+
+        def ask(where: str, method: str = "GET", **headers: str) -> tuple[int, Mapping[str, str], bytes]:
+            link = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+            link.request(method, where, headers=headers)
+            answer = link.getresponse()
+            found = answer.status, dict(answer.getheaders()), answer.read()
+            link.close()
+            return found
+
+        status, headers, body = ask("/data.json")
+        assert (status, json.loads(body)["title"]) == (200, "later")  # nothing is there yet
+        assert "Waiting for a run" in json.loads(body)["said"]
+        assert ask("/data.json", **{"If-None-Match": headers["ETag"]})[0] == 304
+        shutil.copytree(pruned, path)
+        status, after, body = ask("/data.json", **{"If-None-Match": headers["ETag"]})
+        assert (status, json.loads(body)["title"]) == (200, run.page(played.read(path)).title)
+        assert after["ETag"] != headers["ETag"]
+        assert ask("/", Host=f"localhost:{port}")[0] == 200
+        for name in ("evil.example", f"evil.example:{port}", f"127.0.0.1:{port + 1}", "127.0.0.1", f"10.0.0.1:{port}", f"x@localhost:{port}", ""):  # fmt: skip
+            assert ask("/", Host=name)[0] == 421
+        for where in ("/config.yaml", "/../config.yaml", "/data.json?x", "/noise.key"):
+            assert ask(where)[0] == 404
+        assert ask("/", "POST")[0] == 501
+        status, headers, body = ask("/", "HEAD")
+        assert (status, body) == (200, b"")
+        assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
+        assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
+        (path / "config.yaml").write_text("task: cook")
+        assert "What is there cannot be read" in json.loads(ask("/data.json")[2])["said"]
+        with pytest.raises(ConfigError, match=f"--host 127.0.0.1 --port {port}"), watch.served(path, "127.0.0.1", port):
+            raise AssertionError
+    with pytest.raises(ConnectionError):
+        http.client.HTTPConnection("127.0.0.1", port, timeout=2).request("GET", "/")
+
+
+def test_watch_ends_with_a_word_when_it_is_stopped(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fedrank.cli", "watch", str(tmp_path / "run"), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/\n", process.stdout.readline())
+        process.send_signal(signal.SIGINT)
+        out, told = process.communicate(timeout=30)
+    assert (process.returncode, out, told.strip()) == (0, "", "stopped.")
+
+
+@pytest.mark.parametrize(("package", "command"), [("jinja2", "report"), ("vl_convert", "watch")])
+def test_what_is_missing_is_named_with_its_extra(
+    package: str, command: str, pruned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    page.library.cache_clear()
+    done = CliRunner().invoke(cli.app, [command, str(pruned)])
+    assert done.exit_code == 2
+    assert "pip install 'fedrank[report]'" in " ".join(done.stderr.split())
+
+
+def test_a_server_on_all_addresses_answers_to_any_of_them_but_to_no_strange_name() -> None:
+    mine = watch.names("0.0.0.0", 8600)
+    assert mine("192.168.1.7:8600")
+    assert mine("[fe80::1]:8600")
+    assert not mine("evil.example:8600")
+    assert not mine("192.168.1.7")
+    assert watch.names("lab.example", 80)("LAB.example")
