@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fedrank.protocol import rng
+from fedrank.studies.results import compared, verdicts
+from fedrank.studies.study import Study
 
 MODULES = [f"encoder.layer.{at}.attention.self.{part}" for at in range(4) for part in ("query", "value")]
 ARMS = {"fedavg": (0.88, 1.0, 8), "fedara": (0.872, 0.55, 4), "legend": (0.86, 0.7, 6), "local_only": (None, 0.0, 8)}
@@ -38,49 +40,6 @@ def run(arm: str, seed: int, rounds: int = 20) -> dict[str, Any]:
     return {"summary": summary, "curve": curve, "personal": personal, "ranks": ranks, "seconds": 41.0 + seed}
 
 
-def results(arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Spread, differences from fedavg, and the sentence; p values are made up."""
-    names = ("accuracy", "personal_accuracy", "personal_worst_decile", *COSTS, "peak_memory_bytes")
-    values = {
-        arm: {name: [one["summary"][name] for one in mine.values()] for name in names} for arm, mine in arms.items()
-    }
-    found = {arm: {name: _spread(mine[name]) for name in names} for arm, mine in values.items()}
-    differences: dict[str, Any] = {}
-    for arm in arms:
-        if arm == "fedavg":
-            continue
-        differences[arm] = {}
-        for name in names[:3]:
-            if None not in values[arm][name]:
-                gaps = [a - b for a, b in zip(values[arm][name], values["fedavg"][name], strict=True)]
-                mean = statistics.fmean(gaps)
-                differences[arm][name] = {
-                    "mean": mean,
-                    "interval": [mean - 0.008, mean + 0.008],
-                    "p": 0.02,
-                    "p_corrected": 0.04,
-                    "values": gaps,
-                }
-        for name in COSTS:
-            if all(values[arm][name]):
-                ratio = statistics.fmean(values[arm][name]) / statistics.fmean(values["fedavg"][name])
-                differences[arm][name] = {"mean": ratio, "interval": [ratio, ratio], "values": [ratio] * len(SEEDS)}
-    said = "fedavg has accuracy 87.4 % over 5 seeds. Worse: legend by 1.9 points (1.1 to 2.7), with 0.7 times the bytes up."
-    return {
-        "arms": found, "target": {"score": "accuracy", "value": 0.8}, "differences": differences, "conclusion": said,
-    }  # fmt: skip
-
-
-def _spread(values: list[float | None]) -> dict[str, Any]:
-    there = [value for value in values if value is not None]
-    many = len(there) > 1
-    return {
-        "mean": statistics.fmean(there) if there else None,
-        "deviation": statistics.stdev(there) if many else None,
-        "values": values,
-    }
-
-
 def comparison(**other: Any) -> dict[str, Any]:
     """The whole of it. other: top-level parts in the place of these."""
     arms = {arm: {str(seed): run(arm, seed) for seed in SEEDS} for arm in ARMS}
@@ -93,15 +52,18 @@ def comparison(**other: Any) -> dict[str, Any]:
         for at, arm in enumerate(ARMS)
     }  # fmt: skip
     study = {
-        "title": "Does pruning cost accuracy?", "questions": {"bytes": "Half the bytes of FedAvg at no more than a point of accuracy?"},
-        "base": {"clients": {"count": 24}}, "settings": {"clinc150": None}, "arms": {arm: {"method": {"name": arm}} for arm in ARMS},
+        "title": "Does pruning cost accuracy?", "about": {"question": "Half the bytes of FedAvg at no more than a point of accuracy?"},
+        "claims": {"bytes": {"claim": "FedARA sends less than 0.7 of FedAvg's bytes.", "arm": "fedara", "of": "bytes", "confirmed": {"below": 0.7}, "refuted": {"above": 0.7}}},
+        "base": {"data": {"name": "docstrings"}, "clients": {"count": 24}}, "settings": {"clinc150": None}, "arms": {arm: {"method": {"name": arm}} for arm in ARMS},
         "seeds": list(SEEDS), "score": "accuracy", "tuning": {"trials": 4},
     }  # fmt: skip
+    asked = Study.model_validate(study)
+    results = compared(asked, {"clinc150": arms})
     return {
         "schema": 1, "version": "0.1.0", "command": "fedrank compare study.yaml --out pruning", "study": study,
         "machine": {"cpu": "two cores"}, "forecast": {"seconds": 900.0}, "tuning": {"clinc150": tuning},
         "runs": {"clinc150": arms}, "failures": [{"setting": "clinc150", "arm": "legend", "seed": 6, "error": "out of memory"}],
-        "results": {"clinc150": results(arms)}, "fair": {"verdict": True, "why": [], "notes": ["the best local.lr of legend is at the edge of what was tried"]},
+        "results": results, "claims": verdicts(asked, results), "fair": {"verdict": True, "why": [], "notes": ["the best local.lr of legend is at the edge of what was tried"]},
         **other,
     }  # fmt: skip
 

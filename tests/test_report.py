@@ -297,6 +297,10 @@ def test_the_page_of_a_comparison_tells_what_it_came_to(tmp_path: Path) -> None:
     said = [block.text for block in first.blocks if isinstance(block, Text)]
     assert found["results"]["clinc150"]["conclusion"] in said
     assert any(text.startswith("A fair comparison") for text in said)
+    assert "question: Half the bytes of FedAvg at no more than a point of accuracy?" in said
+    claims = next(block for block in first.blocks if isinstance(block, Table))
+    assert claims.rows[0][0] == "FedARA sends less than 0.7 of FedAvg's bytes."
+    assert (claims.rows[0][1][:14], claims.rows[0][2]) == ("clinc150: 0.55", "confirmed")
     assert made.status == ("done", "Finished: 20 of 20 runs, 1 failed.")
     curve = [p for p in values(drawn["s0-accuracy"]) if p["series"] == "fedara"]
     runs = found["runs"]["clinc150"]["fedara"].values()
@@ -312,7 +316,7 @@ def test_the_page_of_a_comparison_tells_what_it_came_to(tmp_path: Path) -> None:
         "legend",
     }  # no global model: no line
     dots = [row["value"] for row in values(drawn["s0-dots-accuracy"]) if row["name"] == "legend" and "value" in row]
-    assert dots == [one["summary"]["accuracy"] for one in found["runs"]["clinc150"]["legend"].values()]
+    assert dots == found["results"]["clinc150"]["arms"]["legend"]["accuracy"]["values"]
     gap = next(row for row in values(drawn["s0-differences"]) if row["name"] == "legend" and "middle" in row)
     assert gap["middle"] == pytest.approx(
         100 * found["results"]["clinc150"]["differences"]["legend"]["accuracy"]["mean"]

@@ -1,15 +1,13 @@
 """comparison.json as a page needs it, whole or still growing."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedrank.report.page import Row, finite
 from fedrank.report.played import working
-from fedrank.store import StoreError
-
-FILE, SCHEMA = "comparison.json", 1
+from fedrank.studies import comparison
+from fedrank.studies.comparison import FILE
 
 
 @dataclass(frozen=True)
@@ -61,12 +59,4 @@ def is_comparison(path: Path) -> bool:
 
 def read(path: Path) -> Comparison:
     """The comparison of a folder, or of its file. StoreError where it is none, or of a form that is not known here."""
-    file = file_of(path)
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{file} is no comparison: {error}") from None
-    schema = found.get("schema") if isinstance(found, dict) else None
-    if schema != SCHEMA:
-        raise StoreError(f"{file}: schema {schema!r}, and this fedrank reads {SCHEMA}; use the version that wrote it")
-    return Comparison(file.parent, finite(found), working(file.parent))
+    return Comparison(file_of(path).parent, finite(comparison.read(path)), working(file_of(path).parent))

@@ -49,10 +49,9 @@ def status(found: Comparison) -> tuple[Literal["done", "running", "waiting", "st
 
 def conclusions(found: Comparison) -> Section:
     """First of all: what was asked, what came out, and whether it may be believed."""
-    blocks: list[Block] = []
-    for name, text in (found.study.get("questions") or found.study.get("claims") or {}).items():
-        said = "; ".join(f"{key}: {value}" for key, value in text.items()) if isinstance(text, dict) else text
-        blocks.append(Text(f"{name}: {said}", "note"))
+    blocks: list[Block] = [
+        Text(f"{name.replace('_', ' ')}: {text}", "note") for name, text in (found.study.get("about") or {}).items()
+    ]
     several = len(found.settings) > 1
     for name, result in found.part("results").items():
         if sentence := result.get("conclusion"):
@@ -69,7 +68,35 @@ def conclusions(found: Comparison) -> Section:
         else:
             blocks.append(Text(f"Not a fair comparison. {why}".strip(), "bad"))
         blocks += [Text(_sentence(one), "note") for one in fair.get("notes") or []]
+    if found.part("claims"):
+        blocks.append(claims(found))
     return Section("conclusions", "What may be concluded", blocks)
+
+
+def claims(found: Comparison) -> Table:
+    """What was claimed beforehand, and what the runs say of it."""
+    asked = found.study.get("claims") or {}
+    rows = [
+        [
+            str(asked.get(name, {}).get("claim", name)),
+            "; ".join(_said(s, one) for s, one in judged["settings"].items()),
+            judged["verdict"],
+        ]
+        for name, judged in found.part("claims").items()
+    ]
+    return Table(
+        ["Claim", "Found, with 95 % intervals", "Verdict"],
+        rows,
+        left=3,
+        title="Claims, as written down before the runs",
+    )
+
+
+def _said(setting: str, one: Row) -> str:
+    if one.get("mean") is None:
+        return f"{setting}: {one.get('why', '–')}"
+    low, high = one["interval"]
+    return f"{setting}: {one['mean']:.3g} ({low:.3g} to {high:.3g})"
 
 
 def _sentence(text: Any) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from fedrank.report import compared, comparison, played, run
 from fedrank.report.page import Page, Section, Text, html
 from fedrank.store import StoreError, write
+from fedrank.studies.comparison import FILE
 
 
 def page_of(path: Path) -> Page:
@@ -13,9 +14,7 @@ def page_of(path: Path) -> Page:
         return comparison.page(compared.read(path))
     if played.is_run(path):
         return run.page(played.read(path))
-    raise StoreError(
-        f"{path} is no run directory and holds no comparison: it has no config.yaml and no {compared.FILE}"
-    )
+    raise StoreError(f"{path} is no run directory and holds no comparison: it has no config.yaml and no {FILE}")
 
 
 def awaited(path: Path) -> Page:

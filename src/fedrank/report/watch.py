@@ -14,9 +14,10 @@ from urllib.parse import urlsplit
 
 from fedrank.config import ConfigError
 from fedrank.remote import mistaken
-from fedrank.report import compared, page, played
+from fedrank.report import page, played
 from fedrank.report.page import Page, Section, Text
 from fedrank.report.pages import awaited
+from fedrank.studies.comparison import FILE
 
 SECONDS = 20.0  # that a reader may take over a request
 
@@ -39,7 +40,7 @@ def current(path: Path) -> Callable[[], Page]:
 def _stamp(path: Path) -> tuple[object, ...]:
     """What changes when the page would: sizes and times of its files, and whether a process is at it."""
     found: list[object] = [played.working(path if path.is_dir() else path.parent)]
-    for file in (path, *(path / name for name in (*played.FILES, compared.FILE, "states"))):
+    for file in (path, *(path / name for name in (*played.FILES, FILE, "states"))):
         with contextlib.suppress(OSError):
             told = file.stat()
             found.append((file.name, told.st_mtime_ns, told.st_size))

@@ -1,6 +1,7 @@
 """A study played: trials and runs, several at once; comparison.json grows with each, and what it holds is kept."""
 
 import json
+import platform
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import fedrank
+from fedrank.engines.workers import cores
 from fedrank.store import StoreError, write
 from fedrank.studies import runs as played
 from fedrank.studies.results import compared, fairness, verdicts
@@ -185,7 +187,7 @@ def opened(study: Study, out: Path, runs: Path, workers: int) -> Comparison:
     before = read(out) if (out / FILE).exists() else {}
     found: dict[str, Any] = {
         "schema": SCHEMA, "version": fedrank.__version__, "study": study.model_dump(mode="json"), "forecast": before.get("forecast"),
-        "tuning": {}, "runs": {}, "failures": [],
+        "machine": {"processor": processor(), "cores": cores(), "workers": workers}, "tuning": {}, "runs": {}, "failures": [],
     }  # fmt: skip
     self = Comparison(study, out, runs, workers, found)
     for setting, arm in self.searched:
@@ -203,6 +205,13 @@ def opened(study: Study, out: Path, runs: Path, workers: int) -> Comparison:
     return self
 
 
+def processor() -> str:
+    """The model of this machine's processor, as far as it can be known."""
+    told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    found = re.search(r"^model name\s*: (.+)$", told, re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
+
+
 def read(path: Path) -> dict[str, Any]:
     """The comparison of a folder, or of its file. StoreError where it is none, or of another version of its form."""
     file = path / FILE if path.is_dir() else path
@@ -210,9 +219,10 @@ def read(path: Path) -> dict[str, Any]:
         found = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise StoreError(f"{file} is no comparison: {error}") from None
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-        raise StoreError(f"{file}: schema {found.get('schema') if isinstance(found, dict) else None}, this fedrank reads {SCHEMA}")  # fmt: skip
-    return found
+    schema = found.get("schema") if isinstance(found, dict) else None
+    if schema != SCHEMA:
+        raise StoreError(f"{file}: schema {schema!r}, this fedrank reads {SCHEMA}; use the version that wrote it")
+    return dict(found)
 
 
 def text(found: Mapping[str, Any]) -> str:
