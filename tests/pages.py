@@ -85,23 +85,46 @@ def wanted(fence: Fence, long: bool) -> bool:
 def play(found: Sequence[Fence], folder: Path, long: bool = False) -> None:
     """All of a page's fences that are run, in this folder; AssertionError says which one failed and what it said."""
     names: dict[str, Any] = {"__name__": "page"}
-    with contextlib.chdir(folder):
+    with _inside(folder):
         for fence in found:
             if not wanted(fence, long):
                 continue
             if fence.file is not None:
                 Path(fence.file).parent.mkdir(parents=True, exist_ok=True)
                 Path(fence.file).write_text(fence.body)
+            if fence.kind == "yaml":
+                _is_config(fence)
+            elif fence.file is not None:
+                continue
             elif fence.kind == "python":
                 lines = "\n" * (fence.line - 1) + fence.body  # a traceback names the page's line
                 _said(fence, lambda lines=lines, fence=fence: exec(compile(lines, fence.page, "exec"), names))
-            elif fence.kind == "yaml":
-                section = yaml.safe_load(fence.body)
-                rows = section.get("data", {})
-                named = rows if {"name", "path"} & rows.keys() else {"name": "docstrings", **rows}
-                config.load({**section, "data": named})
             elif fence.kind == "sh":
                 script(fence)
+
+
+@contextlib.contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    """This folder is the current one, and where modules are found; another page may have some of the same names."""
+    path, before = list(sys.path), set(sys.modules)
+    with contextlib.chdir(folder):
+        sys.path.insert(0, str(folder))
+        try:
+            yield
+        finally:
+            sys.path[:] = path
+            for name in set(sys.modules) - before:
+                if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(folder)):
+                    del sys.modules[name]
+
+
+def _is_config(fence: Fence) -> None:
+    """A config, or a part of one that lacks the rows; or another program's file, under a name."""
+    found = yaml.safe_load(fence.body)
+    if fence.file is not None and not found.keys() & config.Config.model_fields.keys():
+        return
+    rows = found.get("data", {})
+    config.load({**found, "data": rows if {"name", "path"} & rows.keys() else {"name": "docstrings", **rows}})
 
 
 def script(fence: Fence) -> None:
@@ -122,17 +145,12 @@ def script(fence: Fence) -> None:
 
 def _program(words: Sequence[str]) -> None:
     """A script with its arguments, as Python runs it."""
-    argv, path = sys.argv, list(sys.path)
-    sys.argv, sys.path[:0] = list(words), [str(Path(words[0]).parent.absolute())]
-    before = set(sys.modules)
+    before = sys.argv
+    sys.argv = list(words)
     try:
         runpy.run_path(words[0], run_name="__main__")
     finally:
-        sys.argv, sys.path[:] = argv, path
-        here = str(Path.cwd())
-        for name in set(sys.modules) - before:  # modules of the folder itself: another page may have one of the same name
-            if (getattr(sys.modules[name], "__file__", None) or "").startswith(here):
-                del sys.modules[name]
+        sys.argv = before
 
 
 def _said(fence: Fence, act: Callable[[], Any]) -> None:
