@@ -2,8 +2,9 @@
 
 A fence of sh is a script of commands. One of yaml or python that opens with a comment of a file's name alone is written
 under that name; other python is run, other yaml has to be a part of a config. An HTML comment on the line before a fence
-says what else holds: `<!-- long: why -->`, the exhaustive tests run it; `<!-- not run: why -->`, nobody does; and
-`<!-- needs: PROGRAM -->`, it is run where that is installed. Text, json and equations are no commands.
+says what else holds: `<!-- long: why -->`, the exhaustive tests run it, those that follow one another as one session;
+`<!-- not run: why -->`, nobody does; and `<!-- needs: PROGRAM -->`, it is run where that is installed. Text, json and
+equations are no commands.
 """
 
 import contextlib
@@ -13,10 +14,12 @@ import re
 import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,9 @@ RUN = ("sh", "python", "yaml")
 QUIET = ("text", "json", "equation")  # shown, and no commands
 FENCE = re.compile(r"^(?:<!-- (?P<mark>[^\n]+?) -->\n)?```(?P<kind>[^\n]*)\n(?P<body>.*?)^```$", re.M | re.S)
 NAMED = re.compile(r"\A# ([\w./-]+\.\w+)\n")
-SHELL = re.compile(r"[|<>&;$*`(){}]|^(for|do|done|if|then|fi|cd|export|until|while)\b", re.M)  # more than simple commands
+SHELL = re.compile(
+    r"[|<>&;$*`(){}]|^(for|do|done|if|then|fi|cd|export|until|while)\b", re.M
+)  # more than simple commands
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Fence:
 
     @property
     def how(self) -> str:
-        """"long", "not run", "needs", or nothing."""
+        """ "long", "not run", "needs", or nothing."""
         return self.mark.partition(":")[0]
 
     @property
@@ -71,7 +76,9 @@ def fences(page: str) -> list[Fence]:
     for match in FENCE.finditer(text):
         line = text.count("\n", 0, match.start("body")) + 1
         found.append(Fence(page, line, match["kind"], match["body"], match["mark"] or ""))
-    assert 2 * len(found) == len(re.findall(r"^\s*```", text, re.M)), f"{page}: a fence that is not read; is it indented?"
+    assert 2 * len(found) == len(re.findall(r"^\s*```", text, re.M)), (
+        f"{page}: a fence that is not read; is it indented?"
+    )
     return found
 
 
@@ -82,13 +89,21 @@ def wanted(fence: Fence, long: bool) -> bool:
     return fence.how == "" or (fence.how == "long" and long)
 
 
+def sessions(found: Iterable[Fence]) -> Iterator[Fence]:
+    """Long scripts that follow one another as one."""
+    for same, group in groupby(found, key=lambda fence: fence.how == "long" and fence.kind == "sh"):
+        first, *more = group
+        if same:
+            yield replace(first, body="".join(fence.body for fence in (first, *more)))
+        else:
+            yield from (first, *more)
+
+
 def play(found: Sequence[Fence], folder: Path, long: bool = False) -> None:
     """All of a page's fences that are run, in this folder; AssertionError says which one failed and what it said."""
     names: dict[str, Any] = {"__name__": "page"}
     with _inside(folder):
-        for fence in found:
-            if not wanted(fence, long):
-                continue
+        for fence in sessions(fence for fence in found if wanted(fence, long)):
             if fence.file is not None:
                 Path(fence.file).parent.mkdir(parents=True, exist_ok=True)
                 Path(fence.file).write_text(fence.body)
@@ -164,10 +179,16 @@ def _said(fence: Fence, act: Callable[[], Any]) -> None:
 
 
 def _shell(fence: Fence, text: str) -> None:
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", text], env=environment(), capture_output=True, text=True, timeout=900, check=False
-    )  # fmt: skip
-    assert done.returncode == 0, f"{fence.place}: {text}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    words = ["bash", "-euo", "pipefail", "-c", text]
+    process = subprocess.Popen(
+        words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        said, _ = process.communicate(timeout=900)
+    finally:  # what it has left in the background
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, f"{fence.place}: {text}\n{said[-5000:]}"
 
 
 def environment() -> dict[str, str]:
