@@ -11,6 +11,7 @@ import click
 import pytest
 import typer
 import yaml
+from markdown.extensions.toc import slugify
 from pydantic import BaseModel
 
 import pages
@@ -18,6 +19,7 @@ from fedrank import cli, config, methods
 from fedrank.training import docstrings
 
 PAGES = [page for page in pages.pages() if pages.fences(page)]
+BESIDE = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 LONG = [page for page in PAGES if any(fence.how == "long" for fence in pages.fences(page))]
 INSTALLS, SITES = (
     "not run: it installs packages; CI does the same by make",
@@ -95,6 +97,20 @@ def test_commands_in_prose_are_commands(page: str) -> None:
         assert not left or not words or words[0].startswith("-"), f"{page}: {line}: {words[0]} is no command"
         known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
         assert not {word for word in words if word.startswith("-")} - known, f"{page}: {line}"
+
+
+@pytest.mark.parametrize(
+    "page", [*BESIDE, *(str(path.relative_to(pages.ROOT)) for path in (pages.ROOT / "examples").glob("*/README.md"))]
+)
+def test_links_lead_somewhere(page: str) -> None:
+    """Of the pages that are no part of the site, which looks at its own."""
+    for path, anchor in re.findall(
+        r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", (pages.ROOT / page).read_text(encoding="utf-8")
+    ):
+        to = ((pages.ROOT / page).parent / path).resolve() if path else pages.ROOT / page
+        assert to.exists(), f"{page}: {path}"
+        titles = re.findall(r"^#+ (.+)$", to.read_text(encoding="utf-8"), re.M) if to.suffix == ".md" else []
+        assert not anchor or anchor in {slugify(title, "-") for title in titles}, f"{page}: {path}#{anchor}"
 
 
 # ---- what stands in tables
