@@ -100,7 +100,8 @@ def test_commands_in_prose_are_commands(page: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [*BESIDE, *(str(path.relative_to(pages.ROOT)) for path in (pages.ROOT / "examples").glob("*/README.md"))]
+    "page",
+    [*BESIDE, *(str(path.relative_to(pages.ROOT)) for path in sorted((pages.ROOT / "examples").glob("*/README.md")))],
 )
 def test_links_lead_somewhere(page: str) -> None:
     """Of the pages that are no part of the site, which looks at its own."""
