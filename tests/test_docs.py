@@ -20,6 +20,7 @@ from fedrank.training import docstrings
 
 PAGES = [page for page in pages.pages() if pages.fences(page)]
 BESIDE = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+SLOW = ("README.md", "docs/quickstart.md", "docs/observe.md")
 LONG = [page for page in PAGES if any(fence.how == "long" for fence in pages.fences(page))]
 INSTALLS, SITES = (
     "not run: it installs packages; CI does the same by make",
@@ -51,7 +52,7 @@ def _read_once() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_read_once")
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [pytest.param(page, marks=pytest.mark.slow if page in SLOW else ()) for page in PAGES])
 def test_every_command_of_a_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As they stand, in order, in an empty folder."""
     monkeypatch.setenv("COLUMNS", "120")

@@ -30,6 +30,7 @@ def test_the_page_lists_every_example() -> None:
     assert set(re.findall(r"^`examples/(\w+)`:", text, re.M)) == there == {*LEAVES, "flower"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEAVES)
 def test_an_example_runs(name: str, tmp_path: Path) -> None:
     play(name, tmp_path)
