@@ -73,3 +73,12 @@ def test_every_module_below_the_engines_is_in_the_reference() -> None:
              "selection", "cost", "devices", "fleet", "frame", "increments", "layout", "wire", "config", "hello", "store",
              "ledger", "client", "server", "export"}  # fmt: skip
     assert below - listed == set()
+
+
+def test_equations_are_set_and_names_of_the_code_are_not(site: Path) -> None:
+    text = (site / "methods" / "legend" / "index.html").read_text(encoding="utf-8")
+    equations = re.findall(r'<div class="equation">(.*?)</div>', text, re.S)
+    assert "t<sub>k</sub>(d) = L · forward<sub>k</sub>" in equations[1]
+    assert "min_depth" in equations[2]
+    assert "method.min_depth" in text
+    assert "trains the last d<sub>k</sub> of the L blocks" in text
