@@ -1,11 +1,11 @@
-# make run: install, then the quickstart. make test: install, then the tests. make check: format, lint, types.
+# make run: install, then the quickstart. make test: install, then the tests. make check: format, lint, types. make docs: site/.
 # make test-all: the exhaustive tests, too, and coverage, which take as long again; before a release, and after work on them.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: run install test test-all test-fast check format bench clean
+.PHONY: run install test test-all test-fast check format bench docs docs-serve clean
 
 run: install
 	$(BIN)/fedrank run quickstart --baselines
@@ -43,5 +43,12 @@ format: install
 bench: install
 	$(BIN)/python benchmarks/wire.py
 
+# The variable is the theme's own, for its notice that MkDocs 2 will not carry it; MkDocs is held below 2.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --strict
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
+	rm -rf site $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

@@ -188,16 +188,6 @@ def test_a_config_does_not_change() -> None:
         load(DATA).local.lr = 1.0  # type: ignore[misc]
 
 
-def test_the_readme_lists_every_key() -> None:
-    text = (Path(__file__).parents[1] / "README.md").read_text()
-    words = [
-        key for key in config.known_keys() if not any(other.startswith(f"{key}.") for other in config.known_keys())
-    ]
-    for key in words:
-        section, _, word = key.rpartition(".")
-        assert f"`{key}`" in text or (f"`{section}." in text and f"`.{word}`" in text) or key == "method", key
-
-
 @pytest.mark.parametrize(
     ("given", "why"),
     [

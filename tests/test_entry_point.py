@@ -124,8 +124,8 @@ def test_a_hyper_parameter_of_a_taken_name(
         fedrank.run({**config, "method": {"name": "calm"}}, out=tmp_path / "run")
 
 
-def test_the_method_of_the_readme(config: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+def test_the_method_of_the_page_on_methods(config: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "write_a_method.md").read_text()
     source = next(part for part in text.split("```python\n") if "class FFALoRA" in part).split("```")[0]
     install(tmp_path, monkeypatch, "ffa", source, "FFALoRA")
     run = fedrank.run({**config, "method": {"name": "ffa"}, "rounds": {"count": 3, "cohort": 2}}, out=tmp_path / "run")

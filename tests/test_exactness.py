@@ -446,9 +446,9 @@ def test_the_table_of_exactness_as_measured(name):
     assert not exact(measured(method, other)[1])  # clients are of different sizes
 
 
-def test_the_readme_s_table_is_what_the_methods_say():
-    row = r"^\| `(\w+)` \|.*\| ([\w, ]+) \| (exact|–) \| (exact|–) \| (global|personal) \|$"
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+def test_the_page_s_table_is_what_the_methods_say():
+    row = r"^\| \[`(\w+)`\]\(\1\.md\) \|.*\| ([\w, ]+) \| (exact|–) \| (exact|–) \| (global|personal) \|$"
+    text = (Path(__file__).parents[1] / "docs" / "methods" / "index.md").read_text()
     found = {name: tuple(cells) for name, *cells in re.findall(row, text, re.MULTILINE)}
     assert found.keys() == set(methods.names())
     for name, cells in found.items():
