@@ -20,7 +20,7 @@ from fedrank.training import docstrings
 
 PAGES = [page for page in pages.pages() if pages.fences(page)]
 BESIDE = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
-SLOW = ("README.md", "docs/quickstart.md", "docs/observe.md")
+SLOW = ("README.md", "docs/quickstart.md", "docs/observe.md", "docs/export.md", "docs/report.md")
 LONG = [page for page in PAGES if any(fence.how == "long" for fence in pages.fences(page))]
 INSTALLS, SITES = (
     "not run: it installs packages; CI does the same by make",
@@ -28,6 +28,7 @@ INSTALLS, SITES = (
 )
 # All that is not run in the normal tests, or not everywhere: page, mark, the first command. A new one is written down here.
 LEFT_OUT = {
+    ("README.md", "not run: they install all there is; CI runs the second", "make run"),
     ("README.md", INSTALLS, "pip install -c constraints.txt torch"),
     ("README.md", "long: MiniLM for 20 rounds, with the baselines", "fedrank run quickstart --baselines --out runs/quickstart"),
     ("docs/quickstart.md", "long: MiniLM over all rows", "fedrank run centralized rounds.count=1 --out runs/centralized"),
@@ -38,6 +39,11 @@ LEFT_OUT = {
     ("docs/deploy.md", SITES, "cd fed/server"),
     ("docs/observe.md", "not run: it serves until it is stopped", "tensorboard --logdir runs"),
     ("docs/observe.md", "needs: jq", "jq -r"),
+    ("README.md", "long: two dozen runs of MiniLM", "fedrank compare my.yaml --methods fedavg,fedara,flora --seeds 3"),
+    ("docs/compare.md", "long: three dozen runs", "fedrank compare small.yaml --methods fedavg,fedara,ffa_lora --seeds 3"),
+    ("docs/compare.md", "long: three dozen runs", "fedrank compare study.yaml --forecast"),
+    ("docs/export.md", "not run: vLLM cannot be installed here", "vllm serve BASE --enable-lora --max-lora-rank 16 --lora-modules adapter=runs/a/adapter"),
+    ("docs/report.md", "not run: it serves until it is stopped", "fedrank watch runs/a"),
 }  # fmt: skip
 
 
