@@ -92,6 +92,14 @@ class Comparison:
         )
         return max(0, count(tuning.knobs(arm), tuning.trials) - done)
 
+    def sought(self, arm: str, values: Mapping[str, Any]) -> bool:
+        """Whether these are values that the arm's search may try."""
+        knobs = self.study.tuning.knobs(arm) if self.study.tuning else {}
+        return knobs.keys() == values.keys() and all(
+            knob.low <= values[key] <= knob.high if isinstance(knob, Range) else values[key] in knob
+            for key, knob in knobs.items()
+        )
+
     def asked(self, arm: str) -> dict[str, Any]:
         """What an arm's tuning hangs on beside the configs of its trials."""
         assert self.study.tuning is not None
@@ -226,7 +234,11 @@ def opened(study: Study, out: Path, runs: Path, workers: int) -> Comparison:
     self = Comparison(study, out, runs, workers, found)
     for setting, arm in self.searched:
         mine = before.get("tuning", {}).get(setting, {}).get(arm, {"trials": []})
-        same = [one for one in mine["trials"] if one["digest"] == digest(self.trial(setting, arm, one["knobs"]))]
+        same = [
+            one
+            for one in mine["trials"]
+            if one["digest"] == digest(self.trial(setting, arm, one["knobs"])) and self.sought(arm, one["knobs"])
+        ]
         asked = mine.get("asked", {})
         if asked.get("score", study.score) == study.score:
             self.tuned(setting, arm)["trials"] = same

@@ -59,16 +59,22 @@ class Tuning(BaseModel, extra="forbid", frozen=True):
     seed: int = 100
     every_setting: bool = False
 
-    @field_validator("search", "own", mode="before")
+    @field_validator("search", mode="before")
     @classmethod
     def _values(cls, given: Any) -> Any:
-        """A value alone is no range of values, and what a run is about is no knob of a method."""
-        for part in given.values() if isinstance(given, Mapping) and any("." not in key for key in given) else [given]:
-            for key, knob in part.items() if isinstance(part, Mapping) else ():
-                if not isinstance(knob, list | tuple | Mapping | Range):
-                    raise ValueError(f"{key}: a list of values, or {{low, high, log}}, got {knob!r}")
-                if key.partition(".")[0] in ("seed", "data", "clients", "rounds", "engine", "task", "model", "observe"):
-                    raise ValueError(f"{key} is no knob of a method: all arms have the same")
+        """A value alone is no range of values, and what all arms share is no knob of one."""
+        for key, knob in given.items() if isinstance(given, Mapping) else ():
+            if not isinstance(knob, list | tuple | Mapping | Range):
+                raise ValueError(f"{key}: a list of values, or {{low, high, log}}, got {knob!r}")
+            if key.partition(".")[0] in ("seed", "data", "clients", "rounds", "engine", "task", "model", "observe"):
+                raise ValueError(f"{key} is no knob of a method: all arms have the same")
+        return given
+
+    @field_validator("own", mode="before")
+    @classmethod
+    def _of_arms(cls, given: Any) -> Any:
+        for knobs in given.values() if isinstance(given, Mapping) else ():
+            cls._values(knobs)
         return given
 
     def knobs(self, arm: str) -> dict[str, Knob]:

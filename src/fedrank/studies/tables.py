@@ -171,7 +171,7 @@ def values(found: Mapping[str, Any]) -> str:
     for setting, one in found["results"].items():
         for arm, mine in one["arms"].items():
             for part, up_to in ((mine, False), (one["target"]["arms"][arm], True)):
-                for name in (name for name in part if name not in ("seeds", "reached")):
+                for name in (name for name, one in part.items() if isinstance(one, dict)):
                     for seed, value in zip(part["seeds"], part[name]["values"], strict=True):
                         lines.writerow([setting, arm, seed, name, "" if value is None else value, up_to])
     return text.getvalue()
