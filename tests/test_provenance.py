@@ -128,6 +128,40 @@ def test_the_same_run_has_the_same_bytes_wherever_and_whenever(run: Path, tmp_pa
     assert contents(one) == contents(other)
 
 
+@pytest.mark.parametrize("private", [False, True])
+def test_a_run_from_an_imported_adapter_says_so(private: bool, run: Path, place: Path, tmp_path: Path) -> None:
+    """Resumed, it still does."""
+    given = config(
+        rows(place / "rows.jsonl"), rounds={"count": 1, "cohort": 2, "personal": 0}, method={"name": "ffa_lora"}
+    )
+    if private:
+        pytest.importorskip("dp_accounting")
+        given["privacy"] = {"kind": "central", "clip": 0.5, "noise": 1.0, "delta": 1e-2}
+    for _ in experiment.start(settings.load(given), tmp_path / "run", imported=run / "adapter"):
+        pass
+    fedrank.resume(tmp_path / "run", "rounds.count=2")
+    found, card = manifest(tmp_path / "run" / "adapter"), (tmp_path / "run" / "adapter" / "README.md").read_text()
+    sha256 = hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert found["run"]["imported"] == {"sha256": sha256, "base": "tiny-encoder"}
+    assert card.count(f"started from an imported adapter of a base named tiny-encoder, sha256 {sha256}.") == 1 + private
+    assert ("Epsilon says nothing of the rows on which that adapter" in card.split("## Privacy")[1]) == private
+    assert manifest(run / "adapter")["run"]["imported"] is None
+
+
+def test_how_many_clients_there_were_is_what_the_partition_made(place: Path, tmp_path: Path) -> None:
+    """A natural partition has as many as the data say, whatever clients.count says."""
+    lines = [
+        {"text": f"{word} {i}", "label": word, "client": f"c{i % 3}"} for i in range(60) for word in ("red", "green")
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    given = config(tmp_path / "rows.jsonl", rounds={"count": 1, "cohort": 2})
+    given["data"]["partition"]["kind"] = "natural"
+    given.pop("clients")
+    out = fedrank.run(given, out=tmp_path / "run").path / "adapter"
+    assert manifest(out)["run"]["clients"] == 3
+    assert "| clients | 3 |" in (out / "README.md").read_text()
+
+
 # ---- verified, and put in its place
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from fedrank.config import TINY_MODELS
+from fedrank.told import UNPROTECTED
 
 MARKS = "\\`*_{}[]<>#|~&@:$!^="
 HERE = "PATH OF THIS FOLDER"
@@ -197,14 +198,22 @@ def _rounds(found: Mapping[str, Any]) -> list[str]:
     planned = run["rounds"]
     rows = {
         "rounds": run["round"] if planned in (None, run["round"]) else f"{run['round']}, of {planned} that are planned",
-        "clients": config.get("clients", {}).get("count"), "clients a round": config.get("rounds", {}).get("cohort"),
+        "clients": "sites, which come and go" if run["clients"] is None else run["clients"], "clients a round": config.get("rounds", {}).get("cohort"),
         "seed": run["seed"],
     } | {
         f"{part} bytes {way}, all rounds": "not told" if (value := bytes_[f"{key}bytes_{way}"]) is None else f"{value:,}"
         for key, part in (("", "all"), ("adapter_", "adapter"), ("head_", "head"))
         for way in ("up", "down")
     }  # fmt: skip
-    return [_table(rows)]
+    return [_table(rows), *([f"{began}\n"] if (began := _imported(found)) else [])]
+
+
+def _imported(found: Mapping[str, Any]) -> str:
+    """What it started from beside its base model; empty where that is all."""
+    if (start := found["run"]["imported"]) is None:
+        return ""
+    base = "" if start["base"] is None else f" of a base named {plain(start['base'])}"
+    return f"The run started from an imported adapter{base}, sha256 {plain(start['sha256'])}."
 
 
 def _scores(found: Mapping[str, Any]) -> list[str]:
@@ -226,8 +235,12 @@ def _privacy(found: Mapping[str, Any]) -> list[str]:
     bound = "no bound" if privacy["epsilon"] is None else f"epsilon {privacy['epsilon']:.4g}"
     if found["client"] is not None:
         bound = f"{bound} for the common parts, none for the client's own"
-    return [f"Client-level differential privacy, {plain(privacy['kind'])}: {plain(bound)} at delta {privacy['delta']:g}.\n",
-            _table({name: privacy[name] for name in ("clip", "noise", "votes_noise") if privacy[name] is not None})]  # fmt: skip
+    began = _imported(found)
+    return [
+        f"Client-level differential privacy, {plain(privacy['kind'])}: {plain(bound)} at delta {privacy['delta']:g}.\n",
+        _table({name: privacy[name] for name in ("clip", "noise", "votes_noise") if privacy[name] is not None}),
+        *([f"{began} {UNPROTECTED}\n"] if began else []),
+    ]
 
 
 def _limits(found: Mapping[str, Any]) -> list[str]:

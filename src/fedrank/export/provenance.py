@@ -17,12 +17,11 @@ from fedrank.config import TINY_MODELS, ConfigError
 from fedrank.protocol import ClientId, State
 from fedrank.server import BYTES, OF_TEXTS, PERSONAL
 from fedrank.store import CLIENT, StoreError, write
+from fedrank.told import computed, counted, last, portable
 
 ROOTS = FILE, INDEX = "provenance.json", "index.json"
 SCHEMA = 1
 OF_CLIENTS = ("accuracy", "majority", "clients", "worst_decile", *OF_TEXTS)
-OF_ROWS = ("stack", "prefix")  # how a run computes that hangs on how many rows there are and how long they are
-CONNECTION = ("superlink", "root_certificate", "insecure")
 
 
 # ---- what is told
@@ -38,11 +37,9 @@ def manifest(
     private run, only what may be published (docs/privacy.md): nothing that is counted or hashed of clients' rows, nor the
     hash of the state, by which a guess of who took part could be tried.
     """
-    config = _config(run)
+    config = portable(yaml.safe_load((run / "config.yaml").read_text()) or {})
     privacy, data, model = config.get("privacy", {}), config.get("data", {}), facts["model"]
-    if private := privacy.get("kind", "none") != "none":
-        config["engine"] = {name: value for name, value in config.get("engine", {}).items() if name not in OF_ROWS}
-        numerics = {name: value for name, value in numerics.items() if name not in OF_ROWS}
+    private = privacy.get("kind", "none") != "none"
     rows = ledger.read(run / "rounds.jsonl")
     rows = [row for row in rows if row["round"] <= state.round]
     here = rows[-1] if rows and rows[-1]["round"] == state.round else {}
@@ -54,18 +51,18 @@ def manifest(
         "run": {
             "fedrank": numerics.get("fedrank"), "round": state.round, "rounds": planned, "seed": config.get("seed"),
             "state_sha256": None if private else digest(run / "states" / f"{state.round:04d}.safetensors"),
-            "numerics": dict(numerics),
+            "clients": counted(facts), "numerics": computed(numerics, private), "imported": facts.get("imported"),
         },
         "config": config, "config_sha256": _hash(config),
         "method": _method(config.get("method", {})),
         "data": {
-            "name": _last(facts.get("data")), "test_rows_are": data.get("split", "test"),
+            "name": last(facts.get("data")), "test_rows_are": data.get("split", "test"),
             "rows": {name: row_counts.get(name) for name in told},
             "sha256": {name: hashes.get(name) or None for name in told},
         },
         "labels": facts.get("labels", []),
         "model": {
-            "name": _last(model["name"]), "source": _last(model["source"]), "fingerprint": model.get("fingerprint"),
+            "name": last(model["name"]), "source": last(model["source"]), "fingerprint": model.get("fingerprint"),
             "published": not Path(model["source"]).is_absolute() and model["source"] not in TINY_MODELS,
             "class": model.get("base_class"), "task": model["task"], "pooling": model["pooling"],
         },
@@ -96,26 +93,6 @@ def limit(facts: Mapping[str, Any], client: ClientId | None, private: bool) -> s
     if facts.get("private"):
         return "the common adapter alone; each client predicts with one of its own beside it (fedrank export --client)"
     return "the common start; each client predicts after training of its own from it"
-
-
-def _config(run: Path) -> dict[str, Any]:
-    """The resolved config as it stands in the run, less what is of one machine: folders, addresses, who watches."""
-    found = dict(yaml.safe_load((run / "config.yaml").read_text()) or {})
-    found.pop("observe", None)
-    for section, key in (("data", "path"), ("model", "name")):
-        if section in found:
-            found[section] = {**found[section], key: _last(found[section].get(key))}
-    if "engine" in found:
-        engine = {name: value for name, value in found["engine"].items() if name not in CONNECTION}
-        if engine.get("fleet"):
-            engine["fleet"] = {**engine["fleet"], "csv": _last(engine["fleet"].get("csv"))}
-        found["engine"] = engine
-    return found
-
-
-def _last(place: str | None) -> str | None:
-    """A folder or file of this machine by its last name; other names as they are."""
-    return Path(place).name if place and Path(place).is_absolute() else place
 
 
 def _method(chosen: Mapping[str, Any]) -> dict[str, Any]:
