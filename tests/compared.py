@@ -60,7 +60,7 @@ def comparison(**other: Any) -> dict[str, Any]:
     asked = Study.model_validate(study)
     results = compared(asked, {"clinc150": arms})
     return {
-        "schema": 1, "version": "0.1.0", "command": "fedrank compare study.yaml --out pruning", "study": study,
+        "schema": 1, "version": "0.1.0", "study": study,
         "machine": {"cpu": "two cores"}, "forecast": {"seconds": 900.0}, "tuning": {"clinc150": tuning},
         "runs": {"clinc150": arms}, "failures": [{"setting": "clinc150", "arm": "legend", "seed": 6, "error": "out of memory"}],
         "results": results, "claims": verdicts(asked, results), "fair": {"verdict": True, "why": [], "notes": ["the best local.lr of legend is at the edge of what was tried"]},

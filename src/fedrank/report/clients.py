@@ -9,6 +9,7 @@ from typing import Any
 from fedrank.report import plots
 from fedrank.report.page import Block, Chart, Facts, Row, Section, Table, Text
 from fedrank.report.played import Played, known, sampled
+from fedrank.told import counted
 from fedrank.units import duration, energy, memory, share
 
 POINTS, SHOWN, LABELS = 1500, 60, 30  # of a scatter, rows and columns of a map
@@ -163,7 +164,7 @@ def fleet(run: Played) -> Section | None:
     """What the devices did with a round's time; None where no device was modelled, or none of it is told."""
     timed = [row for row in run.clients if row.get("device_seconds") is not None]
     counts = (run.facts.get("fleet") or {}).get("kinds") or {}
-    if run.private or not timed:
+    if run.private or not timed or not known(run.rounds, "round_seconds"):  # rows of clients come before their round's
         return None
     if run.config.engine.fleet is None:
         lead = "No fleet was named: every client has the same nominal laptop."
@@ -228,7 +229,7 @@ def _kinds(run: Played, groups: dict[str, list[Row]], counts: Row) -> Table:
         ok = [row for row in mine if row["ok"]]
         seconds, joules = known(ok, "device_seconds"), known(mine, "device_joules")
         rows.append([
-            kind, str(counts.get(kind, run.config.clients.count or "–")), str(len(mine)), str(len(mine) - len(ok)),
+            kind, str(counts.get(kind, counted(run.facts) or "–")), str(len(mine)), str(len(mine) - len(ok)),
             duration(statistics.fmean(seconds) if seconds else None), energy(sum(joules, 0.0)),
             memory(max(known(ok, "peak_memory_bytes"), default=None)),
         ])  # fmt: skip

@@ -5,7 +5,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -17,6 +16,8 @@ from fedrank.report.clients import clients, failures, fleet
 from fedrank.report.page import Block, Chart, Code, Facts, Page, Row, Section, Table, Text
 from fedrank.report.played import Played, known
 from fedrank.server import OF_TEXTS
+from fedrank.studies.study import flattened
+from fedrank.told import UNPROTECTED, computed, counted, last, portable
 from fedrank.units import duration, energy, memory, number, share, size
 
 MEASURES = {  # of texts: its name, and how it is written
@@ -37,8 +38,8 @@ def page(run: Played) -> Page:
         glance(run), progress(run, rows), *costs(run), ranks(run, rows), clients(run), fleet(run), privacy(run),
         failures(run), again(run),
     ]  # fmt: skip
-    data, model = run.facts.get("data") or config.data.name or Path(str(config.data.path)).name, config.model.name
-    who = f"{config.clients.count} clients" if config.clients.count else "sites"
+    data, model = last(run.facts.get("data") or config.data.name or config.data.path), last(config.model.name)
+    who = "sites" if (count := counted(run.facts)) is None else f"{count:,} clients"
     return Page(
         title=f"{config.method['name']} on {data}", kicker="Federated run",
         lead=f"{model}, rank {config.adapter.rank}; {who}, {config.rounds.cohort} a round; task {config.task}.",
@@ -229,6 +230,8 @@ def privacy(run: Played) -> Section | None:
         blocks.append(replace(chart, axes={}))
     elif run.rounds:
         blocks.append(Text("Epsilon is unbounded: a round had no noise.", "bad"))
+    if run.facts.get("imported"):
+        blocks.append(Text(f"The run started from an imported adapter. {UNPROTECTED}", "bad"))
     blocks.append(Text("What single clients did and hold is left out of this page, as the run protects them.", "note"))
     return Section("privacy", "Privacy", blocks)
 
@@ -237,14 +240,17 @@ def privacy(run: Played) -> Section | None:
 
 
 def again(run: Played) -> Section:
-    """The config, where it came from, and the commands."""
-    path, config = shlex.quote(str(run.path)), run.config.model_dump(mode="json")
-    numerics = run.summary.get("numerics", {})
+    """The config, where it came from, and the commands; of it all no more than an export tells."""
+    path, config = shlex.quote(run.path.resolve().name), portable(run.config.model_dump(mode="json"))
+    numerics, began = computed(run.summary.get("numerics", {}), run.private), run.facts.get("imported")
+    hashes = run.facts.get("hash") or {}
     origin = [
         ("fedrank", str(run.summary.get("version") or numerics.get("fedrank") or "–"), ""),
         ("Seed", str(run.config.seed), ""),
         *[(f"{part} rows".capitalize(), str(run.facts["rows"][part]), f"sha256 {str(digest)[:16]}" if digest else "")
-          for part, digest in (run.facts.get("hash") or {}).items() if run.facts["rows"].get(part) is not None],
+          for part in (("test",) if run.private else ("train", "test"))
+          if (digest := hashes.get(part)) is not None and run.facts["rows"].get(part) is not None],
+        *([("Started from", "an adapter", f"sha256 {str(began['sha256'])[:16]}")] if began else []),
     ]  # fmt: skip
     own = run.facts.get("rows", {"train": 0}).get("train") is None and run.config.engine.kind != "flower"
     if "object" in config["method"] or own:
@@ -253,25 +259,17 @@ def again(run: Played) -> Section:
             Text(f"It was started from Python with {what}: fedrank.run() with the same runs it again.")
         ]
     else:
-        lines = [f"fedrank run {path}/config.yaml --out again"]
+        lines = [f"fedrank {'import ADAPTER' if began else 'run'} {path}/config.yaml --out again"]
         lines += [f"fedrank resume {path}" + (" rounds.count=+10" if run.finished else "")]
         blocks = [Code("\n".join(lines), "Commands")]
-    plain = settings.load({"data": {"name": "any"}}).model_dump(mode="json")
-    changed = [[key, _written(value)] for key, value in _flat(config).items() if _flat(plain).get(key) != value and value is not None]  # fmt: skip
+    plain = flattened(settings.load({"data": {"name": "any"}}).model_dump(mode="json"))
+    changed = [[key, _written(value)] for key, value in flattened(config).items() if plain.get(key) != value and value is not None]  # fmt: skip
     return Section("again", "Run it again", [
         *blocks, Facts(origin),
         Table(["Setting", "Value"], changed, left=2, title="Settings that are not the defaults"),
         Code(yaml.safe_dump(config, sort_keys=False), "The whole config", folded=True),
         *([Code(yaml.safe_dump(numerics, sort_keys=False), "What bit equality hangs on", folded=True)] if numerics else []),
     ])  # fmt: skip
-
-
-def _flat(config: Row, before: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{before}{key}"
-        found |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
-    return found
 
 
 def _written(value: Any) -> str:

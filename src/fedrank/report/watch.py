@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import ipaddress
 import json
+import logging
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from fedrank.report.page import Page, Section, Text
 from fedrank.report.pages import awaited
 from fedrank.studies.comparison import FILE
 
+log = logging.getLogger(__name__)
 SECONDS = 20.0  # that a reader may take over a request
 
 
@@ -121,6 +123,16 @@ def _handler(now: Callable[[], Page], mine: Callable[[str], bool]) -> type[BaseH
         server_version, sys_version = "fedrank", ""
 
         def do_GET(self) -> None:
+            try:
+                self.answer()
+            except ConnectionError:  # whoever asked has left
+                raise
+            except Exception as error:  # such as of files that are changed while they are read: it is asked for again
+                log.exception("the page could not be made")
+                said = f"The page could not be made: {type(error).__name__}; the console has more.\n"
+                self.say(HTTPStatus.INTERNAL_SERVER_ERROR, "text/plain", said.encode())
+
+        def answer(self) -> None:
             hosts = self.headers.get_all("Host") or []
             if len(hosts) != 1 or not mine(hosts[0]):
                 self.say(HTTPStatus.MISDIRECTED_REQUEST, "text/plain", b"This server goes by another name.\n")

@@ -176,8 +176,8 @@
           if (answer.status === 200) {
             tag = answer.headers.get("ETag") ?? "";
             show(await answer.json());
-          } else if (answer.status !== 304) throw new Error(String(answer.status));
-          state("live");
+          }
+          state(answer.status === 200 || answer.status === 304 ? "live" : "the page cannot be made; trying again");
         }
       } catch {
         state("not connected; trying again");
