@@ -81,7 +81,9 @@ def values(chart: Chart) -> list[dict[str, Any]]:
 def test_the_page_of_a_run_tells_what_its_ledgers_hold(pruned: Path) -> None:
     found, rows = run.page(played.read(pruned)), ledger.read(pruned / "rounds.jsonl")
     drawn = charts(found)
-    assert [p["value"] for p in values(drawn["accuracy"]) if p["series"] == run.GLOBAL] == [r["accuracy"] for r in rows]
+    assert [p["value"] for p in values(drawn["accuracy"]) if p["series"] == "global model, test rows"] == [
+        r["accuracy"] for r in rows
+    ]
     assert [p["value"] for p in values(drawn["alive"])] == [r["modules_alive"] for r in rows]
     whole = sum(r["bytes_up"] + r["bytes_down"] for r in rows)
     assert drawn["accuracy"].axes["bytes"]["title"].endswith("(kB)")
@@ -215,6 +217,24 @@ def test_how_many_clients_there_are_is_what_the_partition_made(play: Callable[..
         (path / "data.json").write_text(json.dumps(facts))
         assert said in run.page(played.read(path)).lead
     assert "4 clients, 3 a round" in run.page(played.read(play())).lead
+
+
+@pytest.mark.parametrize(("change", "line"), [
+    ({}, "global model, test rows"), ({"split": "validation"}, "global model, validation rows"), ({"rows": 0}, "global model, clients' own rows, weighted"),
+])  # fmt: skip
+def test_scores_say_which_rows_they_are_of(
+    change: dict[str, Any], line: str, play: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(play(), path)
+    facts, config = json.loads((path / "data.json").read_text()), yaml.safe_load((path / "config.yaml").read_text())
+    facts["rows"]["test"], config["data"]["split"] = change.get("rows", 48), change.get("split", "test")
+    (path / "data.json").write_text(json.dumps(facts))
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    made = run.page(played.read(path))
+    assert {point["series"] for point in values(charts(made)["accuracy"])} == {line, run.OWN}
+    facts_ = next(b for b in made.sections[0].blocks if isinstance(b, Facts)).figures
+    assert facts_[0][2].startswith(line.removeprefix("global model, "))
 
 
 def test_a_run_that_starts_from_an_adapter_says_so(private: Path, tmp_path: Path) -> None:

@@ -125,6 +125,7 @@ def start(
         if found is not None:
             parts = replace(parts, begin=adopt(parts.method, parts.begin, found))
         facts = parts.facts | ({} if imported is None else {"imported": origin(imported)})
+        facts |= {"pairs": True} if parts.machine.population.test.text_b is not None else {}
         store = Store.create(path)
         with store.locked():
             store.save_state(parts.begin, parts.numerics)
@@ -238,10 +239,10 @@ def _changed(config: Config, overrides: Iterable[str]) -> Config:
 def _contents(facts: dict[str, Any]) -> dict[str, Any]:
     """What data and model are, less where they are: a run may move to another folder or environment.
 
-    Nor what the run started from: that is in its first state.
+    Nor what the run started from, which is in its first state, and whether rows are pairs, which is in their hash.
     """
     model = {key: value for key, value in facts["model"].items() if key not in ("name", "source")}
-    return {**facts, "data": None, "model": model, "fleet": None, "imported": None}
+    return {**facts, "data": None, "model": model, "fleet": None, "imported": None, "pairs": None}
 
 
 def _same(path: Path, then: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 OF_ROWS = ("stack", "prefix")  # how a run computes that hangs on how many rows there are and how long they are
 CONNECTION = ("superlink", "root_certificate", "insecure")
+CLIENTS = "clients' own"  # rows
 UNPROTECTED = "Epsilon says nothing of the rows on which that adapter was trained before."  # of an imported one
 
 
@@ -34,6 +35,13 @@ def counted(facts: Mapping[str, Any]) -> int | None:
     """How many a run has; None where they come and go, as real sites do."""
     found = facts.get("partition", {}).get("clients")
     return found.get("count") if isinstance(found, Mapping) else len(found) if found else None
+
+
+def tested(facts: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """Which rows the global model is scored on: test, validation, or, where the server has none, clients' own."""
+    if facts.get("rows", {}).get("test") == 0:
+        return CLIENTS
+    return str((config.get("data") or {}).get("split", "test"))
 
 
 def last(place: str | None) -> str | None:

@@ -17,10 +17,11 @@ from fedrank.config import TINY_MODELS, ConfigError
 from fedrank.protocol import ClientId, State
 from fedrank.server import BYTES, OF_TEXTS, PERSONAL
 from fedrank.store import CLIENT, StoreError, write
-from fedrank.told import computed, counted, last, portable
+from fedrank.told import computed, counted, last, portable, tested
 
 ROOTS = FILE, INDEX = "provenance.json", "index.json"
 SCHEMA = 1
+OWN = "manifest_sha256"
 OF_CLIENTS = ("accuracy", "majority", "clients", "worst_decile", *OF_TEXTS)
 
 
@@ -38,7 +39,7 @@ def manifest(
     hash of the state, by which a guess of who took part could be tried.
     """
     config = portable(yaml.safe_load((run / "config.yaml").read_text()) or {})
-    privacy, data, model = config.get("privacy", {}), config.get("data", {}), facts["model"]
+    privacy, model = config.get("privacy", {}), facts["model"]
     private = privacy.get("kind", "none") != "none"
     rows = ledger.read(run / "rounds.jsonl")
     rows = [row for row in rows if row["round"] <= state.round]
@@ -56,7 +57,7 @@ def manifest(
         "config": config, "config_sha256": _hash(config),
         "method": _method(config.get("method", {})),
         "data": {
-            "name": last(facts.get("data")), "test_rows_are": data.get("split", "test"),
+            "name": last(facts.get("data")), "test_rows_are": tested(facts, config), "pairs": facts.get("pairs", False),
             "rows": {name: row_counts.get(name) for name in told},
             "sha256": {name: hashes.get(name) or None for name in told},
         },
@@ -138,9 +139,14 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _hash(config: Mapping[str, Any]) -> str:
-    """Of the config as JSON with sorted keys."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+def _hash(found: Mapping[str, Any]) -> str:
+    """Of a config or a manifest as JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def _own(found: Mapping[str, Any]) -> str:
+    """Of a manifest without its own hash, as it reads once it is written."""
+    return _hash({name: part for name, part in json.loads(json.dumps(found)).items() if name != OWN})
 
 
 def _files(out: Path) -> list[str]:
@@ -148,9 +154,9 @@ def _files(out: Path) -> list[str]:
 
 
 def seal(out: Path, found: Mapping[str, Any]) -> None:
-    """Write the manifest, last of all: it has the hash of every other file."""
-    files = {name: digest(out / name) for name in _files(out) if name != FILE}
-    write(out / FILE, json.dumps({**found, "files": files}, indent=1).encode())
+    """Write the manifest, last of all: it has the hash of every other file, and of itself but for that."""
+    told = {**found, "files": {name: digest(out / name) for name in _files(out) if name != FILE}}
+    write(out / FILE, json.dumps({**told, OWN: _own(told)}, indent=1).encode())
 
 
 def seal_all(out: Path, found: Mapping[str, Any]) -> None:
@@ -251,7 +257,8 @@ def verify(folder: Path) -> list[str]:
         extra = [name for name in _files(folder) if name != INDEX and not name.startswith(theirs)]
         return odd + [f"{name}: not a part of the export" for name in extra]
     found = _read(folder)
-    odd = [] if _hash(found["config"]) == found["config_sha256"] else ["config: not what config_sha256 is of"]
+    odd = [] if _own(found) == found.get(OWN) else [f"{FILE}: not what its {OWN} is of"]
+    odd += [] if _hash(found["config"]) == found["config_sha256"] else ["config: not what config_sha256 is of"]
     for name, expected in found["files"].items():
         if not (folder / name).is_file():
             odd.append(f"{name}: missing")

@@ -17,7 +17,7 @@ from fedrank.report.page import Block, Chart, Code, Facts, Page, Row, Section, T
 from fedrank.report.played import Played, known
 from fedrank.server import OF_TEXTS
 from fedrank.studies.study import flattened
-from fedrank.told import UNPROTECTED, computed, counted, last, portable
+from fedrank.told import CLIENTS, UNPROTECTED, computed, counted, last, portable, tested
 from fedrank.units import duration, energy, memory, number, share, size
 
 MEASURES = {  # of texts: its name, and how it is written
@@ -27,7 +27,7 @@ MEASURES = {  # of texts: its name, and how it is written
 }  # fmt: skip
 assert MEASURES.keys() == set(OF_TEXTS)
 PARTS = (("adapter up", "adapter_bytes_up"), ("adapter down", "adapter_bytes_down"), ("head up", "head_bytes_up"), ("head down", "head_bytes_down"))  # fmt: skip
-GLOBAL, OWN = "global model, test set", "clients, their own rows"
+OWN = "clients, their own rows"
 
 
 def page(run: Played) -> Page:
@@ -46,6 +46,12 @@ def page(run: Played) -> Page:
         status=status(run), sections=[section for section in sections if section is not None],
         axes=plots.offered(plots.along(rows)[1]),
     )  # fmt: skip
+
+
+def scored_on(run: Played) -> str:
+    """The global model's line."""
+    rows = tested(run.facts, {"data": {"split": run.config.data.split}})
+    return f"global model, {rows} rows" + ", weighted" * (rows == CLIENTS)
 
 
 def status(run: Played) -> tuple[Literal["done", "running", "waiting", "stopped"], str]:
@@ -95,8 +101,8 @@ def glance(run: Played) -> Section:
             shown.append((title, write(value), more))
 
     word = "Token accuracy" if run.config.task == "generate" else "Accuracy"
-    majority = run.summary.get("majority")
-    figure(f"{word}, global", end.get("accuracy"), share, f"majority class {share(majority)}" if majority else "")
+    majority, on = run.summary.get("majority"), scored_on(run).partition(", ")[2]
+    figure(f"{word}, global", end.get("accuracy"), share, f"{on}; majority class {share(majority)}" if majority else on)
     theirs = end.get("personal_majority")
     figure(f"{word}, clients' mean", end.get("personal_accuracy"), share, f"their majority classes {share(theirs)}" if theirs else "")  # fmt: skip
     figure("Worst tenth of clients", end.get("personal_worst_decile"), share, "mean of their accuracy")
@@ -158,15 +164,15 @@ def scores(
 
 
 def progress(run: Played, rows: Sequence[Row]) -> Section | None:
-    word = "Token accuracy" if run.config.task == "generate" else "Accuracy"
+    word, common = "Token accuracy" if run.config.task == "generate" else "Accuracy", scored_on(run)
     charts = [
-        scores("accuracy", word, rows, [(GLOBAL, "accuracy"), (OWN, "personal_accuracy")], plots.SHARE, share),
+        scores("accuracy", word, rows, [(common, "accuracy"), (OWN, "personal_accuracy")], plots.SHARE, share),
         *(
-            scores(name, title, rows, [(GLOBAL, name), (OWN, f"personal_{name}")],
+            scores(name, title, rows, [(common, name), (OWN, f"personal_{name}")],
                    plots.SHARE if write is share else plots.PLAIN, write)
             for name, (title, write) in MEASURES.items()
         ),
-        scores("loss", "Loss", rows, [("in training", "train_loss"), (GLOBAL, "loss")], plots.PLAIN, number),
+        scores("loss", "Loss", rows, [("in training", "train_loss"), (common, "loss")], plots.PLAIN, number),
     ]  # fmt: skip
     found = [chart for chart in charts if chart is not None]
     if not found:
