@@ -22,8 +22,8 @@ from fedrank.cli import app
 from fedrank.config import ConfigError
 from fedrank.store import StoreError
 from fedrank.studies import comparison, tables, tuning
-from fedrank.studies.claims import Claim, judged
-from fedrank.studies.results import compared, fairness
+from fedrank.studies.claims import Claim
+from fedrank.studies.results import compared, fairness, verdicts
 from fedrank.studies.runs import best, late, reached
 from fedrank.studies.statistics import holm, paired, ratio, spread
 from fedrank.studies.study import Range, Study, digest, merged, read
@@ -87,6 +87,15 @@ def test_methods_on_a_runs_config(tmp_path: Path) -> None:
         ({"arms": {"a": {}}}, "methods and arms: one of the two"),
         ({"claims": {"x": {"claim": "c", "arm": "fedavgg", "of": "accuracy", "confirmed": {"above": 0}, "refuted": {"below": 0}}}}, "claims.x: 'fedavgg' is no arm"),
         ({"score": "acuracy"}, "did you mean 'accuracy'"),
+        ({"methods": "fedavg"}, "methods: a list of names, such as [fedavg, fedara], got 'fedavg'"),
+        ({"methods": [{"name": "fedavg"}]}, "methods: a list of names"),
+        ({"arms": {"a": {"method": "fedara"}}, "methods": ...}, "arm 'a' in setting 'all': config: method"),
+        ({"base": {"data": "docstrings"}}, "arm 'fedavg' in setting 'all': config: data"),
+        ({"base": {**BASE, "data": {"name": "docstrings", "split": "validation"}}}, "data.split: runs are scored on the test rows"),
+        ({"varies": ["local.stps"]}, "varies: there is no key 'local.stps'; did you mean 'local.steps'"),
+        ({"rounds": {"count": 3}}, "'rounds' is a key of runs: what they share goes below base, such as base.rounds"),
+        ({"tuning": {"search": {"local.lr": 0.01}}}, "local.lr: a list of values, or {low, high, log}, got 0.01"),
+        ({"tuning": {"search": {"seed": [1, 2]}}}, "seed is no knob of a method"),
     ],
 )  # fmt: skip
 def test_a_mistake_says_where_and_what_would_be_right(tmp_path: Path, change: dict[str, Any], words: str) -> None:
@@ -104,8 +113,20 @@ def test_a_path_is_told_by_the_environment(tmp_path: Path, monkeypatch: pytest.M
         read(file)
     monkeypatch.setenv("SETS", str(tmp_path))
     assert read(file).resolved()["all"]["fedavg"].data.path == f"{tmp_path}/mine"
-    one, other = ({"data": {"path": f"{folder}/mine"}, "seed": 1} for folder in ("$SETS", "/elsewhere"))
-    assert digest(one) == digest(other) != digest({"data": {"path": "$SETS/other"}, "seed": 1})
+
+
+def test_a_run_is_known_again_by_what_its_rows_are(tmp_path: Path) -> None:
+    for folder, text in (("a", "text,label\nx,y\n"), ("b", "text,label\nx,y\n"), ("c", "text,label\nx,z\n")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rows.csv").write_text(text)
+    one, moved, other = (digest({"data": {"path": str(tmp_path / folder / "rows.csv")}}) for folder in "abc")
+    assert one == moved != other
+    assert digest(BASE) == digest(
+        {**BASE, "rounds": {"count": 4, "cohort": 2, "deadline": None}}
+    )  # a default written out
+    assert digest(BASE) != digest({**BASE, "seed": 1})
+    with pytest.raises(ConfigError, match=r"data.path: .*nothing.csv: No such file"):
+        digest({"data": {"path": str(tmp_path / "nothing.csv")}})
 
 
 def test_another_methods_knobs_go_with_its_name() -> None:
@@ -237,7 +258,7 @@ def run(*scores: float | None, factor: float = 1.0) -> dict[str, Any]:
             "device_joules",
         )
     }
-    facts = {"data": {"train": "d"}, "model": "m", "version": "1", "numerics": {}}
+    facts = {"data": {"train": "d"}, "model": "m", "code": "c", "numerics": {"compute": "float32"}}
     summary = {
         "accuracy": scores[-1],
         "personal_accuracy": scores[-1],
@@ -249,6 +270,7 @@ def run(*scores: float | None, factor: float = 1.0) -> dict[str, Any]:
         "summary": summary,
         "curve": line,
         "personal": [0.1, 0.9],
+        "rows_seen": 100.0,
         "facts": facts,
         "digest": "x",
         "seconds": 1.0,
@@ -266,7 +288,7 @@ def runs() -> dict[str, Any]:
 
 
 def test_what_runs_come_to() -> None:
-    found = compared(study(), runs())["all"]
+    found = compared(study(), runs(), True)["all"]
     assert found["arms"]["fedavg"]["accuracy"]["values"] == pytest.approx([0.505, 0.51, 0.515])
     assert found["arms"]["fedara"]["bytes"]["mean"] == pytest.approx(0.5 * 40 + 80)
     assert found["target"]["value"] == pytest.approx(
@@ -284,28 +306,28 @@ def test_what_runs_come_to() -> None:
 
 
 def test_a_given_target_that_some_never_reach() -> None:
-    found = compared(study(target=0.56), runs())["all"]["target"]
+    found = compared(study(target=0.56), runs(), True)["all"]["target"]
     assert found["given"]
     assert (found["arms"]["fedara"]["reached"], found["arms"]["fedavg"]["reached"]) == (0, 0)
-    found = compared(study(target=0.53), runs())["all"]["target"]["arms"]
+    found = compared(study(target=0.53), runs(), True)["all"]["target"]["arms"]
     assert (found["fedara"]["reached"], found["fedara"]["seeds"]) == (3, ["1", "2", "3"])
     assert found["fedavg"]["clock_seconds"]["mean"] is None
 
 
 def test_one_seed_tells_nothing() -> None:
     one = {"all": {arm: {"1": mine["1"]} for arm, mine in runs()["all"].items()}}
-    assert "One seed tells no difference from chance" in compared(study(seeds=1), one)["all"]["conclusion"]
+    assert "One seed tells no difference from chance" in compared(study(seeds=1), one, True)["all"]["conclusion"]
 
 
 def test_a_score_that_some_methods_have_not() -> None:
     found = runs()
     found["all"]["ffa_lora"] = {seed: run(None, None, None, None) for seed in "123"}
-    one = compared(study(), found)["all"]
+    one = compared(study(), found, True)["all"]
     assert "accuracy" not in one["differences"]["ffa_lora"]
     assert one["arms"]["ffa_lora"]["accuracy"]["mean"] is None
     assert one["target"]["value"] is not None
     found["all"]["fedavg"] = found["all"]["ffa_lora"]
-    assert "The reference, fedavg, has no accuracy" in compared(study(), found)["all"]["conclusion"]
+    assert "The reference, fedavg, has no accuracy" in compared(study(), found, True)["all"]["conclusion"]
 
 
 def test_a_comparison_with_unequal_budgets_is_not_called_fair() -> None:
@@ -319,6 +341,7 @@ def test_a_comparison_with_unequal_budgets_is_not_called_fair() -> None:
     other = runs()
     other["all"]["fedara"]["1"]["facts"] = other["all"]["fedara"]["1"]["facts"] | {"data": {"train": "e"}}
     assert "all: runs of a seed had not the same data" in fairness(study(), {"runs": other})["why"]
+    two = {"search": {"local.lr": [0.1, 0.2]}, "trials": 2}
     trials = {
         "all": {
             "fedavg": {"trials": [{}], "edge": []},
@@ -326,9 +349,20 @@ def test_a_comparison_with_unequal_budgets_is_not_called_fair() -> None:
             "ffa_lora": {"trials": [{}], "edge": []},
         }
     }
-    found = fairness(study(tuning={}), {"runs": runs(), "tuning": trials})
-    assert found["why"] == ["all: tuned with unequal effort, trials: fedavg 1, fedara 2, ffa_lora 1"]
+    found = fairness(study(tuning=two), {"runs": runs(), "tuning": trials})
+    assert found["why"] == ["all: the tuning of fedavg, ffa_lora has not come to its end"]
     assert "all: the best value that was tried is at an edge for fedara (local.lr)" in found["notes"]
+    own = study(tuning={**two, "trials": 4, "own": {"fedara": {"method.target_rank": [1, 2]}}})
+    trials["all"] = {arm: {"trials": [{}] * (4 if arm == "fedara" else 2)} for arm in ("fedavg", "fedara", "ffa_lora")}
+    assert fairness(own, {"runs": runs(), "tuning": trials})["why"] == [
+        "all: tuned with unequal effort, trials: fedavg 2, fedara 4, ffa_lora 2"
+    ]
+    half = runs()
+    half["all"]["fedara"]["1"]["facts"] = {**half["all"]["fedara"]["1"]["facts"], "numerics": {"compute": "bfloat16"}}
+    half["all"]["fedara"]["1"]["rows_seen"] = 400.0
+    found = fairness(study(), {"runs": half})
+    assert found["why"] == ["all: some runs were computed in bfloat16 and some in float32 (engine.compute)"]
+    assert "all: rows seen in training, times the least: fedara 2" in found["notes"]
     longer = study(methods=..., arms={"fedavg": {}, "fedara": {"rounds": {"count": 9}}, "ffa_lora": {}})
     assert "rounds.count is 4 in fedavg and 9 in fedara" in fairness(longer, {"runs": runs()})["why"]
 
@@ -341,31 +375,48 @@ def claim(**more: Any) -> Claim:
     return Claim.model_validate({**given, **more})
 
 
+def verdict(one: Claim, found: dict[str, Any], **more: Any) -> dict[str, Any]:
+    asked = study(claims={"x": one.model_dump()}, settings=dict.fromkeys(found), **more)
+    return dict(verdicts(asked, found, compared(asked, found, True))["x"])
+
+
 def test_claims_are_judged_by_the_whole_interval() -> None:
-    results = compared(study(), runs())
-    assert judged(claim(), "fedavg", results)["verdict"] == "confirmed"
-    assert judged(claim(arm="fedavg", against="fedara"), "fedavg", results)["verdict"] == "refuted"
-    assert judged(claim(arm="ffa_lora"), "fedavg", results)["verdict"] == "not shown"
-    assert judged(claim(confirmed={"above": 20}), "fedavg", results)["verdict"] == "not shown"
-    costs = judged(claim(of="bytes_up", confirmed={"below": 0.6}, refuted={"above": 0.6}), "fedavg", results)
+    assert verdict(claim(), runs())["verdict"] == "confirmed"
+    assert verdict(claim(arm="fedavg", against="fedara"), runs())["verdict"] == "refuted"
+    assert verdict(claim(arm="ffa_lora"), runs())["verdict"] == "not shown"
+    assert verdict(claim(confirmed={"above": 20}), runs())["verdict"] == "not shown"
+    costs = verdict(claim(of="bytes_up", confirmed={"below": 0.6}, refuted={"above": 0.6}), runs())
     assert costs["verdict"] == "confirmed"
     assert costs["settings"]["all"]["mean"] == pytest.approx(0.5)
-    two = {
-        "one": results["all"],
-        "two": compared(study(), {"all": {**runs()["all"], "fedara": runs()["all"]["fedavg"]}})["all"],
-    }
-    assert judged(claim(), "fedavg", two)["verdict"] == "partly"
-    assert judged(claim(settings=["one"]), "fedavg", two)["verdict"] == "confirmed"
 
 
-def test_claims_up_to_a_target_need_it_reached() -> None:
+def test_the_verdict_of_several_settings_hides_none() -> None:
+    there = runs()["all"]
+    level = {**there, "fedara": there["ffa_lora"]}
+    turned = {**there, "fedara": there["fedavg"], "fedavg": there["fedara"]}
+    assert verdict(claim(), {"one": there, "two": level})["verdict"] == "partly"
+    assert verdict(claim(), {"one": there, "two": turned})["verdict"] == "mixed"
+    assert verdict(claim(), {"one": level, "two": turned})["verdict"] == "refuted in part"
+    assert verdict(claim(settings=["one"]), {"one": there, "two": turned})["verdict"] == "confirmed"
+
+
+def test_claims_up_to_a_target_need_it_reached_by_all() -> None:
     faster = claim(of="clock_seconds", to_target=True, confirmed={"below": 1.1}, refuted={"above": 1.1})
-    assert judged(faster, "fedavg", compared(study(), runs()))["verdict"] == "confirmed"
-    never = judged(faster, "fedavg", compared(study(target=0.53), runs()))
-    assert never["settings"]["all"]["why"] == "an arm never reached the target"
-    for odd in ({"to_target": True}, {"of": "round"}, {"confirmed": {}}, {"confirmed": {"above": 0, "below": 1}}):
+    assert verdict(faster, runs())["verdict"] == "confirmed"
+    assert verdict(faster, runs(), target=0.53)["settings"]["all"]["why"] == "0 seeds have it in both arms"
+    one = runs()
+    one["all"]["fedara"]["1"] = run(0.1, 0.1, 0.1, 0.1)
+    assert verdict(faster, one, target=0.4)["settings"]["all"]["why"] == "2 seeds have it in both arms"
+    for odd in ({"to_target": True}, {"of": "round"}, {"of": "acuracy"}, {"confirmed": {}}, {"confirmed": {"above": 0, "below": 1}}):  # fmt: skip
         with pytest.raises(ValueError, match=r"above or below|of:"):
             claim(**odd)
+
+
+def test_a_weak_arm_does_not_move_the_target_of_others_claims() -> None:
+    weak = runs()
+    weak["all"]["ffa_lora"] = {seed: run(0.1, 0.1, 0.1, 0.1) for seed in "123"}
+    faster = claim(of="bytes_up", to_target=True, confirmed={"below": 0.6}, refuted={"above": 0.6})
+    assert verdict(faster, weak)["settings"]["all"] == verdict(faster, runs())["settings"]["all"]
 
 
 # ---- tables
@@ -373,7 +424,7 @@ def test_claims_up_to_a_target_need_it_reached() -> None:
 
 def whole(**more: Any) -> dict[str, Any]:
     asked = study(**more)
-    found = {"study": asked.model_dump(mode="json"), "runs": runs(), "results": compared(asked, runs())}
+    found = {"study": asked.model_dump(mode="json"), "runs": runs(), "results": compared(asked, runs(), True)}
     return {**found, "fair": fairness(asked, found)}
 
 
@@ -448,6 +499,7 @@ def test_a_study_is_killed_and_goes_on(small: Path, tmp_path: Path) -> None:
         assert {trial["knobs"]["local.lr"] for trial in mine["trials"]} == {0.003, 0.03}
         assert found["runs"]["all"][arm]["1"]["curve"][-1]["round"] == 3
     assert (out / "comparison.md").read_text().startswith("**in the end**")
+    assert read(out / "study.yaml") == read(small)
     assert {path.suffix for path in out.iterdir() if path.is_file()} >= {".json", ".csv", ".md", ".tex"}
 
     before, started = (out / "comparison.json").read_bytes(), time.monotonic()
@@ -459,6 +511,25 @@ def test_a_study_is_killed_and_goes_on(small: Path, tmp_path: Path) -> None:
     assert fedrank.compare(small, out=out, watch=lambda event: seen.append(event["event"])) == found
     assert seen == ["forecast", "end"]
     assert (out / "comparison.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_trial_that_diverges_is_tried_and_counts_as_the_worst(small: Path, tmp_path: Path) -> None:
+    """And what was tuned for another search, or by another score, is tuned again; runs of before are kept beside."""
+    out, words = tmp_path / "out", ["methods=[fedavg]", "seeds=1", "tuning.search={local.lr: [0.01, 1.0e+38]}"]
+    found = fedrank.compare(small, *words, out=out)
+    trials = found["tuning"]["all"]["fedavg"]["trials"]
+    assert sorted(str(trial["score"]) for trial in trials)[-1] == "None"
+    assert next(trial["error"] for trial in trials if trial["score"] is None).startswith(
+        "no client's update was merged"
+    )
+    assert found["tuning"]["all"]["fedavg"]["best"] == {"local.lr": 0.01}
+    assert found["fair"]["verdict"]
+    words[2] = "tuning.search={local.lr: [0.01, 0.02]}"
+    again = comparison.opened(read(small, words), out, out / "runs", 1)
+    assert again.trials_left("all", "fedavg") == 1
+    assert again.best("all", "fedavg") is None
+    assert len(list(out.glob("comparison-*.json"))) == 1
 
 
 @pytest.mark.slow
@@ -509,8 +580,8 @@ def test_a_comparison_of_another_form_is_refused(tmp_path: Path) -> None:
 def test_json_has_a_line_for_what_holds_nothing_nested() -> None:
     text = comparison.text({"a": [1, 2], "b": {"c": {"d": 1, "e": "f"}}})
     assert json.loads(text) == {"a": [1, 2], "b": {"c": {"d": 1, "e": "f"}}}
-    assert '"a": [ 1, 2 ]' in text
-    assert json.loads(comparison.text({"a": ["x [y", "{z"]})) == {"a": ["x [y", "{z"]}
+    assert '"a": [1, 2]' in text
+    assert json.loads(comparison.text({"a": [["x [y", "  "]], "b": []})) == {"a": [["x [y", "  "]], "b": []}
 
 
 def test_the_studies_of_the_benchmarks_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,3 +187,12 @@ def test_the_house_names_every_module() -> None:
     there = {path.name for path in source.glob("*.py")} | {f"{path.parent.name}/" for path in source.glob("*/*.py")}
     named = set(re.findall(r"\w+\.py|\w+/(?=\s)", drawn)) | {f"{name}/" for name in re.findall(r"(\w+)/\w+\.py", drawn)}
     assert there - named == {"__init__.py"}
+
+
+@pytest.mark.parametrize("page", pages.pages())
+def test_the_rows_of_a_table_have_as_many_cells_as_its_head(page: str) -> None:
+    """A bar in a cell would cut it off."""
+    text = re.sub(r"^```.*?^```$", "", (pages.ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S)
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        counts = {len(re.findall(r"(?<!\\)\|", re.sub(r"`[^`]*`", "", line))) for line in table.splitlines()}
+        assert len(counts) == 1, f"{page}: {table[:80]}"

@@ -21,6 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 ROUNDS = 20
 
 
+@pytest.mark.exhaustive  # that a simulated run is the local one, examples/flower shows in CI
 def test_a_simulated_run_is_the_local_one_also_after_ctrl_c(tmp_path: Path) -> None:
     """The same State, bit for bit, at the end and on the way; and nothing that Flower or Ray started is left."""
     write_rows(tmp_path / "data" / "train.jsonl", rows(0, 120))

@@ -260,15 +260,18 @@ class Server:
     def _ranks(
         self, state: State, plans: Mapping[ClientId, Plan], arrived: tuple[ClientId, ...], after: State
     ) -> list[Event]:
-        """Components by module: after the round (client null), and of the clients that trained others than there were.
+        """Components by module: after the round (client null), and of clients that came back and had trained others than there
+        were.
 
         Of one that selects what it sends, those that it sent.
         """
-        trained = {client: _counts(plan.train) for client, plan in plans.items() if plan.select is None}
+        rows: list[Event] = [{"round": after.round, "client": None, "ranks": _counts(after.adapter.ids)}]
+        if self.privacy.kind != "none":  # who was drawn is told nowhere
+            return rows
+        trained = {client: _counts(plans[client].train) for client in arrived if plans[client].select is None}
         for client, update in self._spooled(state, plans, tuple(c for c in arrived if c not in trained)):
             trained[client] = _counts(update.adapter.ids)
         whole = _counts(state.adapter.ids)
-        rows: list[Event] = [{"round": after.round, "client": None, "ranks": _counts(after.adapter.ids)}]
         return rows + [
             {"round": after.round, "client": client, "ranks": ranks}
             for client, ranks in trained.items()

@@ -1,6 +1,7 @@
 """What a person sees of a run: bars and a live table, a line per round, JSON events, a closing summary."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -131,8 +132,13 @@ def _line(event: dict[str, Any]) -> None:
     print(json.dumps({name: value for name, value in event.items() if name not in ("run", "comparison")}), flush=True)
 
 
+def _failed(event: dict[str, Any]) -> None:
+    if event["event"] == "failed":
+        print(f"failed: {event['setting']}  {event['arm']}  seed {event['seed']}: {event['error']}", file=sys.stderr)
+
+
 STUDIES: dict[Output, Callable[[dict[str, Any]], None]] = {
-    Output.live: study, Output.plain: study, Output.json: _line, Output.quiet: lambda event: None,
+    Output.live: study, Output.plain: study, Output.json: _line, Output.quiet: _failed,
 }  # fmt: skip
 
 TEXTS = (

@@ -1,18 +1,18 @@
 """Claims that were written down before the runs, and what the runs say of each: confirmed, partly, refuted, not shown."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, model_validator
 
+from fedrank.config import hint
 from fedrank.studies.statistics import paired, ratio
 
 SCORES = ("accuracy", "personal_accuracy", "personal_worst_decile")
 COSTS = ("bytes", "bytes_up", "bytes_down", "adapter_bytes", "adapter_bytes_up", "adapter_bytes_down", "clock_seconds",
          "device_joules", "peak_memory_bytes")  # fmt: skip
-Measure = Literal["accuracy", "personal_accuracy", "personal_worst_decile", "bytes", "bytes_up", "bytes_down", "adapter_bytes",
-                  "adapter_bytes_up", "adapter_bytes_down", "clock_seconds", "device_joules", "peak_memory_bytes",
-                  "round"]  # fmt: skip
+Targets = Callable[[str, str, str], Mapping[str, Any]]
+MEASURES = (*SCORES, *COSTS, "round")
 
 
 class Bound(BaseModel, extra="forbid", frozen=True):
@@ -36,15 +36,15 @@ class Claim(BaseModel, extra="forbid", frozen=True):
 
     claim: in a sentence. paper: what the paper says of it, and where that was read. arm, against: whose runs are compared
     over the same seeds; the study's reference where against is null. of: the measure; a score is compared by its difference
-    in points, a cost by its ratio. to_target: up to the study's target, of the seeds in which both reach it, and not in the
-    end. confirmed, refuted: where the interval lies then. settings: all where empty.
+    in points, a cost by its ratio. to_target: not in the end, but up to the study's target or, where none is given, to what
+    these two arms reach with every seed. confirmed, refuted: where the interval lies then. settings: all where empty.
     """
 
     claim: Annotated[str, Field(min_length=1)]
     paper: str = ""
     arm: str
     against: str | None = None
-    of: Measure
+    of: str
     to_target: bool = False
     confirmed: Bound
     refuted: Bound
@@ -52,6 +52,10 @@ class Claim(BaseModel, extra="forbid", frozen=True):
 
     @model_validator(mode="after")
     def _possible(self) -> "Claim":
+        if self.of not in MEASURES:
+            raise ValueError(
+                f"of: there is no measure {self.of!r}{hint(self.of, MEASURES)}; measures are {', '.join(MEASURES)}"
+            )
         if self.to_target and self.of in SCORES:
             raise ValueError(f"of: {self.of} up to a target is the target itself; a cost")
         if self.of == "round" and not self.to_target:
@@ -59,31 +63,36 @@ class Claim(BaseModel, extra="forbid", frozen=True):
         return self
 
 
-def judged(claim: Claim, baseline: str, results: Mapping[str, Any]) -> dict[str, Any]:
-    """What the settings say of a claim, and the verdict of all.
+def judged(claim: Claim, baseline: str, results: Mapping[str, Any], targets: Targets) -> dict[str, Any]:
+    """What the settings say of a claim, and the verdict of all. targets: setting and two arms -> their costs to what both reach.
 
-    confirmed, refuted: in every setting; partly: confirmed in some; not shown: in none, and not refuted in all.
+    confirmed, refuted: in every setting; mixed: each in some; partly, refuted in part: in some, and the other in none; not
+    shown: neither in any. The intervals are each claim's own, not corrected for how many claims there are.
     """
     against = claim.against or baseline
     settings = {
-        name: _in_setting(claim, against, one)
+        name: _in_setting(claim, against, targets(name, claim.arm, against) if claim.to_target else one["arms"])
         for name, one in results.items()
         if not claim.settings or name in claim.settings
     }
-    said = [one["says"] for one in settings.values()]
-    verdict = next((word for word in ("confirmed", "refuted") if said and set(said) == {word}), None)
-    verdict = verdict or ("partly" if "confirmed" in said else "not shown")
+    said = {one["says"] for one in settings.values()}
+    if {"confirmed", "refuted"} <= said:
+        verdict = "mixed"
+    elif len(said) == 1:
+        (verdict,) = said
+    else:
+        verdict = "partly" if "confirmed" in said else "refuted in part"
     return {"verdict": verdict, "against": against, "settings": settings}
 
 
-def _in_setting(claim: Claim, against: str, result: Mapping[str, Any]) -> dict[str, Any]:
-    """The difference or ratio with its interval, and what it says by itself."""
-    ours, theirs = (_by_seed(claim, arm, result) for arm in (claim.arm, against))
+def _in_setting(claim: Claim, against: str, arms: Mapping[str, Any]) -> dict[str, Any]:
+    """The difference or ratio with its interval, and what it says by itself. arms: their measures by seed."""
+    ours, theirs = (
+        dict(zip(arms[arm]["seeds"], arms[arm][claim.of]["values"], strict=True)) for arm in (claim.arm, against)
+    )
     seeds = [seed for seed in ours if seed in theirs and ours[seed] is not None and theirs[seed] is not None]
-    if claim.to_target and not all(result["target"]["arms"][arm]["reached"] for arm in (claim.arm, against)):
-        return {"seeds": len(seeds), "says": "not shown", "why": "an arm never reached the target"}
-    if len(seeds) < 2:
-        return {"seeds": len(seeds), "says": "not shown", "why": "fewer than two seeds"}
+    if len(seeds) < max(2, *(arms[arm].get("played", 0) for arm in (claim.arm, against))):
+        return {"seeds": len(seeds), "says": "not shown", "why": f"{len(seeds)} seeds have it in both arms"}
     pairs = [ours[seed] for seed in seeds], [theirs[seed] for seed in seeds]
     if claim.of in SCORES:
         found = paired([100 * value for value in pairs[0]], [100 * value for value in pairs[1]])
@@ -100,11 +109,3 @@ def _in_setting(claim: Claim, against: str, result: Mapping[str, Any]) -> dict[s
         else "not shown"
     )
     return {"seeds": len(seeds), "mean": found["mean"], "interval": [low, high], "says": says}
-
-
-def _by_seed(claim: Claim, arm: str, result: Mapping[str, Any]) -> dict[str, Any]:
-    if claim.to_target:
-        mine = result["target"]["arms"][arm]
-        return dict(zip(mine["seeds"], mine[claim.of]["values"], strict=True))
-    mine = result["arms"][arm]
-    return dict(zip(mine["seeds"], mine[claim.of]["values"], strict=True))

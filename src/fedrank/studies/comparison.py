@@ -1,6 +1,7 @@
 """A study played: trials and runs, several at once; comparison.json grows with each, and what it holds is kept."""
 
 import json
+import logging
 import platform
 import re
 from collections.abc import Iterator, Mapping
@@ -10,15 +11,18 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import xxhash
+
 import fedrank
 from fedrank.engines.workers import cores
 from fedrank.store import StoreError, write
 from fedrank.studies import runs as played
 from fedrank.studies.results import compared, fairness, verdicts
-from fedrank.studies.runs import Processes, RunFailed
-from fedrank.studies.study import Part, Study, digest, dotted
+from fedrank.studies.runs import Processes, RunFailed, late
+from fedrank.studies.study import Part, Range, Study, digest, dotted
 from fedrank.studies.tuning import chosen, count, edges, search
 
+log = logging.getLogger(__name__)
 SCHEMA = 1
 FILE = "comparison.json"
 Event = dict[str, Any]
@@ -81,24 +85,64 @@ class Comparison:
         tuning = self.study.tuning
         if tuning is None or (setting, arm) not in self.searched:
             return 0
-        return count(tuning.knobs(arm), tuning.trials) - len(self.tuned(setting, arm)["trials"])
+        done = (
+            count(tuning.knobs(arm), tuning.trials)
+            if self.best(setting, arm)
+            else len(self.tuned(setting, arm)["trials"])
+        )
+        return max(0, count(tuning.knobs(arm), tuning.trials) - done)
+
+    def sought(self, arm: str, values: Mapping[str, Any]) -> bool:
+        """Whether these are values that the arm's search may try."""
+        knobs = self.study.tuning.knobs(arm) if self.study.tuning else {}
+        return knobs.keys() == values.keys() and all(
+            knob.low <= values[key] <= knob.high if isinstance(knob, Range) else values[key] in knob
+            for key, knob in knobs.items()
+        )
+
+    def asked(self, arm: str) -> dict[str, Any]:
+        """What an arm's tuning hangs on beside the configs of its trials."""
+        assert self.study.tuning is not None
+        knobs = {
+            key: knob.model_dump() if isinstance(knob, Range) else [*knob]
+            for key, knob in self.study.tuning.knobs(arm).items()
+        }
+        return {"knobs": knobs, "trials": self.study.tuning.trials, "score": self.study.score}
 
     def seeds_left(self, setting: str, arm: str) -> list[int]:
         return [seed for seed in self.study.seeds if str(seed) not in self.ran(setting, arm)]
 
     # ---- in threads, one for each run at work
 
-    def play(self, setting: str, arm: str, seed: int | None, config: Part, knobs: Mapping[str, Any]) -> dict[str, Any]:
-        """Play a run, or a trial where there is no seed, and tell of it; RunFailed where it fails."""
-        folder = self.runs / f"{setting}-{arm}-{'trial' if seed is None else seed}-{digest(config)}"
+    def play(self, setting: str, arm: str, seed: int, knobs: Mapping[str, Any]) -> None:
+        """Play a run and tell of it; RunFailed where it fails."""
+        config = self.run(setting, arm, seed)
+        folder = self.runs / f"{setting}-{arm}-{seed}-{digest(config)}"
         wall = played.play(folder, config, self.processes)
         run = played.measured(folder) | {"digest": digest(config)}
-        score = run["summary"][self.study.score]
-        if seed is None:
-            run = {"knobs": dict(knobs), "score": score, "seconds": run["seconds"], "digest": run["digest"]}
-        who = {"setting": setting, "arm": arm, "seed": seed, "knobs": knobs}
-        self.told.put({"event": "run", **who, "score": score, "wall_seconds": wall, "run": run})
-        return run
+        who = {"setting": setting, "arm": arm, "seed": seed, "knobs": knobs, "score": run["summary"][self.study.score]}
+        self.told.put({"event": "run", **who, "wall_seconds": wall, "run": run})
+
+    def attempt(self, setting: str, arm: str, config: Part, knobs: dict[str, Any]) -> dict[str, Any]:
+        """Play a trial and tell of it; one that fails, as where training diverges, has no score but an error."""
+        folder, wall = self.runs / f"{setting}-{arm}-trial-{digest(config)}", 0.0
+        trial = {"knobs": knobs, "score": None, "seconds": 0.0, "digest": digest(config)}
+        try:
+            wall = played.play(folder, config, self.processes)
+        except RunFailed as error:
+            if self.processes.stopped:
+                raise
+            trial["error"] = str(error)
+        else:
+            run = played.measured(folder)
+            trial |= {"score": scored(run, self.study.score), "seconds": run["seconds"]}
+            if trial["score"] is None:
+                raise RunFailed(
+                    f"a trial has no {self.study.score}; methods without a global model have personal_accuracy"
+                )
+        who = {"setting": setting, "arm": arm, "seed": None, "knobs": knobs, "score": trial["score"]}
+        self.told.put({"event": "run", **who, "wall_seconds": wall, "run": trial})
+        return trial
 
     def tune(self, setting: str, arm: str) -> None:
         """An arm's trials, one after another, as each may hang on those before."""
@@ -108,18 +152,15 @@ class Comparison:
 
         def score(knobs: dict[str, Any]) -> float:
             config = self.trial(setting, arm, knobs)
-            trial = known.get(digest(config)) or self.play(setting, arm, None, config, knobs)
-            if trial["score"] is None:
-                raise RunFailed(
-                    f"a trial has no {self.study.score}; methods without a global model have personal_accuracy"
-                )
-            trials.append(trial)
-            return float(trial["score"])
+            trials.append(known.get(digest(config)) or self.attempt(setting, arm, config, knobs))
+            return float(trials[-1]["score"] or 0.0)
 
         knobs = tuning.knobs(arm)
         search(knobs, tuning.trials, tuning.seed, score)
-        best = chosen(trials)
-        found = {"trials": trials, "best": best, "edge": edges(knobs, best)}
+        if not (there := [trial for trial in trials if trial["score"] is not None]):
+            raise RunFailed(f"every trial failed, the last with: {trials[-1]['error']}")
+        best = chosen(there)
+        found = {"asked": self.asked(arm), "trials": trials, "best": best, "edge": edges(knobs, best)}
         self.told.put({"event": "tuned", "setting": setting, "arm": arm, "found": found})
 
     def work(self, key: Key) -> None:
@@ -130,7 +171,7 @@ class Comparison:
             if seed is None:
                 self.tune(setting, arm)
             else:
-                self.play(setting, arm, seed, self.run(setting, arm, seed), self.best(setting, arm) or {})
+                self.play(setting, arm, seed, self.best(setting, arm) or {})
         except RunFailed as error:
             self.told.put({"event": "failed", "setting": setting, "arm": arm, "seed": seed, "error": str(error)})
         except BaseException as error:  # raised again where somebody sees it
@@ -177,13 +218,14 @@ class Comparison:
             arms, mine = self.found["runs"].setdefault(setting, {}), self.ran(setting, arm)
             arms[arm] = {str(seed): mine[str(seed)] for seed in self.study.seeds if str(seed) in mine}
         self.found["fair"] = fairness(self.study, self.found)
-        self.found["results"] = compared(self.study, self.found["runs"])
-        self.found["claims"] = verdicts(self.study, self.found["results"])
-        write(self.out / FILE, text(self.found).encode())
+        fair = self.found["fair"]["verdict"]
+        self.found["results"] = compared(self.study, self.found["runs"], fair)
+        self.found["claims"] = verdicts(self.study, self.found["runs"], self.found["results"]) if fair else {}
+        write(self.out / FILE, f"{text(self.found)}\n".encode())
 
 
 def opened(study: Study, out: Path, runs: Path, workers: int) -> Comparison:
-    """The comparison with what comparison.json has of the study's own runs; what was played otherwise is left out of it."""
+    """The comparison with what comparison.json has of the study's own runs. Where it has others, it is kept beside."""
     before = read(out) if (out / FILE).exists() else {}
     found: dict[str, Any] = {
         "schema": SCHEMA, "version": fedrank.__version__, "study": study.model_dump(mode="json"), "forecast": before.get("forecast"),
@@ -193,16 +235,37 @@ def opened(study: Study, out: Path, runs: Path, workers: int) -> Comparison:
     for setting, arm in self.searched:
         mine = before.get("tuning", {}).get(setting, {}).get(arm, {"trials": []})
         same = [
-            trial for trial in mine["trials"] if trial["digest"] == digest(self.trial(setting, arm, trial["knobs"]))
+            one
+            for one in mine["trials"]
+            if one["digest"] == digest(self.trial(setting, arm, one["knobs"])) and self.sought(arm, one["knobs"])
         ]
-        found["tuning"].setdefault(setting, {})[arm] = {"trials": same}
-        if "best" in mine and self.trials_left(setting, arm) == 0:
-            found["tuning"][setting][arm] = mine | {"trials": same}
-    for setting, arm in self.pairs:
-        for seed, run in before.get("runs", {}).get(setting, {}).get(arm, {}).items():
-            if self.best(setting, arm) is not None and run["digest"] == digest(self.run(setting, arm, int(seed))):
-                self.ran(setting, arm)[seed] = run
+        asked = mine.get("asked", {})
+        if asked.get("score", study.score) == study.score:
+            self.tuned(setting, arm)["trials"] = same
+            if asked == self.asked(arm) and len(same) == len(mine["trials"]):
+                found["tuning"][setting][arm] = mine
+    there = {
+        (s, arm, seed) for s, arms in before.get("runs", {}).items() for arm, mine in arms.items() for seed in mine
+    }
+    for setting, arm, seed in there:
+        run = before["runs"][setting][arm][seed]
+        known = (setting, arm) in self.pairs and int(seed) in study.seeds and self.best(setting, arm) is not None
+        if known and run["digest"] == digest(self.run(setting, arm, int(seed))):
+            self.ran(setting, arm)[seed] = run
+    kept = sum(len(mine) for arms in found["runs"].values() for mine in arms.values())
+    if kept < len(there):
+        other = out / f"comparison-{xxhash.xxh3_64_hexdigest((out / FILE).read_bytes())[:8]}.json"
+        write(other, (out / FILE).read_bytes())
+        log.warning(
+            "%d runs in %s are not of this study as it stands; they stay in %s", len(there) - kept, out / FILE, other
+        )
     return self
+
+
+def scored(run: Mapping[str, Any], score: str) -> float | None:
+    """What a trial is judged by: accuracy as runs are, over the last evaluations; of clients, all in the end."""
+    value = late(run["curve"], score) if score == "accuracy" else run["summary"].get(score)
+    return None if value is None else float(value)
 
 
 def processor() -> str:
@@ -225,6 +288,15 @@ def read(path: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def text(found: Mapping[str, Any]) -> str:
-    """JSON with what holds nothing nested on a line of its own: a run is a page, and not hundreds of lines."""
-    return re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda m: " ".join(m[0].split()), json.dumps(found, indent=1)) + "\n"
+def text(found: Any, depth: int = 0) -> str:
+    """JSON in which what holds nothing nested is a line of its own: a run is a page, and not hundreds of lines."""
+    inside = found.values() if isinstance(found, dict) else found if isinstance(found, list) else ()
+    if not any(isinstance(one, dict | list) and one for one in inside):
+        return json.dumps(found)
+    pad = " " * (depth + 1)
+    if isinstance(found, dict):
+        lines = [f"{pad}{json.dumps(key)}: {text(value, depth + 1)}" for key, value in found.items()]
+    else:
+        lines = [f"{pad}{text(value, depth + 1)}" for value in found]
+    start, end = "{}" if isinstance(found, dict) else "[]"
+    return start + "\n" + ",\n".join(lines) + f"\n{' ' * depth}{end}"

@@ -5,8 +5,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import yaml
+
 from fedrank.engines.workers import cores
-from fedrank.store import Store
+from fedrank.store import Store, write
 from fedrank.studies.comparison import FILE, Event, Key, opened
 from fedrank.studies.estimate import forecast
 from fedrank.studies.study import Study, read
@@ -46,6 +48,7 @@ def play(
         if ahead:
             return
         comparison.save()
+        write(out / "study.yaml", yaml.safe_dump(comparison.found["study"], sort_keys=False).encode())
         done, seconds, all_ = 0, list[float](), expected["trials"] + expected["runs"]
 
         def played(keys: list[Key]) -> Iterator[Event]:

@@ -1,26 +1,31 @@
 """What a study's runs come to: spread, costs up to a common target, paired differences, fairness, and a plain sentence."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from statistics import fmean
 from typing import Any
 
-from fedrank.studies import runs as played
+from fedrank.server import OF_TEXTS
 from fedrank.studies.claims import COSTS, SCORES, judged
+from fedrank.studies.runs import best, late, reached
 from fedrank.studies.statistics import LEVEL, holm, paired, ratio, spread
 from fedrank.studies.study import Study
+from fedrank.studies.tuning import count
 from fedrank.units import points, share
 from fedrank.units import ratio as times
 
 Run = Mapping[str, Any]  # as `runs.measured` gives it
-SUMS = {"bytes": ("bytes_up", "bytes_down"), "adapter_bytes": ("adapter_bytes_up", "adapter_bytes_down")}
+OTHERS = ("last_accuracy", "personal_majority", "rows_seen", *OF_TEXTS, *(f"personal_{name}" for name in OF_TEXTS))
+BOTH_WAYS = {"bytes": ("bytes_up", "bytes_down"), "adapter_bytes": ("adapter_bytes_up", "adapter_bytes_down")}
 TO_TARGET = ("round", *COSTS)
 
 
 def measures(run: Run) -> dict[str, float | None]:
     """A run's numbers: scores, `accuracy` as `late` takes it, and costs of all rounds."""
     summary = run["summary"]
-    found = {name: summary.get(name) for name in (*SCORES, *COSTS)}
-    found |= {name: _sum(summary, parts) for name, parts in SUMS.items()}
-    return {**found, "accuracy": played.late(run["curve"], "accuracy"), "last_accuracy": summary.get("accuracy")}
+    found = {name: summary.get(name) for name in (*SCORES, *COSTS, *OTHERS)}
+    found |= {name: _sum(summary, parts) for name, parts in BOTH_WAYS.items()}
+    found |= {"last_accuracy": summary.get("accuracy"), "rows_seen": run["rows_seen"]}
+    return {**found, "accuracy": late(run["curve"], "accuracy")}
 
 
 def _sum(row: Mapping[str, Any], parts: tuple[str, ...]) -> float | int | None:
@@ -29,46 +34,49 @@ def _sum(row: Mapping[str, Any], parts: tuple[str, ...]) -> float | int | None:
     return None if None in values else sum(value or 0 for value in values)
 
 
-def compared(study: Study, runs: Mapping[str, Any]) -> dict[str, Any]:
-    """Setting -> what its arms came to, of the runs that there are: {arm: {seed: run}} in each setting."""
-    return {setting: _setting(study, runs.get(setting, {})) for setting in study.settings}
+def compared(study: Study, runs: Mapping[str, Any], fair: bool) -> dict[str, Any]:
+    """Setting -> what its arms came to, of the runs that there are: {arm: {seed: run}} in each setting.
+
+    fair: whether anything may be concluded.
+    """
+    return {setting: _setting(study, runs.get(setting, {}), fair) for setting in study.settings}
 
 
-def _setting(study: Study, arms: Mapping[str, Mapping[str, Run]]) -> dict[str, Any]:
-    seeds = [str(seed) for seed in study.seeds]
-    numbers = {
-        arm: {seed: measures(arms[arm][seed]) for seed in seeds if seed in arms.get(arm, {})} for arm in study.arms
-    }
-    target = study.target if study.target is not None else _common(study, arms)
-    found = {
-        arm: {"seeds": [*mine]}
-        | {name: spread([one[name] for one in mine.values()]) for name in (*SCORES, "last_accuracy", *COSTS)}
-        for arm, mine in numbers.items()
-    }
+def _setting(study: Study, arms: Mapping[str, Mapping[str, Run]], fair: bool) -> dict[str, Any]:
+    found = {}
+    for arm in study.arms:
+        mine = {str(seed): measures(run) for seed in study.seeds if (run := arms.get(arm, {}).get(str(seed)))}
+        found[arm] = {
+            "seeds": [*mine],
+            **{n: spread([one[n] for one in mine.values()]) for n in (*SCORES, *COSTS, *OTHERS)},
+        }
+    target = _target(study, arms, study.arms)
     to_target = {arm: _to_target(study, arms.get(arm, {}), target) for arm in study.arms}
     differences = _differences(study, found, to_target)
     return {
         "arms": found, "target": {"score": study.score, "value": target, "given": study.target is not None, "arms": to_target},
-        "differences": differences, "conclusion": conclusion(study, found, differences),
+        "differences": differences, "conclusion": conclusion(study, found, differences) if fair else None,
     }  # fmt: skip
 
 
-def _common(study: Study, arms: Mapping[str, Mapping[str, Run]]) -> float | None:
-    """What every run of these arms reaches, less those whose method has no such score."""
-    tops = [played.best(run["curve"], study.score) for mine in arms.values() for run in mine.values()]
+def _target(study: Study, arms: Mapping[str, Mapping[str, Run]], names: Iterable[str]) -> float | None:
+    """The study's target, or what every run of these arms reaches, less those whose method has no such score."""
+    if study.target is not None:
+        return study.target
+    tops = [best(run["curve"], study.score) for arm in names for run in arms.get(arm, {}).values()]
     return min((top for top in tops if top is not None), default=None)
 
 
 def _to_target(study: Study, mine: Mapping[str, Run], target: float | None) -> dict[str, Any]:
     """Costs up to the target, of the seeds that reach it; reached: how many do."""
-    found = {seed: target and played.reached(run["curve"], study.score, target) for seed, run in mine.items()}
+    found = {seed: target and reached(run["curve"], study.score, target) for seed, run in mine.items()}
     there = {
-        seed: point | {name: _sum(point, parts) for name, parts in SUMS.items()}
+        seed: point | {name: _sum(point, parts) for name, parts in BOTH_WAYS.items()}
         for seed, point in found.items()
         if point
     }
     return {
-        "reached": len(there), "seeds": [*there],
+        "played": len(mine), "reached": len(there), "seeds": [*there],
         **{name: spread([point[name] for point in there.values()]) for name in TO_TARGET},
     }  # fmt: skip
 
@@ -101,9 +109,14 @@ def _by_seed(side: Mapping[str, Any], name: str) -> dict[str, float | int]:
     return {s: value for s, value in zip(side["seeds"], side[name]["values"], strict=True) if value is not None}
 
 
-def verdicts(study: Study, results: Mapping[str, Any]) -> dict[str, Any]:
-    """What the runs say of each of the study's claims."""
-    return {name: judged(claim, study.baseline, results) for name, claim in study.claims.items()}
+def verdicts(study: Study, runs: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
+    """What the runs say of each of the study's claims; those up to a target by what their two arms reach."""
+
+    def targets(setting: str, *arms: str) -> dict[str, Any]:
+        target = _target(study, runs[setting], arms)
+        return {arm: _to_target(study, runs[setting][arm], target) for arm in arms}
+
+    return {name: judged(claim, study.baseline, results, targets) for name, claim in study.claims.items()}
 
 
 # ---- in words
@@ -123,19 +136,30 @@ def fairness(study: Study, found: Mapping[str, Any]) -> dict[str, Any]:
         for what in ("data", "model"):
             if len({(seed, str(one[what])) for seed, one in facts}) > len({seed for seed, _ in facts}):
                 why.append(f"{setting}: runs of a seed had not the same {what}")
-        for what in ("version", "numerics"):
+        if len({one["numerics"]["compute"] for _, one in facts}) > 1:
+            why.append(f"{setting}: some runs were computed in bfloat16 and some in float32 (engine.compute)")
+        for what, words in (("code", "this program's code"), ("numerics", "numerics")):
             if len({str(one[what]) for _, one in facts}) > 1:
-                notes.append(
-                    f"{setting}: not all runs were played with the same {what}, so here they might differ in bits"
-                )
+                notes.append(f"{setting}: not all runs were played with the same {words}")
+        seen = {arm: fmean(run["rows_seen"] for run in mine.values()) for arm, mine in arms.items() if mine}
+        least = min((rows for rows in seen.values() if rows), default=0.0)
+        if more := [f"{arm} {rows / least:.2g}" for arm, rows in seen.items() if rows > 1.01 * least > 0]:
+            notes.append(f"{setting}: rows seen in training, times the least: {', '.join(more)}")
     for setting, arms in found.get("tuning", {}).items():
+        if study.tuning is None:
+            continue
         counts = {arm: len(arms.get(arm, {}).get("trials", [])) for arm in study.arms}
-        if len(set(counts.values())) > 1:
+        if short := [arm for arm, n in counts.items() if n != count(study.tuning.knobs(arm), study.tuning.trials)]:
+            why.append(f"{setting}: the tuning of {', '.join(short)} has not come to its end")
+        elif len(set(counts.values())) > 1:
             why.append(
                 f"{setting}: tuned with unequal effort, trials: {', '.join(f'{arm} {n}' for arm, n in counts.items())}"
             )
         if edged := [f"{arm} ({', '.join(mine['edge'])})" for arm, mine in arms.items() if mine.get("edge")]:
             notes.append(f"{setting}: the best value that was tried is at an edge for {', '.join(edged)}")
+    sizes = {(c.adapter.rank, str(c.adapter.targets)) for arms in study.resolved().values() for c in arms.values()}
+    if len(sizes) > 1:
+        notes.append("arms begin with adapters of different ranks or targets")
     if study.tuning is None:
         notes.append("no knob was searched: learning rates are each method's default or as the arms set them")
     elif study.tuning.own:

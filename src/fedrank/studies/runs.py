@@ -6,14 +6,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, BinaryIO
 
+import xxhash
 import yaml
 
+import fedrank
 from fedrank import ledger
 from fedrank.server import OF_TEXTS, PERSONAL
 from fedrank.studies.study import Part, located
@@ -46,48 +50,62 @@ class Processes:
         for process in list(self.working):
             process.wait()
 
-    def call(self, words: Collection[str], log: Path) -> int:
+    def call(self, words: Sequence[str], log: BinaryIO) -> int:
         """The exit code of a command whose output goes into a file."""
-        with log.open("wb") as file:
-            process = subprocess.Popen(
-                [*words], stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
-            )
-            self.working.add(process)
-            try:
-                if self.stopped:  # while it was started
-                    process.send_signal(signal.SIGTERM)
-                return process.wait()
-            finally:
-                self.working.discard(process)
+        process = subprocess.Popen([*words], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        self.working.add(process)
+        try:
+            if self.stopped:  # while it was started
+                process.send_signal(signal.SIGTERM)
+            return process.wait()
+        finally:
+            self.working.discard(process)
+
+    @contextmanager
+    def alone(self, path: Path) -> Iterator[BinaryIO]:
+        """The log of a run, locked, by its process too: what a killed study had begun plays on, and is waited for."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab", buffering=0) as log:
+            while True:
+                if self.stopped:
+                    raise RunFailed("stopped")
+                try:
+                    fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    time.sleep(0.2)
+                else:
+                    break
+            log.truncate(0)
+            yield log
 
 
 def play(folder: Path, config: Part, processes: Processes) -> float:
     """Play a run, or go on with it where it stopped; a finished one is left as it is. The seconds that it took just now.
 
-    RunFailed with its last word where it fails.
+    RunFailed with its last word where it fails, or where no client's update was merged in any round.
     """
-    command, file, log = [sys.executable, "-m", "fedrank.cli"], folder.with_suffix(".yaml"), folder.with_suffix(".log")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _wait(folder)
-    started = time.monotonic()
-    if (folder / "summary.json").exists():
-        return 0.0
-    if (folder / "config.yaml").exists():
-        code = processes.call([*command, "resume", str(folder), "--output", "quiet"], log)
-    else:
-        file.write_text(yaml.safe_dump(located(config), sort_keys=False))
-        code = processes.call([*command, "run", str(file), "--out", str(folder), "--output", "quiet"], log)
-    if code:
-        words = log.read_text(errors="replace").strip().splitlines() or [f"it ended with code {code}"]
-        raise RunFailed(words[-1].removeprefix("error: "))
+    command, started = [sys.executable, "-m", "fedrank.cli"], time.monotonic()
+    file, log = (folder.with_name(f"{folder.name}.{kind}") for kind in ("yaml", "log"))
+    with processes.alone(log) as told:
+        if not (folder / "summary.json").exists():
+            if (folder / "config.yaml").exists():
+                words = ["resume", str(folder)]
+            else:
+                file.write_text(yaml.safe_dump(located(config), sort_keys=False))
+                words = ["run", str(file), "--out", str(folder)]
+            code = processes.call([*command, *words, "--output", "quiet"], told)
+            if code and not (folder / "summary.json").exists():
+                raise RunFailed(_last_word(log, code))
+    if json.loads((folder / "summary.json").read_text())["clients_ok"] == 0:
+        raise RunFailed(f"no client's update was merged in any round; see {folder / 'clients.jsonl'}")
     return time.monotonic() - started
 
 
-def _wait(folder: Path) -> None:
-    """Until nobody plays this run: where a study is killed, what it had begun plays on to its end."""
-    if (folder / ".lock").exists():
-        with (folder / ".lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+def _last_word(log: Path, code: int) -> str:
+    if code < 0:
+        return f"it was ended by {signal.Signals(-code).name}" + ", as when memory runs out" * (code == -signal.SIGKILL)
+    said = log.read_text(errors="replace").strip().splitlines()
+    return said[-1].removeprefix("error: ") if said else f"it ended with code {code}"
 
 
 def measured(folder: Path) -> dict[str, Any]:
@@ -104,15 +122,24 @@ def measured(folder: Path) -> dict[str, Any]:
         peak = max(peak, row["peak_memory_bytes"] or 0.0)
         if row["accuracy"] is not None or row["personal_accuracy"] is not None:
             curve.append({name: row[name] for name in AT if name in row} | sums | {"peak_memory_bytes": peak or None})
-    clients = ledger.read(folder / PERSONAL)
+    clients, asked = ledger.read(folder / PERSONAL), ledger.read(folder / "clients.jsonl")
     whole = [row for row in ledger.read(folder / "ranks.jsonl") if row["client"] is None]
     return {
         "summary": {name: summary[name] for name in CLOSING if name in summary}, "curve": curve,
         "personal": [row["accuracy"] for row in clients if "accuracy" in row], "ranks": whole[-1]["ranks"] if whole else {},
         "seconds": round(sum(row["wall_seconds"] or 0.0 for row in rounds), 1),
-        "facts": {"data": facts["hash"], "model": facts["model"]["fingerprint"], "version": summary["version"],
-                  "numerics": summary["numerics"]},
+        "rows_seen": sum(row.get("rows_seen", 0.0) for row in asked if row["ok"]),
+        "facts": {"data": facts["hash"], "model": facts["model"]["fingerprint"], "numerics": summary["numerics"],
+                  "code": code()},
     }  # fmt: skip
+
+
+@cache
+def code() -> str:
+    """The hash of this package's own source."""
+    root = Path(fedrank.__file__).parent
+    files = sorted(path for path in root.rglob("*") if path.suffix in (".py", ".yaml"))
+    return xxhash.xxh3_64_hexdigest(b"".join(path.read_bytes() for path in files))
 
 
 def late(curve: list[dict[str, Any]], score: str) -> float | None:

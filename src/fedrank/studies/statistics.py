@@ -32,7 +32,7 @@ def paired(ours: Sequence[float | int], theirs: Sequence[float | int]) -> dict[s
     error = stdev(values) / math.sqrt(len(values))
     half = float(stats.t.ppf(1 - LEVEL / 2, len(values) - 1)) * error
     found["interval"] = [found["mean"] - half, found["mean"] + half]
-    if error > 0:
+    if error > 1e-12 * max(map(abs, [*ours, *theirs])):  # below, it is rounding
         found["p"] = float(2 * stats.t.sf(abs(found["mean"]) / error, len(values) - 1))
     return found
 

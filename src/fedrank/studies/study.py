@@ -4,10 +4,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import xxhash
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from fedrank import config as settings
@@ -57,6 +59,24 @@ class Tuning(BaseModel, extra="forbid", frozen=True):
     seed: int = 100
     every_setting: bool = False
 
+    @field_validator("search", mode="before")
+    @classmethod
+    def _values(cls, given: Any) -> Any:
+        """A value alone is no range of values, and what all arms share is no knob of one."""
+        for key, knob in given.items() if isinstance(given, Mapping) else ():
+            if not isinstance(knob, list | tuple | Mapping | Range):
+                raise ValueError(f"{key}: a list of values, or {{low, high, log}}, got {knob!r}")
+            if key.partition(".")[0] in ("seed", "data", "clients", "rounds", "engine", "task", "model", "observe"):
+                raise ValueError(f"{key} is no knob of a method: all arms have the same")
+        return given
+
+    @field_validator("own", mode="before")
+    @classmethod
+    def _of_arms(cls, given: Any) -> Any:
+        for knobs in given.values() if isinstance(given, Mapping) else ():
+            cls._values(knobs)
+        return given
+
     def knobs(self, arm: str) -> dict[str, Knob]:
         return {**self.search, **self.own.get(arm, {})}
 
@@ -94,6 +114,8 @@ class Study(BaseModel, extra="forbid", frozen=True):
             raise ValueError(
                 "methods and arms: one of the two; an arm that is a method alone is NAME: {method: {name: NAME}}"
             )
+        if not (isinstance(raw["methods"], list) and all(isinstance(name, str) for name in raw["methods"])):
+            raise ValueError(f"methods: a list of names, such as [fedavg, fedara], got {raw['methods']!r}")
         arms = {name: {"method": {"name": name}} for name in raw["methods"]}
         if len(arms) < len(raw["methods"]):
             raise ValueError(f"methods: each once, got {', '.join(raw['methods'])}")
@@ -120,6 +142,10 @@ class Study(BaseModel, extra="forbid", frozen=True):
                 raise ValueError(
                     f"{key}: {arm!r} is no arm{settings.hint(arm, self.arms)}; arms are {', '.join(self.arms)}"
                 )
+        known = [*settings.known_keys(), "method"]
+        for key in self.varies:
+            if key not in known and not key.startswith("method."):
+                raise ValueError(f"varies: there is no key {key!r}{settings.hint(key, known)}")
         for name, one in self.claims.items():
             if odd := [setting for setting in one.settings if setting not in self.settings]:
                 raise ValueError(
@@ -179,6 +205,10 @@ def read(
         raw["seeds"] = seeds
     for item in overrides:
         settings.override(raw, item)
+    if odd := [key for key in raw if key in Config.model_fields and key not in Study.model_fields]:
+        raise ConfigError(
+            f"{where}: {odd[0]!r} is a key of runs: what they share goes below base, such as base.{odd[0]}"
+        )
     try:
         study = Study.model_validate(raw)
     except ValidationError as error:
@@ -190,6 +220,10 @@ def read(
 def _checked(config: Part, whose: str) -> Config:
     try:
         found = settings.load(located(config))
+        if found.data.split != "test":
+            raise ConfigError(
+                "data.split: runs are scored on the test rows; trials on the validation share by themselves"
+            )
         methods.build(found.method)
     except ConfigError as error:
         raise ConfigError(f"{whose}: {error}") from None
@@ -209,12 +243,8 @@ def merged(*parts: Part) -> Part:
     for part in parts:
         for key, value in part.items():
             below = result.get(key)
-            if (
-                key == "method"
-                and isinstance(below, dict)
-                and value.get("name", below.get("name")) != below.get("name")
-            ):
-                below = {}
+            if key == "method" and isinstance(below, dict) and isinstance(value, dict):
+                below = below if value.get("name", below.get("name")) == below.get("name") else {}
             result[key] = merged(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
     return result
 
@@ -245,20 +275,31 @@ def located(config: Part) -> Part:
     """The config with $NAME and ~ in the paths of its data and model as they are on this machine."""
     found = dict(config)
     for section, key in (("data", "path"), ("model", "name")):
-        if isinstance(value := (config.get(section) or {}).get(key), str):
+        if isinstance(mine := config.get(section), dict) and isinstance(value := mine.get(key), str):
             here = os.path.expanduser(os.path.expandvars(value))
             if "$" in here:
                 raise ConfigError(
                     f"{section}.{key}: {value}: the environment has no such variable; set it to the folder that is meant"
                 )
-            found[section] = {**config[section], key: here}
+            found[section] = {**mine, key: here}
     return found
 
 
 def digest(config: Part) -> str:
-    """What a run's result hangs on, by its config: where data and model lie does not count, what they are called does."""
-    found = json.loads(json.dumps(config))
-    for section, key in (("data", "path"), ("model", "name")):
-        if isinstance(value := (found.get(section) or {}).get(key), str):
-            found[section][key] = Path(value).name
+    """What a run's result hangs on by its config, less what is as by default: of rows what they are, and not where."""
+    found = settings.load(located(config)).model_dump(mode="json", exclude_defaults=True)
+    if path := found.get("data", {}).get("path"):
+        found["data"]["path"] = _content(Path(path))
+    if name := found.get("model", {}).get("name"):
+        found["model"]["name"] = Path(name).name
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@cache
+def _content(path: Path) -> str:
+    """The hash of a file, or of a folder's, by their names. ConfigError where there is none."""
+    files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+    try:
+        return xxhash.xxh3_64_hexdigest(b"".join(one.name.encode() + one.read_bytes() for one in files))
+    except OSError as error:
+        raise ConfigError(f"data.path: {path}: {error.strerror}") from None

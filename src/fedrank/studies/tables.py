@@ -12,18 +12,30 @@ from fedrank.store import write
 from fedrank.studies.claims import SCORES
 from fedrank.studies.results import TO_TARGET
 from fedrank.units import duration, energy, memory, share, size
+from fedrank.views import TEXTS
 
 FORMS: dict[str, Callable[[Any], str]] = {
     "accuracy": share, "personal_accuracy": share, "personal_worst_decile": share, "last_accuracy": share, "bytes_up": size,
     "bytes_down": size, "adapter_bytes_up": size, "adapter_bytes_down": size, "clock_seconds": duration, "device_joules": energy,
-    "peak_memory_bytes": memory, "round": lambda value: "–" if value is None else f"{value:.0f}",
+    "peak_memory_bytes": memory, "personal_majority": share, "rows_seen": lambda value: "–" if value is None else f"{value:.0f}",
+    **{name: form for text, _, form in TEXTS for name in (text, f"personal_{text}")}, "round": lambda value: "–" if value is None else f"{value:.0f}",
 }  # fmt: skip
 NAMES = {
     "accuracy": "accuracy", "personal_accuracy": "personal", "personal_worst_decile": "worst decile", "bytes_up": "up",
     "bytes_down": "down", "bytes": "bytes", "adapter_bytes_up": "adapter up", "adapter_bytes_down": "adapter down", "clock_seconds": "device time",
-    "device_joules": "energy", "peak_memory_bytes": "memory", "round": "rounds", "last_accuracy": "last round",
+    "device_joules": "energy", "peak_memory_bytes": "memory", "round": "rounds", "last_accuracy": "last round", "personal_majority": "majority",
+    **{name: words if name == text else f"personal {words}" for text, words, _ in TEXTS for name in (text, f"personal_{text}")},
 }  # fmt: skip
-SHOWN = (*SCORES, "bytes_up", "bytes_down", "clock_seconds", "device_joules", "peak_memory_bytes")
+SHOWN = (
+    *SCORES,
+    "personal_majority",
+    *(f"{whose}{name}" for name, _, _ in TEXTS for whose in ("", "personal_")),
+    "bytes_up",
+    "bytes_down",
+    "clock_seconds",
+    "device_joules",
+    "peak_memory_bytes",
+)
 
 
 def told(name: str, one: Mapping[str, Any]) -> str:
@@ -31,7 +43,7 @@ def told(name: str, one: Mapping[str, Any]) -> str:
     mean, deviation, form = one["mean"], one["deviation"], FORMS[name]
     if mean is None or deviation is None:
         return form(mean)
-    if name in (*SCORES, "last_accuracy"):
+    if form is share:
         return f"{100 * mean:.1f} ± {100 * deviation:.1f} %"
     return f"{form(mean)} ± {100 * deviation / mean:.0f} %" if mean and deviation >= 0.005 * mean else form(mean)
 
@@ -159,7 +171,7 @@ def values(found: Mapping[str, Any]) -> str:
     for setting, one in found["results"].items():
         for arm, mine in one["arms"].items():
             for part, up_to in ((mine, False), (one["target"]["arms"][arm], True)):
-                for name in (name for name in part if name not in ("seeds", "reached")):
+                for name in (name for name, one in part.items() if isinstance(one, dict)):
                     for seed, value in zip(part["seeds"], part[name]["values"], strict=True):
                         lines.writerow([setting, arm, seed, name, "" if value is None else value, up_to])
     return text.getvalue()

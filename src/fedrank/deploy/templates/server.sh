@@ -58,7 +58,14 @@ await 127.0.0.1 @inner@
 # The sites' public keys are registered once; the database remembers them. With their folder empty, nothing is.
 for key in sites/*.pub; do
   [ -e "$key" ] || continue
-  said=$(flwr supernode register "$key" fedrank --format json 2>&1) || true
+  # The port for these orders opens a moment after the other.
+  while said=$(flwr supernode register "$key" fedrank --format json 2>&1) || true; do
+    case "$said" in
+      *'SuperLink is unavailable'*) kill -0 "$running" 2>/dev/null || break ;;
+      *) break ;;
+    esac
+    sleep 1
+  done
   case "$said" in
     *'"success": true'*) echo "server.sh: $key is registered" ;;
     *'already in use'*) ;;
