@@ -24,6 +24,7 @@ from fedrank.config import ConfigError
 from fedrank.report import adapters, clients, compared, comparison, page, pages, played, plots, run, watch
 from fedrank.report.page import Chart, Facts, Page, Table, Text
 from fedrank.store import Store, StoreError
+from fedrank.studies import tables
 
 DEVICES = "engine.fleet={devices: {jetson-tx2: 1, jetson-xavier-nx: 1, jetson-agx-xavier: 1}, jitter: 0.2}"
 
@@ -159,6 +160,66 @@ def test_ranks_that_differ_between_clients(play: Callable[..., Path]) -> None:
         for client, mine in found.items() for module, ranks in mine.items() if any(ranks)
     }  # fmt: skip
     assert {row[1] for row in chart.table.rows} <= set(read.kinds.values())
+
+
+def test_a_client_s_ranks_are_told_round_by_round(play: Callable[..., Path]) -> None:
+    read = played.read(play("method.name=legend", DEVICES, "engine.fleet.jitter=0.5", "rounds.count=5"))
+    chart = charts(run.page(read))["trained-rounds"]
+    told = {(str(row["client"]), str(row["round"])): sum(row["ranks"].values()) for row in read.apart}
+    assert len({client for client, _ in told}) < len(told)  # somebody trained twice
+    assert {(cell["name"].split(" · ")[0], cell["label"]): cell["value"] for cell in values(chart)} == told
+    assert {(row[0].split(" · ")[0], row[1]): int(row[2]) for row in chart.table.rows} == told
+
+
+def test_every_span_of_the_rank_map_and_every_label_is_in_a_table(pruned: Path) -> None:
+    read = played.read(pruned)
+    drawn = charts(run.page(read))
+    found: dict[tuple[str, int], int] = {}
+    for module, rounds, rank in drawn["map"].table.rows:
+        first, _, last = rounds.partition(" to ")
+        found |= {(module, at): int(rank) for at in range(int(first), int(last or first) + 1)}
+    assert 0 in found.values()
+    found = {place: rank for place, rank in found.items() if rank}
+    assert found == {(module, row["round"]): rank for row in read.common for module, rank in row["ranks"].items()}
+    columns = list(drawn["held"].table.columns)
+    for row in drawn["held"].table.rows:
+        holder = next(one for one in read.holders if one["client"] == row[0])
+        for label, count in holder["label_counts"].items():
+            assert row[columns.index(read.facts["labels"][int(label)])] == f"{100 * count / holder['train_rows']:.1f} %"
+
+
+def test_a_table_that_is_cut_keeps_every_arm() -> None:
+    rows = [[arm, str(at)] for arm in "abcdefgh" for at in range(200)]
+    table = Table(["Arm", "Round"], rows)
+    assert (len(table.shown), table.hidden) == (page.LONGEST, len(rows) - page.LONGEST)
+    assert {row[0] for row in table.shown} == set("abcdefgh")
+    assert (table.shown[0], table.shown[-1]) == (rows[0], rows[-1])
+    assert len({tuple(row) for row in table.shown}) == page.LONGEST
+
+
+def test_marks_stand_out_from_the_card() -> None:
+    """3 : 1 by WCAG's contrast, in both themes: bars, the ramp of maps, and the lines' colours where they are faintest."""
+
+    def light(colour: str) -> float:
+        parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        return float(
+            np.dot(
+                [0.2126, 0.7152, 0.0722], [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+            )
+        )
+
+    def over(colour: str, below: str, opacity: float) -> str:
+        pairs = ((int(colour[at : at + 2], 16), int(below[at : at + 2], 16)) for at in (1, 3, 5))
+        return "#" + "".join(f"{round(opacity * a + (1 - opacity) * b):02x}" for a, b in pairs)
+
+    blocks = re.findall(r"--page: .*?\}", page._asset("page.css"), re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        found = dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", block))
+        for name in ("bars", *(f"r{n}" for n in range(1, 6)), *(f"c{n}" for n in range(1, 9))):
+            drawn = over(found[name], found["card"], plots.FAINTEST if name[0] == "c" else 1.0)
+            high, low = sorted((light(drawn), light(found["card"])), reverse=True)
+            assert (high + 0.05) / (low + 0.05) >= 3, (name, found[name])
 
 
 def test_effective_ranks_of_private_adapters(play: Callable[..., Path]) -> None:
@@ -393,6 +454,8 @@ def test_the_page_of_a_comparison_tells_what_it_came_to(tmp_path: Path) -> None:
         "fedara",
         "legend",
     }  # no global model: no line
+    seeds = [row["label"] for row in values(drawn["s0-dots-accuracy"]) if row["name"] == "legend" and "value" in row]
+    assert seeds == [f"seed {seed}" for seed in study.SEEDS]
     dots = [row["value"] for row in values(drawn["s0-dots-accuracy"]) if row["name"] == "legend" and "value" in row]
     assert dots == found["results"]["clinc150"]["arms"]["legend"]["accuracy"]["values"]
     gap = next(row for row in values(drawn["s0-differences"]) if row["name"] == "legend" and "middle" in row)
@@ -401,6 +464,21 @@ def test_the_page_of_a_comparison_tells_what_it_came_to(tmp_path: Path) -> None:
     )
     assert {"s0-personal", "s0-alive", "s0-ranks", "tried-0"} <= drawn.keys()
     assert "Failures" in [section.title for section in made.sections]
+
+
+def test_a_comparison_s_page_has_the_words_and_numbers_of_its_tables(tmp_path: Path) -> None:
+    found, made = study.comparison(), made_of(tmp_path)
+    result = found["results"]["clinc150"]
+    shown = [list(map(list, b.rows)) for s in made.sections for b in s.blocks if isinstance(b, Table)]
+    for rows in (tables.final(result), tables.to_target(result), tables.ratios(result, "fedavg")):
+        assert rows[1:] in shown
+    chart = charts(made)["s0-differences"]
+    assert list(chart.table.rows) == tables.differences(result, "fedavg")[1:]
+    assert "accuracy is the mean of the last five evaluations" in words(made)
+    assert (
+        "That is one evaluation, in the mean over seeds; in the results stands the mean of the last five"
+        in charts(made)["s0-accuracy"].summary
+    )
 
 
 def test_an_arm_looks_the_same_in_every_chart(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from fedrank.parts import Parts, prepare
 from fedrank.protocol import Method, State
 from fedrank.server import ASKED, OF_TEXTS, PERSONAL, Event, Server
 from fedrank.store import Store, StoreError
+from fedrank.told import total as added
 from fedrank.trace import span
 from fedrank.training.data import ClientData
 
@@ -264,8 +265,8 @@ def summarise(path: Path, parts: Parts, end: Event) -> dict[str, Any]:
 
     def total(name: str) -> float | int | None:
         """None where a private run does not tell."""
-        values = [row[name] for row in rows]
-        return None if None in values else round(sum(values), 4)
+        found = added(row[name] for row in rows)
+        return None if found is None else round(found, 4)
 
     return {
         "path": str(path), "version": fedrank.__version__, "method": parts.config.method["name"],

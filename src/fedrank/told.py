@@ -1,6 +1,6 @@
 """What of a run may be told elsewhere, in an export or on a page: nothing of this machine, and of a private run no rows."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +47,9 @@ def tested(facts: Mapping[str, Any], config: Mapping[str, Any]) -> str:
 def last(place: str | None) -> str | None:
     """A folder or file of this machine by its last name; other names as they are."""
     return Path(place).name if place and Path(place).is_absolute() else place
+
+
+def total(values: Iterable[float | int | None]) -> float | int | None:
+    """A sum, or None where one of these is not told, as of a private run."""
+    known = list(values)
+    return None if None in known else sum(value for value in known if value is not None)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,7 +17,7 @@ from fedrank.config import TINY_MODELS, ConfigError
 from fedrank.protocol import ClientId, State
 from fedrank.server import BYTES, OF_TEXTS, PERSONAL
 from fedrank.store import CLIENT, StoreError, write
-from fedrank.told import computed, counted, last, portable, tested
+from fedrank.told import computed, counted, last, portable, tested, total
 
 ROOTS = FILE, INDEX = "provenance.json", "index.json"
 SCHEMA = 1
@@ -74,7 +74,7 @@ def manifest(
         "client": client, "limit": limit(facts, client, private) or None,
         "bytes": {
             "round": {name: here.get(name) for name in BYTES},
-            "all_rounds": {name: _total(row.get(name) for row in rows) for name in BYTES},
+            "all_rounds": {name: total(row.get(name) for row in rows) for name in BYTES},
         },
         "scores": _scores(run, state.round, here, client),
         "privacy": {
@@ -123,12 +123,6 @@ def _scores(run: Path, round: int, here: Mapping[str, Any], client: ClientId | N
     found |= {f"personal_{name}": {**here, **end}.get(f"personal_{name}") for name in OF_CLIENTS}
     found = {name: value for name, value in found.items() if value is not None or name in ("accuracy", "loss")}
     return found if any(value is not None for name, value in found.items() if name != "personal_clients") else None
-
-
-def _total(values: Iterable[int | None]) -> int | None:
-    """None where one is not told."""
-    known = list(values)
-    return None if None in known else sum(value for value in known if value is not None)
 
 
 # ---- the files

@@ -119,11 +119,16 @@ def held(run: Played) -> Chart:
     kinds = [len(row.get("label_counts") or {}) for row in people]
     said = f"{len(people)} clients hold {least} to {most} training rows"
     said += f" of {min(kinds)} to {max(kinds)} of {len(labels)} labels." if labels and any(kinds) else "."
+    drawn = 1 < len(labels) <= LABELS and any(kinds)
     table = Table(
-        ["Client", "Training rows", "Test rows", "Labels"],
-        [[str(row["client"]), str(row["train_rows"]), str(row["test_rows"]), str(n)] for row, n in zip(people, kinds, strict=True)],
+        ["Client", "Training rows", "Test rows", "Labels", *(labels if drawn else [])],
+        [
+            [str(row["client"]), str(row["train_rows"]), str(row["test_rows"]), str(n),
+             *(share(_held(row, at) or None) for at in range(len(labels) if drawn else 0))]
+            for row, n in zip(people, kinds, strict=True)
+        ],
     )  # fmt: skip
-    if not 1 < len(labels) <= LABELS or not any(kinds):
+    if not drawn:
         tally = _parts([row["train_rows"] for row in people])
         spec = plots.bars(
             [{**one, "series": "clients", "rank": 0} for one in tally], ["clients"], "Clients", "d", x="Training rows"
@@ -132,9 +137,9 @@ def held(run: Played) -> Chart:
     place = {str(row["client"]): row for row in people}
     shown = sampled(list(place), SHOWN)
     cells = [
-        {"name": c, "column": labels[int(label)], "value": round(count / max(place[c]["train_rows"], 1), 4)}
+        {"name": c, "column": labels[int(label)], "value": round(_held(place[c], int(label)), 4)}
         for c in shown
-        for label, count in place[c]["label_counts"].items()
+        for label in place[c]["label_counts"]
     ]
     spec = plots.cells(cells, shown, labels, "Share of the client's rows", "Label")
     note = (
@@ -143,6 +148,11 @@ def held(run: Played) -> Chart:
         else ""
     )
     return Chart("held", "Who holds what", f"{said} Those with the most rows are on top.", spec, table, note=note)
+
+
+def _held(row: Row, label: int) -> float:
+    """The share of a client's training rows that have this label."""
+    return float((row.get("label_counts") or {}).get(str(label), 0) / max(row["train_rows"], 1))
 
 
 def _parts(values: Sequence[int], count: int = 12) -> list[dict[str, Any]]:

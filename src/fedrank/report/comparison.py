@@ -65,19 +65,18 @@ def conclusions(found: Comparison) -> Section:
             blocks.append(Text("A fair comparison: the arms had the same data, seeds, work and tuning.", "good"))
         blocks += [Text(line, "note") for line in lines[len(lines) - notes :]]
         open = "" if fair["verdict"] else "nothing is concluded"
-    if found.part("claims"):
+    if found.study.get("claims"):
         blocks.append(claims(found, open))
     return Section("conclusions", "What may be concluded", blocks)
 
 
 def claims(found: Comparison, open: str) -> Table:
     """What was claimed beforehand, and what the runs say of it. open: why none is judged yet, if so."""
-    asked = found.study.get("claims") or {}
     rows = []
-    for name, judged in found.part("claims").items():
-        claim = asked.get(name, {})
-        ours = "; ".join(f"{s}: {_found(str(claim.get('of')), one)}" for s, one in judged["settings"].items())
-        rows.append([str(claim.get("claim", name)), ours or "–", open or judged["verdict"]])
+    for name, claim in found.study["claims"].items():
+        judged = {} if open else found.part("claims").get(name) or {}
+        ours = "; ".join(f"{s}: {_found(claim['of'], one)}" for s, one in judged.get("settings", {}).items())
+        rows.append([str(claim["claim"]), ours or "–", open or str(judged.get("verdict", "–"))])
     return Table(
         ["Claim", "Found, with 95 % intervals", "Verdict"],
         rows,

@@ -17,7 +17,7 @@ from fedrank.report.page import Block, Chart, Code, Facts, Page, Row, Section, T
 from fedrank.report.played import Played, known
 from fedrank.server import OF_TEXTS
 from fedrank.studies.study import flattened
-from fedrank.told import CLIENTS, UNPROTECTED, computed, counted, last, portable, tested
+from fedrank.told import CLIENTS, UNPROTECTED, computed, counted, last, portable, tested, total
 from fedrank.units import duration, energy, memory, number, share, size
 
 MEASURES = {  # of texts: its name, and how it is written
@@ -72,9 +72,8 @@ def status(run: Played) -> tuple[Literal["done", "running", "waiting", "stopped"
 
 def summed(rounds: Sequence[Row]) -> list[dict[str, Any]]:
     """Rounds with the sums so far that a chart may run along; None from where a run does not tell."""
-    both = [[row.get("bytes_up"), row.get("bytes_down")] for row in rounds]
     sums = {
-        "bytes": _running([None if None in pair else sum(part or 0 for part in pair) for pair in both]),
+        "bytes": _running([total(row.get(f"bytes_{way}") for way in ("up", "down")) for row in rounds]),
         "joules": _running([row.get("device_joules") for row in rounds]),
         "seconds": [row.get("clock_seconds") for row in rounds],
     }
@@ -109,23 +108,18 @@ def glance(run: Played) -> Section:
     for name, (title, write) in MEASURES.items():
         own = end.get(f"personal_{name}")
         figure(title, end.get(name), write, f"clients' mean {write(own)}" if own is not None else "")
-    total = {name: _total(run.rounds, name) for name in ("bytes_up", "bytes_down", "adapter_bytes_up", "adapter_bytes_down", "device_joules")}  # fmt: skip
-    if total["bytes_up"] is not None:
-        figure("Bytes up", total["bytes_up"], size, f"adapter {size(total['adapter_bytes_up'])}")
-        figure("Bytes down", total["bytes_down"], size, f"adapter {size(total['adapter_bytes_down'])}")
+    sums = {name: total(row.get(name) for row in run.rounds) for name in ("bytes_up", "bytes_down", "adapter_bytes_up", "adapter_bytes_down", "device_joules")}  # fmt: skip
+    if sums["bytes_up"] is not None:
+        figure("Bytes up", sums["bytes_up"], size, f"adapter {size(sums['adapter_bytes_up'])}")
+        figure("Bytes down", sums["bytes_down"], size, f"adapter {size(sums['adapter_bytes_down'])}")
     figure("Device time", last.get("clock_seconds"), duration, "simulated, the slowest of each round")
-    figure("Energy of devices", total["device_joules"], energy)
+    figure("Energy of devices", sums["device_joules"], energy)
     figure("Largest memory", max(known(run.rounds, "peak_memory_bytes"), default=None), memory, "of a client")
     start = sum(run.common[0]["ranks"].values()) if run.common else None
     figure("Components", last.get("components"), str, f"{start} after round {run.common[0]['round']}" if start else "")
     figure("Modules alive", last.get("modules_alive"), str, f"of {run.summary['modules']}" if run.summary else "")
     figure("Epsilon spent", last.get("epsilon"), number, f"at delta {last['delta']:g}" if last.get("delta") else "")
     return Section("glance", "At a glance", [Facts(shown)])
-
-
-def _total(rounds: Sequence[Row], name: str) -> float | int | None:
-    values = [row.get(name) for row in rounds]
-    return None if None in values else sum(value for value in values if value is not None)
 
 
 # ---- over rounds
@@ -201,13 +195,13 @@ def costs(run: Played) -> list[Section]:
             for n, (name, value) in enumerate(zip(names, values, strict=True))
         ]
     first, last = (row["bytes_up"] + row["bytes_down"] for row in (rows[0], rows[-1]))
-    total = sum(row["bytes_up"] + row["bytes_down"] for row in rows)
+    whole = sum(row["bytes_up"] + row["bytes_down"] for row in rows)
     table = Table(
         ["Round", *(label for label, _ in PARTS), "all up", "all down"],
         [[str(row["round"]), *(size(row.get(name)) for _, name in PARTS), size(row["bytes_up"]), size(row["bytes_down"])] for row in rows],
         left=0,
     )  # fmt: skip
-    said = f"{size(first)} in round {rows[0]['round']}, {size(last)} in round {rows[-1]['round']}, {size(total)} in all; all clients of a round together."
+    said = f"{size(first)} in round {rows[0]['round']}, {size(last)} in round {rows[-1]['round']}, {size(whole)} in all; all clients of a round together."
     note = "Each bar is the mean of several rounds." if len(groups) < len(by) else ""
     chart = Chart("bytes", "Bytes of each round", said, plots.bars(bars, names, f"Bytes ({word})"), table, note=note)
     tested = sum(known(run.rounds, "evaluation_bytes"))
