@@ -90,6 +90,8 @@ def test_a_head_on_the_mean_brings_its_class(name: str, tmp_path: Path, rng: np.
         alone = auto(**encoded(model, TEXTS[1:2]), labels=torch.tensor([2]))
     assert (alone.logits - expected[1]).abs().max() < 1e-5 * float(expected.abs().max())
     assert alone.loss == pytest.approx(-float(expected[1].log_softmax(-1)[2]), abs=1e-5)
+    for file in ("README.md", "pooled.py"):
+        assert "version 5 or newer" in (out / file).read_text().replace("transformers 5", "version 5")
     with pytest.raises(ValueError, match="trust_remote_code"):  # nothing runs that was not agreed to
         transformers.AutoModelForSequenceClassification.from_pretrained(out, trust_remote_code=False)
 

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -650,10 +651,48 @@ def test_watch_serves_the_page_to_who_knows_its_name_and_nothing_else(pruned: Pa
         http.client.HTTPConnection("127.0.0.1", port, timeout=2).request("GET", "/")
 
 
+def test_watch_reads_of_a_ledger_only_what_is_new(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, rows, parsed = tmp_path / "rounds.jsonl", played.follower(), list[Any]()
+    every = ledger.read(pruned / "rounds.jsonl")
+    loads = json.loads
+    monkeypatch.setattr(played.json, "loads", lambda text: parsed.append(text) or loads(text))
+    assert rows(path) == []
+    for count in (1, 2):
+        ledger.append(path, every[count - 1 : count])
+        assert (rows(path), len(parsed)) == (every[:count], count)
+    with path.open("a") as file:
+        file.write('{"round": 3, "accu')
+    assert (rows(path), len(parsed)) == (every[:2], 2)
+    ledger.cut(path, 1)  # a resume plays round 2 once more
+    parsed.clear()
+    again = {**every[1], "wall_seconds": 77.0}
+    ledger.append(path, [again, every[2]])
+    assert (rows(path), len(parsed)) == ([every[0], again, every[2]], 3)
+    text = path.read_text()
+    path.write_text(text.replace("77.0", "78.0"))  # in place, as nobody should
+    path.unlink()
+    assert rows(path) == []
+
+
+def test_a_line_of_many_rounds_is_thinned(pruned: Path, tmp_path: Path) -> None:
+    path, row = tmp_path / "run", ledger.read(pruned / "rounds.jsonl")[0]
+    shutil.copytree(pruned, path)
+    rounds = [row | {"round": at, "accuracy": at / 1e4 if at % 2 else None, "loss": None} for at in range(1, 4001)]
+    (path / "rounds.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rounds))
+    drawn = charts(run.page(played.read(path)))
+    common = [p["round"] for p in values(drawn["accuracy"]) if p["series"].startswith("global")]
+    assert (len(common), common[0], common[-1]) == (played.LINE, 1, 3999)
+    assert all(at % 2 for at in common)  # of those that were evaluated
+    assert drawn["accuracy"].note == "At most 1,000 points of a line are drawn, evenly spaced."
+    assert len(values(drawn["alive"])) == played.LINE
+
+
 def test_watch_says_so_where_a_page_cannot_be_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    def broken(path: Path) -> Page:
+    def broken(path: Path, rows: played.Read) -> Page:
         raise ZeroDivisionError("of all things")
 
     monkeypatch.setattr(watch, "awaited", broken)
@@ -697,3 +736,12 @@ def test_a_server_on_all_addresses_answers_to_any_of_them_but_to_no_strange_name
     assert not mine("evil.example:8600")
     assert not mine("192.168.1.7")
     assert watch.names("lab.example", 80)("LAB.example")
+
+
+def test_watch_says_where_a_server_on_all_addresses_is_reached() -> None:
+    name = socket.gethostname()
+    assert watch.urls("0.0.0.0", 8600) == ["http://127.0.0.1:8600/", f"http://{name}:8600/"]
+    assert watch.urls("::", 8600) == ["http://[::1]:8600/", f"http://{name}:8600/"]
+    assert watch.urls("fe80::1", 8600) == ["http://[fe80::1]:8600/"]
+    mine = watch.names("0.0.0.0", 8600)
+    assert all(mine(url.removeprefix("http://").strip("/")) for url in watch.urls("0.0.0.0", 8600))

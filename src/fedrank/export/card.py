@@ -113,7 +113,8 @@ def _load(found: Mapping[str, Any]) -> list[str]:
         ]
         if own:
             code.append(
-                "The class of the model is in pooled.py of this folder: a linear head on the mean over tokens.\n"
+                "The class of the model is in pooled.py of this folder: a linear head on the mean over tokens. "
+                "It needs transformers 5 or newer.\n"
             )
         if not generates:
             code.append("truncation=True cuts texts at the length of training.\n")

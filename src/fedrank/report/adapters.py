@@ -7,7 +7,7 @@ from typing import Any
 
 from fedrank.report import plots
 from fedrank.report.page import Block, Chart, Row, Section, Table
-from fedrank.report.played import Played, known, sampled, short
+from fedrank.report.played import Played, known, sampled, short, thinned
 
 SPANS = 6000  # rectangles of a map, which the page has to draw
 CLIENTS, MODULES = 60, 80  # rows and columns of a map of clients
@@ -39,14 +39,15 @@ def ranks(run: Played, rows: Sequence[Row]) -> Section | None:
     return Section("ranks", "Ranks", blocks)
 
 
-def alive(id: str, title: str, name: str, rows: Sequence[Row]) -> Chart:
+def alive(id: str, title: str, name: str, every: Sequence[Row]) -> Chart:
+    rows, note = thinned(every)
     points = [{**{axis: row.get(axis) for axis in plots.AXES}, "series": title, "value": row[name]} for row in rows]
     spec, axes = plots.lines(points, [title], title, "d", steps=True, zero=True)
     spec["height"] = 180
     first, last = rows[0], rows[-1]
     said = f"{first[name]} after round {first['round']}, {last[name]} after round {last['round']}."
     table = Table(["Round", title], [[str(row["round"]), str(row[name])] for row in rows], left=0)
-    return Chart(id, title, said, spec, table, axes)
+    return Chart(id, title, said, spec, table, axes, note)
 
 
 def rank_map(run: Played) -> Chart:
@@ -55,8 +56,7 @@ def rank_map(run: Played) -> Chart:
     spans = _spans(rounds, names)
     if len(spans) > SPANS:
         wanted = max(SPANS // max(len(names), 1), 2)
-        kept = {int(place) for place in sampled([str(at) for at in range(len(rounds))], wanted)}
-        rounds = [row for at, row in enumerate(rounds) if at in kept]
+        rounds = sampled(rounds, wanted)
         spans = _spans(rounds, names)
         note = f"Of {len(run.common)} rounds {len(rounds)} are shown, evenly spaced."
     last = run.common[-1]["ranks"]
@@ -112,7 +112,8 @@ def by_round(run: Played) -> Chart:
                     "name": labels[client], "start": rounds[0] - 0.5, "stop": rounds[-1] + 0.5, "label": label,
                     "value": round(statistics.fmean(there), 1),
                 })  # fmt: skip
-    spec = plots.heat(cells, [labels[client] for client in shown], "Components", plots.ROUNDS)
+    ends = {"nice": False, "domain": [run.rounds[0]["round"] - 0.5, run.rounds[-1]["round"] + 0.5]}
+    spec = plots.heat(cells, [labels[client] for client in shown], "Components", plots.ROUNDS | {"scale": ends})
     every = [value for mine in summed.values() for value in mine.values()]
     said = (
         f"Components of all modules that a client trained, from {min(every)} to {max(every)}. Where nothing is drawn, "
@@ -179,13 +180,14 @@ def by_client(run: Played, id: str, title: str, found: Mapping[str, Mapping[str,
     return Chart(id, title, said, spec, table, note=" ".join(note))
 
 
-def over_rounds(rows: Sequence[Row]) -> Chart | None:
+def over_rounds(every: Sequence[Row]) -> Chart | None:
     """The mean effective rank, and a band of one standard deviation between clients."""
+    told = [row for row in every if row.get("effective_rank") is not None and row.get("rank_spread") is not None]
+    rows, note = thinned(told)
     points = [
         {**{axis: row.get(axis) for axis in plots.AXES}, "series": "mean", "value": row["effective_rank"],
          "low": row["effective_rank"] - row["rank_spread"], "high": row["effective_rank"] + row["rank_spread"]}
         for row in rows
-        if row.get("effective_rank") is not None and row.get("rank_spread") is not None
     ]  # fmt: skip
     if not points:
         return None
@@ -199,4 +201,4 @@ def over_rounds(rows: Sequence[Row]) -> Chart | None:
     )
     said = f"Mean over the clients of a round and all modules: from {values[0]:.2f} to {values[-1]:.2f}. "
     said += "The band is one standard deviation between clients."
-    return Chart("effective-mean", "Effective rank over rounds", said, spec, table, axes)
+    return Chart("effective-mean", "Effective rank over rounds", said, spec, table, axes, note)

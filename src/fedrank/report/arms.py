@@ -50,11 +50,15 @@ def results(result: Row, reference: str) -> list[Block]:
         return []
     parts = (
         ("In the end: mean ± standard deviation over the seeds", tables.final(result)),
-        ("Up to the common target", tables.to_target(result)),
+        (f"Up to a common target: {share((result.get('target') or {}).get('value'))}", tables.to_target(result)),
         (f"Costs as multiples of {reference}'s, paired over seeds", tables.ratios(result, reference)),
     )
     meant = "; ".join(f"{tables.NAMES[name]} is {words}" for name, (words, _) in MEANT.items())
-    found = [Table(["Arm", *rows[0][1:]], rows[1:], title=title) for title, rows in parts if rows and rows[0][1:]]
+    found = [
+        Table(["Arm", *(f"{name[0].upper()}{name[1:]}" for name in rows[0][1:])], rows[1:], title=title)
+        for title, rows in parts
+        if rows and rows[0][1:]
+    ]
     return [*found[:1], Text(f"In the end, {meant}.", "note"), *found[1:]] if found else []
 
 

@@ -92,7 +92,7 @@ def over_rows(run: Played, scored: Sequence[Row]) -> Chart:
         for row in sorted(scored, key=lambda row: str(row["client"]))
         if row["client"] in held
     ]  # fmt: skip
-    shown = [rows[int(at)] for at in sampled([str(at) for at in range(len(rows))], POINTS)]
+    shown = sampled(rows, POINTS)
     order = sorted({str(row["series"]) for row in shown})
     spec = plots.points(shown, order, ("Training rows", "~s"), ("Accuracy", plots.SHARE))
     note = f"Of {len(rows)} clients {len(shown)} are shown." if len(shown) < len(rows) else ""

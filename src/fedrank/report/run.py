@@ -14,7 +14,7 @@ from fedrank.report import plots
 from fedrank.report.adapters import ranks
 from fedrank.report.clients import clients, failures, fleet
 from fedrank.report.page import Block, Chart, Code, Facts, Page, Row, Section, Table, Text
-from fedrank.report.played import Played, known
+from fedrank.report.played import Played, known, thinned
 from fedrank.server import OF_TEXTS
 from fedrank.studies.study import flattened
 from fedrank.told import CLIENTS, UNPROTECTED, computed, counted, last, portable, tested, total
@@ -132,18 +132,19 @@ def scores(
     there = [(label, name) for label, name in names if known(rows, name)]
     if not there:
         return None
+    parts = {label: thinned([row for row in rows if row.get(name) is not None]) for label, name in there}
     points = [
         {**{axis: row.get(axis) for axis in plots.AXES}, "series": label, "value": row[name]}
-        for row in rows
         for label, name in there
-        if row.get(name) is not None
+        for row in parts[label][0]
     ]
+    note = max(note for _, note in parts.values())
+    shown = [row for row in rows if any(row.get(name) is not None for _, name in there)]
     spec, axes = plots.lines(points, [label for label, _ in there], title, format)
     said = []
     for label, name in there:
         values = known(rows, name)
         said.append(f"{label}: from {write(values[0])} to {write(values[-1])}")
-    shown = [row for row in rows if any(row.get(name) is not None for _, name in there)]
     table = Table(
         ["Round", *(label for label, _ in there), "Bytes so far", "Device time", "Energy"],
         [
@@ -154,7 +155,7 @@ def scores(
         left=0,
     )  # fmt: skip
     whole = "; ".join(said)
-    return Chart(id, title, f"{whole[0].upper()}{whole[1:]}.", spec, table, axes)
+    return Chart(id, title, f"{whole[0].upper()}{whole[1:]}.", spec, table, axes, note)
 
 
 def progress(run: Played, rows: Sequence[Row]) -> Section | None:

@@ -21,17 +21,18 @@ from fedrank.report.pages import awaited
 from fedrank.studies.comparison import FILE
 
 log = logging.getLogger(__name__)
+ALL = ("0.0.0.0", "::", "")
 SECONDS = 20.0  # that a reader may take over a request
 
 
 def current(path: Path) -> Callable[[], Page]:
     """What gives the page of a path as it is now, made anew only when something of it has changed."""
-    lock, last = threading.Lock(), dict[tuple[object, ...], Page]()
+    lock, last, rows = threading.Lock(), dict[tuple[object, ...], Page](), played.follower()
 
     def now() -> Page:
         with lock:  # many readers, one that makes it
             if (stamp := _stamp(path)) not in last:
-                made = _made(path)
+                made = _made(path, rows)
                 last.clear()
                 last[stamp] = made
             return last[stamp]
@@ -49,10 +50,10 @@ def _stamp(path: Path) -> tuple[object, ...]:
     return tuple(found)
 
 
-def _made(path: Path) -> Page:
+def _made(path: Path, rows: played.Read) -> Page:
     """A mistake in what is there is said on the page: a file may be mended, and is asked for again."""
     try:
-        return awaited(path)
+        return awaited(path, rows)
     except Exception as error:
         if not mistaken(error):
             raise
@@ -66,7 +67,7 @@ def names(host: str, port: int) -> Callable[[str], bool]:
 
     An address is no name: where the server is bound to all of them, any is its own.
     """
-    everywhere = host in ("0.0.0.0", "::", "")
+    everywhere = host in ALL
     known = {host.lower(), "localhost", "127.0.0.1", "::1"}
     if everywhere:
         known |= {socket.gethostname().lower(), socket.getfqdn().lower()}
@@ -84,6 +85,12 @@ def names(host: str, port: int) -> Callable[[str], bool]:
     return mine
 
 
+def urls(host: str, port: int) -> list[str]:
+    """Where it can be reached: at its host; where it is bound to all addresses, from here, and by this machine's name."""
+    hosts = ["::1" if host == "::" else "127.0.0.1", socket.gethostname()] if host in ALL else [host]
+    return [f"http://{f'[{one}]' if ':' in one else one}:{port}/" for one in hosts]
+
+
 def _address(name: str) -> bool:
     try:
         ipaddress.ip_address(name)
@@ -94,7 +101,10 @@ def _address(name: str) -> bool:
 
 @contextlib.contextmanager
 def served(path: Path, host: str, port: int) -> Iterator[str]:
-    """Serve the page of a path while the block runs; its URL. ConfigError where the address cannot be had. Port 0: any."""
+    """Serve the page of a path while the block runs; its URLs, a line each. Port 0: any.
+
+    ConfigError where the address cannot be had.
+    """
     page.library()  # what is missing shows before anything is served
     now = current(path)
     try:
@@ -108,7 +118,7 @@ def served(path: Path, host: str, port: int) -> Iterator[str]:
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
     thread.start()
     try:
-        yield f"http://{f'[{host}]' if ':' in host else host}:{taken}/"
+        yield "\n".join(urls(host, taken))
     finally:
         server.shutdown()
         server.server_close()
