@@ -536,6 +536,8 @@ def test_nothing_is_concluded_before_all_runs_are_played(tmp_path: Path) -> None
         "Not finished: 19 of 20 runs, so nothing is concluded."
     ]
     assert [b.rows[0][2] for b in first.blocks if isinstance(b, Table)] == ["not finished"]
+    assert "Told apart" not in charts(made)["s0-differences"].summary
+    assert "Told apart" in charts(made_of(tmp_path / "whole"))["s0-differences"].summary
 
 
 def test_a_comparison_is_run_again_from_its_own_folder(tmp_path: Path) -> None:

@@ -168,7 +168,8 @@ def differences(found: Comparison, id: str, result: Row) -> list[Block]:
     )
     clear = [arm for arm in arms if (p := every[arm][found.score].get("p_corrected")) is not None and p < 0.05]
     said = "A dot for each seed, a bar for the mean, a line for its 95 % interval. "
-    said += f"Told apart from 0 by the corrected test at 5 %: {', '.join(clear) or 'none'}."
+    if found.fair:
+        said += f"Told apart from 0 by the corrected test at 5 %: {', '.join(clear) or 'none'}."
     head, *lines = tables.differences(result, found.reference)
     table = Table(["Points, 95 % interval, p corrected", *head[1:]], lines)
     return [Chart(f"{id}-differences", f"Against {found.reference}", said, spec, table)]

@@ -57,6 +57,11 @@ class Comparison:
     def finished(self) -> bool:
         return self.done == self.planned > 0
 
+    @property
+    def fair(self) -> bool:
+        """Whether anything may be concluded."""
+        return self.finished and bool(self.part("fair").get("verdict"))
+
     def runs(self, setting: str, arm: str) -> dict[str, Row]:
         """Seed -> run."""
         return dict((self.part("runs").get(setting) or {}).get(arm) or {})
