@@ -626,6 +626,33 @@ def test_what_cannot_start_is_not_ready(
     assert _left(folder) == []
 
 
+def test_keys_are_registered_once_the_superlink_takes_orders(tmp_path: Path, config: str) -> None:
+    """Its port for orders opens later than that for nodes: here at the third try of the first key."""
+    folder, port = tmp_path / "fed", free_port()
+    kit.init(folder, config, ["localhost"], port, SITES, False)
+    keys = sorted(path.name for path in (folder / "server" / "sites").glob("*.pub"))
+    assert len(keys) == len(SITES)
+    tries = folder / "tries"
+    unavailable = '{"success": false, "error-message": "Connection to the SuperLink is unavailable."}'
+    programs = {
+        "flower-superlink": f"exec {sys.executable} -m http.server --bind 127.0.0.1 {port + 1}",
+        "fedrank": "exit 2",
+        "flwr": f'echo "$3" >>{tries}\n[ "$(wc -l <{tries})" -gt 2 ] && echo \'{{"success": true}}\' || {{ echo \'{unavailable}\'; exit 1; }}',
+    }  # fmt: skip
+    for name, does in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{does}\n")
+        (folder / name).chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(folder / "server" / "server.sh")], env={**os.environ, "FEDRANK_BIN": str(folder)}, text=True,
+        capture_output=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert [line for line in done.stdout.splitlines() if "registered" in line] == [
+        f"server.sh: sites/{key} is registered" for key in keys
+    ], done.stdout + done.stderr
+    assert tries.read_text().split() == [f"sites/{key}" for key in [keys[0], keys[0], *keys]]
+    assert _left(folder) == []
+
+
 # ---- the whole page
 
 
