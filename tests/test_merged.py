@@ -90,6 +90,8 @@ def test_a_head_on_the_mean_brings_its_class(name: str, tmp_path: Path, rng: np.
         alone = auto(**encoded(model, TEXTS[1:2]), labels=torch.tensor([2]))
     assert (alone.logits - expected[1]).abs().max() < 1e-5 * float(expected.abs().max())
     assert alone.loss == pytest.approx(-float(expected[1].log_softmax(-1)[2]), abs=1e-5)
+    for file in ("README.md", "pooled.py"):
+        assert "version 5 or newer" in (out / file).read_text().replace("transformers 5", "version 5")
     with pytest.raises(ValueError, match="trust_remote_code"):  # nothing runs that was not agreed to
         transformers.AutoModelForSequenceClassification.from_pretrained(out, trust_remote_code=False)
 
@@ -200,24 +202,31 @@ def test_without_components_only_the_merged_model_is_exported(tmp_path: Path, rn
 
 
 @pytest.mark.parametrize(("kind", "pooling"), [("bert", "mean"), ("bert", "cls"), ("llama", "cls"), ("llama", None)])
+@pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("whole", [False, True])
 def test_what_the_card_says_can_be_run(
-    kind: str, pooling: str | None, whole: bool, tmp_path: Path, rng: np.random.Generator, capsys: Any
+    kind: str, pooling: str | None, whole: bool, pairs: bool, tmp_path: Path, rng: np.random.Generator, capsys: Any
 ) -> None:
     """The code under Load, as it stands but for the folder. pooling: None of a decoder that writes."""
+    if pairs and kind != "bert":
+        pytest.skip("one encoder is enough")
     pytest.importorskip("peft")
     task = "generate" if pooling is None else "classify"
     given = settings(
         task, name=str(saved_model(kind, tmp_path / "model", task)), **({"pooling": pooling} if pooling else {})
     )
     model, adapter = base_and_adapter(given, rng)
-    run = a_run(tmp_path / "run", model, adapter, given, LABELS if pooling else ())
+    run = a_run(tmp_path / "run", model, adapter, given, LABELS if pooling else (), pairs=pairs)
     out = export.export(run, tmp_path / "out", merged=whole)
     (code,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
     scope: dict[str, Any] = {}
     exec(code.replace("PATH OF THIS FOLDER", str(out)), scope)
     if pooling:
-        best = logits(model, adapter, encoded(model, ["a text", "another"])).argmax(-1)
+        batch = model.tokenizer(
+            ["a text", "another"], ["its pair", "its own"] if pairs else None, return_tensors="pt", padding=True,
+            truncation=True, max_length=16,
+        )  # fmt: skip
+        best = logits(model, adapter, batch).argmax(-1)
         printed = capsys.readouterr().out
         assert re.findall(r"'(?:label': ')?([^':]+)'(?:[,\]]|, 'score)", printed) == [LABELS[at] for at in best]
     elif whole:

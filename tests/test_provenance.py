@@ -128,6 +128,40 @@ def test_the_same_run_has_the_same_bytes_wherever_and_whenever(run: Path, tmp_pa
     assert contents(one) == contents(other)
 
 
+@pytest.mark.parametrize("private", [False, True])
+def test_a_run_from_an_imported_adapter_says_so(private: bool, run: Path, place: Path, tmp_path: Path) -> None:
+    """Resumed, it still does."""
+    given = config(
+        rows(place / "rows.jsonl"), rounds={"count": 1, "cohort": 2, "personal": 0}, method={"name": "ffa_lora"}
+    )
+    if private:
+        pytest.importorskip("dp_accounting")
+        given["privacy"] = {"kind": "central", "clip": 0.5, "noise": 1.0, "delta": 1e-2}
+    for _ in experiment.start(settings.load(given), tmp_path / "run", imported=run / "adapter"):
+        pass
+    fedrank.resume(tmp_path / "run", "rounds.count=2")
+    found, card = manifest(tmp_path / "run" / "adapter"), (tmp_path / "run" / "adapter" / "README.md").read_text()
+    sha256 = hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert found["run"]["imported"] == {"sha256": sha256, "base": "tiny-encoder"}
+    assert card.count(f"started from an imported adapter of a base named tiny-encoder, sha256 {sha256}.") == 1 + private
+    assert ("Epsilon says nothing of the rows on which that adapter" in card.split("## Privacy")[1]) == private
+    assert manifest(run / "adapter")["run"]["imported"] is None
+
+
+def test_how_many_clients_there_were_is_what_the_partition_made(place: Path, tmp_path: Path) -> None:
+    """A natural partition has as many as the data say, whatever clients.count says."""
+    lines = [
+        {"text": f"{word} {i}", "label": word, "client": f"c{i % 3}"} for i in range(60) for word in ("red", "green")
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    given = config(tmp_path / "rows.jsonl", rounds={"count": 1, "cohort": 2})
+    given["data"]["partition"]["kind"] = "natural"
+    given.pop("clients")
+    out = fedrank.run(given, out=tmp_path / "run").path / "adapter"
+    assert manifest(out)["run"]["clients"] == 3
+    assert "| clients | 3 |" in (out / "README.md").read_text()
+
+
 # ---- verified, and put in its place
 
 
@@ -145,6 +179,7 @@ def test_verify_says_what_differs(run: Path, tmp_path: Path, fed: Callable[..., 
     expected = found["files"]["README.md"]
     assert done.exit_code == 1
     assert done.stdout.splitlines() == [
+        "provenance.json: not what its manifest_sha256 is of",
         "config: not what config_sha256 is of",
         f"README.md: sha256 {hashlib.sha256(b'mine').hexdigest()}, exported as {expected}",
         "adapter_config.json: missing",
@@ -153,6 +188,29 @@ def test_verify_says_what_differs(run: Path, tmp_path: Path, fed: Callable[..., 
     done = fed("verify", tmp_path)
     assert done.exit_code == 2
     assert "is no export of fedrank" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        ("scores", "accuracy"),
+        ("data", "sha256", "train"),
+        ("bytes", "all_rounds", "bytes_up"),
+        ("run", "seed"),
+        ("limit",),
+    ],
+)
+def test_verify_sees_another_claim_in_the_manifest(claim: tuple[str, ...], run: Path, tmp_path: Path) -> None:
+    out = export(run, tmp_path / "out")
+    found = part = manifest(out)
+    for key in claim[:-1]:
+        part = part[key]
+    part[claim[-1]] = 0.99
+    (out / "provenance.json").write_text(json.dumps(found))
+    assert verify(out) == ["provenance.json: not what its manifest_sha256 is of"]
+    del found["manifest_sha256"]
+    (out / "provenance.json").write_text(json.dumps(found))
+    assert verify(out) == ["provenance.json: not what its manifest_sha256 is of"]
 
 
 def test_a_manifest_cannot_name_files_elsewhere(run: Path, tmp_path: Path) -> None:
@@ -202,6 +260,58 @@ def test_the_hub_can_read_the_card(run: Path) -> None:
     assert "fedara (reconstructed)" in card.text
     assert "no number here is the paper's" in card.text
     assert "mean accuracy of the tenth of clients served worst" in card.text
+
+
+def test_scores_on_clients_own_rows_are_none_of_the_data_set_s(run: Path, tmp_path: Path) -> None:
+    """As real sites have it, whose server has no rows: what all score is the mean of theirs."""
+    shutil.copytree(run, tmp_path / "run")
+    facts = json.loads((run / "data.json").read_text())
+    facts["rows"]["test"] = 0
+    (tmp_path / "run" / "data.json").write_text(json.dumps(facts))
+    front, card = card_of(export(tmp_path / "run", tmp_path / "out"))
+    (result,) = front["model-index"][0]["results"]
+    assert result["dataset"] == {"name": "rows.jsonl", "type": "rows.jsonl"}
+    assert [(one["type"], one["name"]) for one in result["metrics"][:2]] == [
+        ("clients_accuracy", "accuracy on clients' own test rows, weighted by rows"),
+        ("clients_loss", "loss on clients' own test rows, weighted by rows"),
+    ]
+    assert "On the clients' own rows:" in card
+    assert "| accuracy on clients' own test rows, weighted by rows |" in card
+
+
+def test_scores_on_validation_rows_say_so(place: Path, tmp_path: Path) -> None:
+    given = config(rows(place / "rows.jsonl"), rounds={"count": 1, "cohort": 2})
+    given["data"]["split"] = "validation"
+    front, card = card_of(fedrank.run(given, out=tmp_path / "run").path / "adapter")
+    (result,) = front["model-index"][0]["results"]
+    assert result["dataset"]["split"] == "validation"
+    assert "On the validation rows:" in card
+
+
+def test_a_client_s_scores_are_in_no_index(personal: Path, run: Path, tmp_path: Path) -> None:
+    client = min(Store(personal).state()[0].seen)
+    front, card = card_of(export(personal, tmp_path / "out", client=client))
+    assert "model-index" not in front
+    assert "On the own test rows:" in card
+    front, _ = card_of(run / "adapter")
+    assert front["model-index"][0]["name"] == "tiny-encoder, fedara (reconstructed)"
+
+
+def card_of(folder: Path) -> tuple[dict[str, Any], str]:
+    """Its metadata and its text."""
+    _, front, text = (folder / "README.md").read_text().split("---\n", 2)
+    return dict(yaml.safe_load(front)), text
+
+
+def test_pairs_of_texts_are_shown_as_pairs(tmp_path: Path) -> None:
+    """And a run of them can go on."""
+    lines = [{"text": f"{word} {i}", "text_b": f"{i}", "label": word} for i in range(60) for word in ("red", "green")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    path = fedrank.run(config(tmp_path / "rows.jsonl", rounds={"count": 1, "cohort": 2}), out=tmp_path / "run").path
+    fedrank.resume(path, "rounds.count=2")
+    assert manifest(path / "adapter")["data"]["pairs"]
+    card = (export(path, tmp_path / "model", merged=True) / "README.md").read_text()
+    assert '"text_pair": "its pair"' in card
 
 
 def test_no_name_of_the_user_s_breaks_the_card(tmp_path: Path) -> None:

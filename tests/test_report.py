@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 import compared as study
@@ -23,6 +25,7 @@ from fedrank.config import ConfigError
 from fedrank.report import adapters, clients, compared, comparison, page, pages, played, plots, run, watch
 from fedrank.report.page import Chart, Facts, Page, Table, Text
 from fedrank.store import Store, StoreError
+from fedrank.studies import tables
 
 DEVICES = "engine.fleet={devices: {jetson-tx2: 1, jetson-xavier-nx: 1, jetson-agx-xavier: 1}, jitter: 0.2}"
 
@@ -80,7 +83,9 @@ def values(chart: Chart) -> list[dict[str, Any]]:
 def test_the_page_of_a_run_tells_what_its_ledgers_hold(pruned: Path) -> None:
     found, rows = run.page(played.read(pruned)), ledger.read(pruned / "rounds.jsonl")
     drawn = charts(found)
-    assert [p["value"] for p in values(drawn["accuracy"]) if p["series"] == run.GLOBAL] == [r["accuracy"] for r in rows]
+    assert [p["value"] for p in values(drawn["accuracy"]) if p["series"] == "global model, test rows"] == [
+        r["accuracy"] for r in rows
+    ]
     assert [p["value"] for p in values(drawn["alive"])] == [r["modules_alive"] for r in rows]
     whole = sum(r["bytes_up"] + r["bytes_down"] for r in rows)
     assert drawn["accuracy"].axes["bytes"]["title"].endswith("(kB)")
@@ -158,6 +163,66 @@ def test_ranks_that_differ_between_clients(play: Callable[..., Path]) -> None:
     assert {row[1] for row in chart.table.rows} <= set(read.kinds.values())
 
 
+def test_a_client_s_ranks_are_told_round_by_round(play: Callable[..., Path]) -> None:
+    read = played.read(play("method.name=legend", DEVICES, "engine.fleet.jitter=0.5", "rounds.count=5"))
+    chart = charts(run.page(read))["trained-rounds"]
+    told = {(str(row["client"]), str(row["round"])): sum(row["ranks"].values()) for row in read.apart}
+    assert len({client for client, _ in told}) < len(told)  # somebody trained twice
+    assert {(cell["name"].split(" · ")[0], cell["label"]): cell["value"] for cell in values(chart)} == told
+    assert {(row[0].split(" · ")[0], row[1]): int(row[2]) for row in chart.table.rows} == told
+
+
+def test_every_span_of_the_rank_map_and_every_label_is_in_a_table(pruned: Path) -> None:
+    read = played.read(pruned)
+    drawn = charts(run.page(read))
+    found: dict[tuple[str, int], int] = {}
+    for module, rounds, rank in drawn["map"].table.rows:
+        first, _, last = rounds.partition(" to ")
+        found |= {(module, at): int(rank) for at in range(int(first), int(last or first) + 1)}
+    assert 0 in found.values()
+    found = {place: rank for place, rank in found.items() if rank}
+    assert found == {(module, row["round"]): rank for row in read.common for module, rank in row["ranks"].items()}
+    columns = list(drawn["held"].table.columns)
+    for row in drawn["held"].table.rows:
+        holder = next(one for one in read.holders if one["client"] == row[0])
+        for label, count in holder["label_counts"].items():
+            assert row[columns.index(read.facts["labels"][int(label)])] == f"{100 * count / holder['train_rows']:.1f} %"
+
+
+def test_a_table_that_is_cut_keeps_every_arm() -> None:
+    rows = [[arm, str(at)] for arm in "abcdefgh" for at in range(200)]
+    table = Table(["Arm", "Round"], rows)
+    assert (len(table.shown), table.hidden) == (page.LONGEST, len(rows) - page.LONGEST)
+    assert {row[0] for row in table.shown} == set("abcdefgh")
+    assert (table.shown[0], table.shown[-1]) == (rows[0], rows[-1])
+    assert len({tuple(row) for row in table.shown}) == page.LONGEST
+
+
+def test_marks_stand_out_from_the_card() -> None:
+    """3 : 1 by WCAG's contrast, in both themes: bars, the ramp of maps, and the lines' colours where they are faintest."""
+
+    def light(colour: str) -> float:
+        parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        return float(
+            np.dot(
+                [0.2126, 0.7152, 0.0722], [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+            )
+        )
+
+    def over(colour: str, below: str, opacity: float) -> str:
+        pairs = ((int(colour[at : at + 2], 16), int(below[at : at + 2], 16)) for at in (1, 3, 5))
+        return "#" + "".join(f"{round(opacity * a + (1 - opacity) * b):02x}" for a, b in pairs)
+
+    blocks = re.findall(r"--page: .*?\}", page._asset("page.css"), re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        found = dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", block))
+        for name in ("bars", *(f"r{n}" for n in range(1, 6)), *(f"c{n}" for n in range(1, 9))):
+            drawn = over(found[name], found["card"], plots.FAINTEST if name[0] == "c" else 1.0)
+            high, low = sorted((light(drawn), light(found["card"])), reverse=True)
+            assert (high + 0.05) / (low + 0.05) >= 3, (name, found[name])
+
+
 def test_effective_ranks_of_private_adapters(play: Callable[..., Path]) -> None:
     path = play("method.name=pf2lora", "rounds.count=1")
     chart, arrays = charts(run.page(played.read(path)))["effective"], Store.open(path).state()[0].arrays
@@ -174,6 +239,75 @@ def test_a_private_run_tells_epsilon_and_nothing_of_single_clients(private: Path
     read = played.read(private)
     assert ledger.read(private / "clients.jsonl")
     assert (read.clients, read.personal, read.apart, read.holders, read.kinds) == ([], [], [], [], {})
+
+
+def test_a_private_run_s_page_tells_no_more_than_its_export(private: Path) -> None:
+    facts, config = (
+        json.loads((private / "data.json").read_text()),
+        yaml.safe_load((private / "config.yaml").read_text()),
+    )
+    text = page.html(run.page(played.read(private))).replace(page.library(), "")
+    assert facts["hash"]["test"][:16] in text
+    assert facts["hash"]["train"][:16] not in text
+    assert "Train rows" not in text
+    assert config["engine"]["stack"] is not None
+    assert {"stack", "prefix"} <= json.loads((private / "summary.json").read_text())["numerics"].keys()
+    for key in ("stack", "prefix"):
+        assert not re.search(rf"^ *{key}:", text, re.MULTILINE)
+
+
+def test_a_page_has_no_place_of_this_machine_and_no_secret(play: Callable[..., Path], tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(play(), path)
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    config["observe"]["mlflow"] = "https://alice:s3cret@mlflow.example"
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    text = page.html(run.page(played.read(path))).replace(page.library(), "")
+    assert "fedrank run run/config.yaml --out again" in text
+    assert "s3cret" not in text
+    assert str(tmp_path) not in text
+    assert config["data"]["path"] not in text
+    assert Path(config["data"]["path"]).name in text
+
+
+def test_how_many_clients_there_are_is_what_the_partition_made(play: Callable[..., Path], tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(play(), path)
+    facts = json.loads((path / "data.json").read_text())
+    for told, said in (({"count": 4096}, "4,096 clients, 3 a round"), ([], "sites, 3 a round")):
+        facts["partition"]["clients"] = told
+        (path / "data.json").write_text(json.dumps(facts))
+        assert said in run.page(played.read(path)).lead
+    assert "4 clients, 3 a round" in run.page(played.read(play())).lead
+
+
+@pytest.mark.parametrize(("change", "line"), [
+    ({}, "global model, test rows"), ({"split": "validation"}, "global model, validation rows"), ({"rows": 0}, "global model, clients' own rows, weighted"),
+])  # fmt: skip
+def test_scores_say_which_rows_they_are_of(
+    change: dict[str, Any], line: str, play: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(play(), path)
+    facts, config = json.loads((path / "data.json").read_text()), yaml.safe_load((path / "config.yaml").read_text())
+    facts["rows"]["test"], config["data"]["split"] = change.get("rows", 48), change.get("split", "test")
+    (path / "data.json").write_text(json.dumps(facts))
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    made = run.page(played.read(path))
+    assert {point["series"] for point in values(charts(made)["accuracy"])} == {line, run.OWN}
+    facts_ = next(b for b in made.sections[0].blocks if isinstance(b, Facts)).figures
+    assert facts_[0][2].startswith(line.removeprefix("global model, "))
+
+
+def test_a_run_that_starts_from_an_adapter_says_so(private: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(private, path)
+    facts = json.loads((path / "data.json").read_text()) | {"imported": {"sha256": "ab" * 32, "base": "own"}}
+    (path / "data.json").write_text(json.dumps(facts))
+    text = page.html(run.page(played.read(path)))
+    assert "Epsilon says nothing of the rows on which that adapter was trained before." in text
+    assert f"sha256 {'ab' * 8}" in text
+    assert "fedrank import ADAPTER run/config.yaml --out again" in text
 
 
 def test_a_run_of_task_generate_shows_perplexity(play: Callable[..., Path], tmp_path: Path) -> None:
@@ -208,8 +342,10 @@ def test_what_has_hardly_begun_runs_or_broke_off_has_a_page_that_says_so(pruned:
     assert "nothing to show" in words(made)
     assert charts(made) == {}
     with Store(path).locked():
+        first = [row for row in ledger.read(pruned / "clients.jsonl") if row["round"] == 1]
+        ledger.append(path / "clients.jsonl", first)  # which are written before their round's row
         assert run.page(played.read(path)).status == ("waiting", "Running: no round of 3 has ended yet.")
-        for name in ("rounds", "clients", "ranks"):
+        for name in ("rounds", "ranks"):
             rows = [row for row in ledger.read(pruned / f"{name}.jsonl") if row["round"] == 1]
             ledger.append(path / f"{name}.jsonl", rows)
         with (path / "rounds.jsonl").open("a") as file:
@@ -296,11 +432,15 @@ def test_the_page_of_a_comparison_tells_what_it_came_to(tmp_path: Path) -> None:
     first, drawn = made.sections[0], charts(made)
     said = [block.text for block in first.blocks if isinstance(block, Text)]
     assert found["results"]["clinc150"]["conclusion"] in said
-    assert any(text.startswith("A fair comparison") for text in said)
+    assert said[-2:] == [
+        "A fair comparison: the arms had the same data, seeds, work and tuning.",
+        "Note: the best local.lr of legend is at the edge of what was tried.",
+    ]
     assert "question: Half the bytes of FedAvg at no more than a point of accuracy?" in said
     claims = next(block for block in first.blocks if isinstance(block, Table))
     assert claims.rows[0][0] == "FedARA sends less than 0.7 of FedAvg's bytes."
-    assert (claims.rows[0][1][:14], claims.rows[0][2]) == ("clinc150: 0.55", "confirmed")
+    assert re.fullmatch(r"clinc150: 0\.55 times \(0\.5\d to 0\.5\d\)", claims.rows[0][1])
+    assert claims.rows[0][2] == "confirmed"
     assert made.status == ("done", "Finished: 20 of 20 runs, 1 failed.")
     curve = [p for p in values(drawn["s0-accuracy"]) if p["series"] == "fedara"]
     runs = found["runs"]["clinc150"]["fedara"].values()
@@ -315,6 +455,8 @@ def test_the_page_of_a_comparison_tells_what_it_came_to(tmp_path: Path) -> None:
         "fedara",
         "legend",
     }  # no global model: no line
+    seeds = [row["label"] for row in values(drawn["s0-dots-accuracy"]) if row["name"] == "legend" and "value" in row]
+    assert seeds == [f"seed {seed}" for seed in study.SEEDS]
     dots = [row["value"] for row in values(drawn["s0-dots-accuracy"]) if row["name"] == "legend" and "value" in row]
     assert dots == found["results"]["clinc150"]["arms"]["legend"]["accuracy"]["values"]
     gap = next(row for row in values(drawn["s0-differences"]) if row["name"] == "legend" and "middle" in row)
@@ -323,6 +465,21 @@ def test_the_page_of_a_comparison_tells_what_it_came_to(tmp_path: Path) -> None:
     )
     assert {"s0-personal", "s0-alive", "s0-ranks", "tried-0"} <= drawn.keys()
     assert "Failures" in [section.title for section in made.sections]
+
+
+def test_a_comparison_s_page_has_the_words_and_numbers_of_its_tables(tmp_path: Path) -> None:
+    found, made = study.comparison(), made_of(tmp_path)
+    result = found["results"]["clinc150"]
+    shown = [list(map(list, b.rows)) for s in made.sections for b in s.blocks if isinstance(b, Table)]
+    for rows in (tables.final(result), tables.to_target(result), tables.ratios(result, "fedavg")):
+        assert rows[1:] in shown
+    chart = charts(made)["s0-differences"]
+    assert list(chart.table.rows) == tables.differences(result, "fedavg")[1:]
+    assert "accuracy is the mean of the last five evaluations" in words(made)
+    assert (
+        "That is one evaluation, in the mean over seeds; in the results stands the mean of the last five"
+        in charts(made)["s0-accuracy"].summary
+    )
 
 
 def test_an_arm_looks_the_same_in_every_chart(tmp_path: Path) -> None:
@@ -352,14 +509,48 @@ def test_a_comparison_that_grows_has_a_page_at_any_time(left_out: tuple[str, ...
     if "runs" in left_out:
         assert made.status == ("stopped", "Not finished: 0 of 20 runs, and no process on this machine is at it.")
         assert "No run of this setting has ended yet." in words(made)
+        assert "Not finished: 0 of 20 runs, so nothing is concluded." in words(made)
     with Store(tmp_path).locked():
         assert comparison.page(compared.read(tmp_path)).status[0] == ("waiting" if "runs" in left_out else "done")
 
 
-def test_an_unfair_comparison_says_why_before_anything_else(tmp_path: Path) -> None:
-    made = made_of(tmp_path, fair={"verdict": False, "why": ["fedara had 8 trials, the others 4"]})
-    block = next(b for b in made.sections[0].blocks if isinstance(b, Text) and b.tone == "bad")
-    assert block.text == "Not a fair comparison. fedara had 8 trials, the others 4."
+def test_of_unlike_arms_nothing_is_concluded(tmp_path: Path) -> None:
+    made = made_of(
+        tmp_path, fair={"verdict": False, "why": ["fedara had 8 trials, the others 4"], "notes": ["two seeds"]}
+    )
+    said = [(b.text, b.tone) for b in made.sections[0].blocks if isinstance(b, Text)][1:]
+    assert said == [
+        ("Not a fair comparison, so nothing is concluded: fedara had 8 trials, the others 4.", "bad"),
+        ("Note: two seeds.", "note"),
+    ]
+    assert [b.rows[0][2] for b in made.sections[0].blocks if isinstance(b, Table)] == ["nothing is concluded"]
+
+
+def test_nothing_is_concluded_before_all_runs_are_played(tmp_path: Path) -> None:
+    """What `fedrank compare` writes while it grows: not fair, as runs are missing, and with a sentence on what there is."""
+    found = study.comparison(fair={"verdict": False, "why": ["clinc150: legend has no run of seed 5"], "notes": []})
+    del found["runs"]["clinc150"]["legend"]["5"]
+    made = comparison.page(compared.read(study.write(tmp_path, found)))
+    first = made.sections[0]
+    assert [b.text for b in first.blocks if isinstance(b, Text)][1:] == [
+        "Not finished: 19 of 20 runs, so nothing is concluded."
+    ]
+    assert [b.rows[0][2] for b in first.blocks if isinstance(b, Table)] == ["not finished"]
+    assert "Told apart" not in charts(made)["s0-differences"].summary
+    assert "Told apart" in charts(made_of(tmp_path / "whole"))["s0-differences"].summary
+
+
+def test_a_comparison_is_run_again_from_its_own_folder(tmp_path: Path) -> None:
+    found = study.comparison()
+    found["study"]["base"] |= {
+        "data": {"path": "/home/alice/rows"},
+        "observe": {"mlflow": "https://alice:s3cret@mlflow.example"},
+    }
+    text = page.html(comparison.page(compared.read(study.write(tmp_path / "pruning", found))))
+    assert "fedrank compare pruning/study.yaml --out pruning" in text
+    assert "path: rows" in text
+    for secret in ("s3cret", "/home/alice", str(tmp_path)):
+        assert secret not in text
 
 
 @pytest.mark.parametrize("text", ['{"schema": 2}', "[]", "{", '{"runs": {}}'])
@@ -385,7 +576,7 @@ def test_text_of_a_run_never_becomes_markup(pruned: Path, tmp_path: Path) -> Non
     made = run.page(played.read(path))
     texts = [
         page.html(made),
-        page.html(made_of(tmp_path / "study", fair={"verdict": False, "why": [bad]}, command=bad)),
+        page.html(made_of(tmp_path / "study", fair={"verdict": False, "why": [bad], "notes": [bad]})),
     ]
     for text in (text.replace(page.library(), "") for text in texts):
         assert "&lt;img src=x" in text
@@ -462,6 +653,63 @@ def test_watch_serves_the_page_to_who_knows_its_name_and_nothing_else(pruned: Pa
         http.client.HTTPConnection("127.0.0.1", port, timeout=2).request("GET", "/")
 
 
+def test_watch_reads_of_a_ledger_only_what_is_new(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, rows, parsed = tmp_path / "rounds.jsonl", played.follower(), list[Any]()
+    every = ledger.read(pruned / "rounds.jsonl")
+    loads = json.loads
+    monkeypatch.setattr(played.json, "loads", lambda text: parsed.append(text) or loads(text))
+    assert rows(path) == []
+    for count in (1, 2):
+        ledger.append(path, every[count - 1 : count])
+        assert (rows(path), len(parsed)) == (every[:count], count)
+    with path.open("a") as file:
+        file.write('{"round": 3, "accu')
+    assert (rows(path), len(parsed)) == (every[:2], 2)
+    ledger.cut(path, 1)  # a resume plays round 2 once more
+    parsed.clear()
+    again = {**every[1], "wall_seconds": 77.0}
+    ledger.append(path, [again, every[2]])
+    assert (rows(path), len(parsed)) == ([every[0], again, every[2]], 3)
+    text = path.read_text()
+    path.write_text(text.replace("77.0", "78.0"))  # in place, as nobody should
+    path.unlink()
+    assert rows(path) == []
+
+
+def test_a_line_of_many_rounds_is_thinned(pruned: Path, tmp_path: Path) -> None:
+    path, row = tmp_path / "run", ledger.read(pruned / "rounds.jsonl")[0]
+    shutil.copytree(pruned, path)
+    rounds = [row | {"round": at, "accuracy": at / 1e4 if at % 2 else None, "loss": None} for at in range(1, 4001)]
+    (path / "rounds.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rounds))
+    drawn = charts(run.page(played.read(path)))
+    common = [p["round"] for p in values(drawn["accuracy"]) if p["series"].startswith("global")]
+    assert (len(common), common[0], common[-1]) == (played.LINE, 1, 3999)
+    assert all(at % 2 for at in common)  # of those that were evaluated
+    assert drawn["accuracy"].note == "At most 1,000 points of a line are drawn, evenly spaced."
+    assert len(values(drawn["alive"])) == played.LINE
+
+
+def test_watch_says_so_where_a_page_cannot_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    def broken(path: Path, rows: played.Read) -> Page:
+        raise ZeroDivisionError("of all things")
+
+    monkeypatch.setattr(watch, "awaited", broken)
+    with watch.served(tmp_path, "127.0.0.1", 0) as url:
+        link = http.client.HTTPConnection("127.0.0.1", int(url.rsplit(":", 1)[1].strip("/")), timeout=20)
+        link.request("GET", "/data.json")
+        answer = link.getresponse()
+        assert (answer.status, answer.read()) == (
+            500,
+            b"The page could not be made: ZeroDivisionError; the console has more.\n",
+        )
+        link.close()
+    assert "of all things" in caplog.text
+
+
 def test_watch_ends_with_a_word_when_it_is_stopped(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fedrank.cli", "watch", str(tmp_path / "run"), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -490,3 +738,12 @@ def test_a_server_on_all_addresses_answers_to_any_of_them_but_to_no_strange_name
     assert not mine("evil.example:8600")
     assert not mine("192.168.1.7")
     assert watch.names("lab.example", 80)("LAB.example")
+
+
+def test_watch_says_where_a_server_on_all_addresses_is_reached() -> None:
+    name = socket.gethostname()
+    assert watch.urls("0.0.0.0", 8600) == ["http://127.0.0.1:8600/", f"http://{name}:8600/"]
+    assert watch.urls("::", 8600) == ["http://[::1]:8600/", f"http://{name}:8600/"]
+    assert watch.urls("fe80::1", 8600) == ["http://[fe80::1]:8600/"]
+    mine = watch.names("0.0.0.0", 8600)
+    assert all(mine(url.removeprefix("http://").strip("/")) for url in watch.urls("0.0.0.0", 8600))

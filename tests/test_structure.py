@@ -22,7 +22,7 @@ ROOT = Path(fedrank.__file__).parent
 FLOORS = [
     {"adapter", "roster", "together", "trace"},
     {"protocol"},
-    {"aggregation", "exactness", "levels", "optimizer", "privacy", "products", "robust", "selection"}
+    {"aggregation", "exactness", "levels", "optimizer", "privacy", "products", "robust", "selection", "told"}
     | {"cost", "devices", "fleet", "frame", "increments", "layout", "wire", "config", "hello", "store", "ledger"},
     {"training"},
     {"methods"},

@@ -17,12 +17,13 @@ import fedrank
 from fedrank import config as settings
 from fedrank import ledger, remote
 from fedrank.config import Config, ConfigError
-from fedrank.export import adopt, export, obstacle, read_peft
+from fedrank.export import adopt, export, obstacle, origin, read_peft
 from fedrank.observe.watching import watching
 from fedrank.parts import Parts, prepare
 from fedrank.protocol import Method, State
 from fedrank.server import ASKED, OF_TEXTS, PERSONAL, Event, Server
 from fedrank.store import Store, StoreError
+from fedrank.told import total as added
 from fedrank.trace import span
 from fedrank.training.data import ClientData
 
@@ -124,10 +125,12 @@ def start(
             parts = (by or prepare)(config, method, data)  # before anything is written: most mistakes show here
         if found is not None:
             parts = replace(parts, begin=adopt(parts.method, parts.begin, found))
+        facts = parts.facts | ({} if imported is None else {"imported": origin(imported)})
+        facts |= {"pairs": True} if parts.machine.population.test.text_b is not None else {}
         store = Store.create(path)
         with store.locked():
             store.save_state(parts.begin, parts.numerics)
-            store.write("data.json", json.dumps(parts.facts, indent=1))
+            store.write("data.json", json.dumps(facts, indent=1))
             (path / "drawn.safetensors").unlink(missing_ok=True)  # of a start that was cut short
             if parts.machine.drawn:
                 store.write("drawn.safetensors", save(parts.machine.drawn))
@@ -235,9 +238,12 @@ def _changed(config: Config, overrides: Iterable[str]) -> Config:
 
 
 def _contents(facts: dict[str, Any]) -> dict[str, Any]:
-    """What data and model are, less where they are: a run may move to another folder or environment."""
+    """What data and model are, less where they are: a run may move to another folder or environment.
+
+    Nor what the run started from, which is in its first state, and whether rows are pairs, which is in their hash.
+    """
     model = {key: value for key, value in facts["model"].items() if key not in ("name", "source")}
-    return {**facts, "data": None, "model": model, "fleet": None}
+    return {**facts, "data": None, "model": model, "fleet": None, "imported": None, "pairs": None}
 
 
 def _same(path: Path, then: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
@@ -259,8 +265,8 @@ def summarise(path: Path, parts: Parts, end: Event) -> dict[str, Any]:
 
     def total(name: str) -> float | int | None:
         """None where a private run does not tell."""
-        values = [row[name] for row in rows]
-        return None if None in values else round(sum(values), 4)
+        found = added(row[name] for row in rows)
+        return None if found is None else round(found, 4)
 
     return {
         "path": str(path), "version": fedrank.__version__, "method": parts.config.method["name"],

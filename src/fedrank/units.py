@@ -1,5 +1,7 @@
 """Numbers for people: shares, bytes, seconds, joules."""
 
+from collections.abc import Sequence
+
 
 def share(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
@@ -57,3 +59,11 @@ def points(share: float) -> str:
 def ratio(value: float | None) -> str:
     """A factor for people: 0.53 times."""
     return "–" if value is None else f"{value:.3g} times"
+
+
+def within(mean: float, interval: Sequence[float], in_points: bool) -> str:
+    """A difference in points, or a ratio, with its interval: +1.2 points (+0.3 to +2.1), 0.55 times (0.51 to 0.59)."""
+    low, high = interval
+    if in_points:
+        return f"{mean:+.1f} points ({low:+.1f} to {high:+.1f})"
+    return f"{mean:.2f} times ({low:.2f} to {high:.2f})"

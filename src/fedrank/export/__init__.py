@@ -16,13 +16,13 @@ from fedrank.client import complete
 from fedrank.config import Config, hint
 from fedrank.export import peft, provenance
 from fedrank.export.card import model_card
-from fedrank.export.peft import adopt, read_peft
+from fedrank.export.peft import adopt, origin, read_peft
 from fedrank.export.provenance import verify
 from fedrank.products import Increment
 from fedrank.protocol import ClientId, Plan, State
 from fedrank.store import Store, StoreError, write
 
-__all__ = ["adopt", "export", "export_clients", "obstacle", "read_peft", "verify", "whole"]
+__all__ = ["adopt", "export", "export_clients", "obstacle", "origin", "read_peft", "verify", "whole"]
 
 log = logging.getLogger(__name__)
 

@@ -8,11 +8,14 @@ from typing import Any
 import yaml
 
 from fedrank.config import TINY_MODELS
+from fedrank.told import CLIENTS, UNPROTECTED
 
 MARKS = "\\`*_{}[]<>#|~&@:$!^="
 HERE = "PATH OF THIS FOLDER"
 NAMED = 40  # labels that are listed
+WEIGHTED = " on clients' own test rows, weighted by rows"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank takes
+PAIRS = '[{"text": "a text", "text_pair": "its pair"}, {"text": "another", "text_pair": "its own"}]'
 SCORES = {
     "accuracy": "accuracy", "loss": "loss", "personal_accuracy": "mean accuracy of clients on their own test rows",
     "personal_majority": "the same, of each client's most frequent class", "personal_clients": "clients so scored",
@@ -53,29 +56,39 @@ def plain(value: Any, most: int = 120) -> str:
 def _front(found: Mapping[str, Any]) -> str:
     """The metadata. YAML quotes what needs it; line breaks become spaces, so that no line of it ends the block."""
     model, scores, merged = found["model"], found["scores"] or {}, found["kind"] == "model"
-    generates = model["task"] == "generate"
-    kind = "text-generation" if generates else "text-classification"
+    kind = "text-generation" if model["task"] == "generate" else "text-classification"
     told: dict[str, Any] = {"library_name": "transformers" if merged else "peft", "pipeline_tag": kind}
     if model["published"]:
         told |= {"base_model": model["source"], "base_model_relation": "finetune" if merged else "adapter"}
     told["tags"] = ["fedrank", "federated-learning", "lora", str(found["method"]["name"])]
     metrics = [
-        {"type": name, "value": scores[name], "name": _title(name, generates)}
+        {"type": _type(name, found), "value": scores[name], "name": _title(name, found)}
         for name in ("accuracy", "loss", "personal_accuracy", "personal_worst_decile")
         if scores.get(name) is not None
     ]
-    if metrics:
-        data = _line(found["data"]["name"])
-        result = {"task": {"type": kind}, "dataset": {"name": data, "type": data}, "metrics": metrics}
-        named = f"{_line(model['name'])}, {_line(found['method']['name'])}"
+    if metrics and found["client"] is None:  # a client's few rows are no data set that others could score on
+        data, split = _line(found["data"]["name"]), found["data"]["test_rows_are"]
+        dataset = {"name": data, "type": data} | ({} if split == CLIENTS else {"split": split})
+        result = {"task": {"type": kind}, "dataset": dataset, "metrics": metrics}
+        named = f"{_line(model['name'])}, {_line(found['method']['name'])}{_again(found)}"
         told["model-index"] = [{"name": named, "results": [result]}]
     return str(yaml.safe_dump(told, sort_keys=False))
 
 
-def _title(score: str, generates: bool) -> str:
+def _type(score: str, found: Mapping[str, Any]) -> str:
+    """A metric's name for a program: that of the hub only where it is of rows that all have."""
+    return f"clients_{score}" if score in ("accuracy", "loss") and found["data"]["test_rows_are"] == CLIENTS else score
+
+
+def _title(score: str, found: Mapping[str, Any]) -> str:
     """What a score is; accuracies are of rows, or of the completions' tokens."""
-    of_tokens = generates and score in ("accuracy", "personal_accuracy", "personal_worst_decile")
-    return SCORES.get(score, score) + (", of tokens" if of_tokens else "")
+    of_tokens = found["model"]["task"] == "generate" and score.endswith(("accuracy", "worst_decile"))
+    title = SCORES.get(score, score) + (", of tokens" if of_tokens else "")
+    return title + WEIGHTED if found["client"] is None and _type(score, found) != score else title
+
+
+def _again(found: Mapping[str, Any]) -> str:
+    return " (reconstructed)" if found["method"]["reconstructed"] else ""
 
 
 def _line(value: Any) -> str:
@@ -93,13 +106,15 @@ def _load(found: Mapping[str, Any]) -> list[str]:
         kind = "text-generation" if generates else "text-classification"
         own = not generates and model["pooling"] == "mean"
         trust = ", trust_remote_code=True" if own else ""
-        call = "" if generates else '\nprint(ask(["a text", "another"], truncation=True))'
+        two = PAIRS if found["data"]["pairs"] else '["a text", "another"]'
+        call = "" if generates else f"\nprint(ask({two}, truncation=True))"
         code = [
             f'```python\nfrom transformers import pipeline\n\nask = pipeline("{kind}", model="{HERE}"{trust}){call}\n```\n'
         ]
         if own:
             code.append(
-                "The class of the model is in pooled.py of this folder: a linear head on the mean over tokens.\n"
+                "The class of the model is in pooled.py of this folder: a linear head on the mean over tokens. "
+                "It needs transformers 5 or newer.\n"
             )
         if not generates:
             code.append("truncation=True cuts texts at the length of training.\n")
@@ -121,8 +136,9 @@ def _load(found: Mapping[str, Any]) -> list[str]:
     if not generates:
         most = found["config"].get("local", {}).get("max_length")
         cut = "" if most is None else f", max_length={most}"
+        beside = ', ["its pair", "its own"]' if found["data"]["pairs"] else ""
         lines += [
-            f'batch = tokenizer(["a text", "another"], padding=True, truncation=True{cut}, return_tensors="pt")',
+            f'batch = tokenizer(["a text", "another"]{beside}, padding=True, truncation=True{cut}, return_tensors="pt")',
             "with torch.inference_mode():",
         ]
         lines += [
@@ -171,7 +187,7 @@ def _known(value: Any) -> Any:
 def _method(found: Mapping[str, Any]) -> list[str]:
     method, chosen = found["method"], found["config"].get("method", {})
     local, adapter = found["config"].get("local", {}), found["config"].get("adapter", {})
-    name = plain(method["name"]) + (" (reconstructed)" if method["reconstructed"] else "")
+    name = plain(method["name"]) + _again(found)
     url = str(method.get("url"))
     url = f"<{url}>" if re.fullmatch(r"https://[\w./-]+", url) else plain(url)
     paper = f", after “{plain(method['paper'])}”, {url}" if method.get("paper") else ""
@@ -197,14 +213,22 @@ def _rounds(found: Mapping[str, Any]) -> list[str]:
     planned = run["rounds"]
     rows = {
         "rounds": run["round"] if planned in (None, run["round"]) else f"{run['round']}, of {planned} that are planned",
-        "clients": config.get("clients", {}).get("count"), "clients a round": config.get("rounds", {}).get("cohort"),
+        "clients": "sites, which come and go" if run["clients"] is None else run["clients"], "clients a round": config.get("rounds", {}).get("cohort"),
         "seed": run["seed"],
     } | {
         f"{part} bytes {way}, all rounds": "not told" if (value := bytes_[f"{key}bytes_{way}"]) is None else f"{value:,}"
         for key, part in (("", "all"), ("adapter_", "adapter"), ("head_", "head"))
         for way in ("up", "down")
     }  # fmt: skip
-    return [_table(rows)]
+    return [_table(rows), *([f"{began}\n"] if (began := _imported(found)) else [])]
+
+
+def _imported(found: Mapping[str, Any]) -> str:
+    """What it started from beside its base model; empty where that is all."""
+    if (start := found["run"]["imported"]) is None:
+        return ""
+    base = "" if start["base"] is None else f" of a base named {plain(start['base'])}"
+    return f"The run started from an imported adapter{base}, sha256 {plain(start['sha256'])}."
 
 
 def _scores(found: Mapping[str, Any]) -> list[str]:
@@ -213,8 +237,7 @@ def _scores(found: Mapping[str, Any]) -> list[str]:
         what = "this client was" if found["client"] is not None else "this round was"
         return [f"None: {what} not evaluated.\n"]
     where = "own test rows" if found["client"] is not None else f"{found['data']['test_rows_are']} rows"
-    generates = found["model"]["task"] == "generate"
-    told = {_title(name, generates): value for name, value in scores.items() if value is not None}
+    told = {_title(name, found): value for name, value in scores.items() if value is not None}
     rounded = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in told.items()}
     return [f"On the {plain(where)}:\n", _table(rounded)]
 
@@ -226,8 +249,12 @@ def _privacy(found: Mapping[str, Any]) -> list[str]:
     bound = "no bound" if privacy["epsilon"] is None else f"epsilon {privacy['epsilon']:.4g}"
     if found["client"] is not None:
         bound = f"{bound} for the common parts, none for the client's own"
-    return [f"Client-level differential privacy, {plain(privacy['kind'])}: {plain(bound)} at delta {privacy['delta']:g}.\n",
-            _table({name: privacy[name] for name in ("clip", "noise", "votes_noise") if privacy[name] is not None})]  # fmt: skip
+    began = _imported(found)
+    return [
+        f"Client-level differential privacy, {plain(privacy['kind'])}: {plain(bound)} at delta {privacy['delta']:g}.\n",
+        _table({name: privacy[name] for name in ("clip", "noise", "votes_noise") if privacy[name] is not None}),
+        *([f"{began} {UNPROTECTED}\n"] if began else []),
+    ]
 
 
 def _limits(found: Mapping[str, Any]) -> list[str]:

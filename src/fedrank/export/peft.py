@@ -1,5 +1,6 @@
 """Adapters in PEFT's format: written, and read to start a run from."""
 
+import hashlib
 import json
 import logging
 import re
@@ -16,6 +17,7 @@ from fedrank.adapter import Adapter, Block, recompress
 from fedrank.products import Increment
 from fedrank.protocol import Method, State
 from fedrank.store import StoreError, write
+from fedrank.told import last
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +93,15 @@ def read_peft(folder: Path) -> Adapter:
     if (folder / HEAD).exists():
         dense |= load_file(folder / HEAD)
     return Adapter(blocks, scale, dense)
+
+
+def origin(folder: Path) -> dict[str, Any]:
+    """What a run tells of the adapter that it starts from: the hash of its tensors' file, and its base, by its last name."""
+    base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    return {
+        "sha256": hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest(),
+        "base": last(base),
+    }
 
 
 def _pattern(pattern: dict[str, Any] | None, name: str, default: float) -> float:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,12 +17,12 @@ from fedrank.config import TINY_MODELS, ConfigError
 from fedrank.protocol import ClientId, State
 from fedrank.server import BYTES, OF_TEXTS, PERSONAL
 from fedrank.store import CLIENT, StoreError, write
+from fedrank.told import computed, counted, last, portable, tested, total
 
 ROOTS = FILE, INDEX = "provenance.json", "index.json"
 SCHEMA = 1
+OWN = "manifest_sha256"
 OF_CLIENTS = ("accuracy", "majority", "clients", "worst_decile", *OF_TEXTS)
-OF_ROWS = ("stack", "prefix")  # how a run computes that hangs on how many rows there are and how long they are
-CONNECTION = ("superlink", "root_certificate", "insecure")
 
 
 # ---- what is told
@@ -38,11 +38,9 @@ def manifest(
     private run, only what may be published (docs/privacy.md): nothing that is counted or hashed of clients' rows, nor the
     hash of the state, by which a guess of who took part could be tried.
     """
-    config = _config(run)
-    privacy, data, model = config.get("privacy", {}), config.get("data", {}), facts["model"]
-    if private := privacy.get("kind", "none") != "none":
-        config["engine"] = {name: value for name, value in config.get("engine", {}).items() if name not in OF_ROWS}
-        numerics = {name: value for name, value in numerics.items() if name not in OF_ROWS}
+    config = portable(yaml.safe_load((run / "config.yaml").read_text()) or {})
+    privacy, model = config.get("privacy", {}), facts["model"]
+    private = privacy.get("kind", "none") != "none"
     rows = ledger.read(run / "rounds.jsonl")
     rows = [row for row in rows if row["round"] <= state.round]
     here = rows[-1] if rows and rows[-1]["round"] == state.round else {}
@@ -54,18 +52,18 @@ def manifest(
         "run": {
             "fedrank": numerics.get("fedrank"), "round": state.round, "rounds": planned, "seed": config.get("seed"),
             "state_sha256": None if private else digest(run / "states" / f"{state.round:04d}.safetensors"),
-            "numerics": dict(numerics),
+            "clients": counted(facts), "numerics": computed(numerics, private), "imported": facts.get("imported"),
         },
         "config": config, "config_sha256": _hash(config),
         "method": _method(config.get("method", {})),
         "data": {
-            "name": _last(facts.get("data")), "test_rows_are": data.get("split", "test"),
+            "name": last(facts.get("data")), "test_rows_are": tested(facts, config), "pairs": facts.get("pairs", False),
             "rows": {name: row_counts.get(name) for name in told},
             "sha256": {name: hashes.get(name) or None for name in told},
         },
         "labels": facts.get("labels", []),
         "model": {
-            "name": _last(model["name"]), "source": _last(model["source"]), "fingerprint": model.get("fingerprint"),
+            "name": last(model["name"]), "source": last(model["source"]), "fingerprint": model.get("fingerprint"),
             "published": not Path(model["source"]).is_absolute() and model["source"] not in TINY_MODELS,
             "class": model.get("base_class"), "task": model["task"], "pooling": model["pooling"],
         },
@@ -76,7 +74,7 @@ def manifest(
         "client": client, "limit": limit(facts, client, private) or None,
         "bytes": {
             "round": {name: here.get(name) for name in BYTES},
-            "all_rounds": {name: _total(row.get(name) for row in rows) for name in BYTES},
+            "all_rounds": {name: total(row.get(name) for row in rows) for name in BYTES},
         },
         "scores": _scores(run, state.round, here, client),
         "privacy": {
@@ -96,26 +94,6 @@ def limit(facts: Mapping[str, Any], client: ClientId | None, private: bool) -> s
     if facts.get("private"):
         return "the common adapter alone; each client predicts with one of its own beside it (fedrank export --client)"
     return "the common start; each client predicts after training of its own from it"
-
-
-def _config(run: Path) -> dict[str, Any]:
-    """The resolved config as it stands in the run, less what is of one machine: folders, addresses, who watches."""
-    found = dict(yaml.safe_load((run / "config.yaml").read_text()) or {})
-    found.pop("observe", None)
-    for section, key in (("data", "path"), ("model", "name")):
-        if section in found:
-            found[section] = {**found[section], key: _last(found[section].get(key))}
-    if "engine" in found:
-        engine = {name: value for name, value in found["engine"].items() if name not in CONNECTION}
-        if engine.get("fleet"):
-            engine["fleet"] = {**engine["fleet"], "csv": _last(engine["fleet"].get("csv"))}
-        found["engine"] = engine
-    return found
-
-
-def _last(place: str | None) -> str | None:
-    """A folder or file of this machine by its last name; other names as they are."""
-    return Path(place).name if place and Path(place).is_absolute() else place
 
 
 def _method(chosen: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,12 +125,6 @@ def _scores(run: Path, round: int, here: Mapping[str, Any], client: ClientId | N
     return found if any(value is not None for name, value in found.items() if name != "personal_clients") else None
 
 
-def _total(values: Iterable[int | None]) -> int | None:
-    """None where one is not told."""
-    known = list(values)
-    return None if None in known else sum(value for value in known if value is not None)
-
-
 # ---- the files
 
 
@@ -161,9 +133,14 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _hash(config: Mapping[str, Any]) -> str:
-    """Of the config as JSON with sorted keys."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+def _hash(found: Mapping[str, Any]) -> str:
+    """Of a config or a manifest as JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def _own(found: Mapping[str, Any]) -> str:
+    """Of a manifest without its own hash, as it reads once it is written."""
+    return _hash({name: part for name, part in json.loads(json.dumps(found)).items() if name != OWN})
 
 
 def _files(out: Path) -> list[str]:
@@ -171,9 +148,9 @@ def _files(out: Path) -> list[str]:
 
 
 def seal(out: Path, found: Mapping[str, Any]) -> None:
-    """Write the manifest, last of all: it has the hash of every other file."""
-    files = {name: digest(out / name) for name in _files(out) if name != FILE}
-    write(out / FILE, json.dumps({**found, "files": files}, indent=1).encode())
+    """Write the manifest, last of all: it has the hash of every other file, and of itself but for that."""
+    told = {**found, "files": {name: digest(out / name) for name in _files(out) if name != FILE}}
+    write(out / FILE, json.dumps({**told, OWN: _own(told)}, indent=1).encode())
 
 
 def seal_all(out: Path, found: Mapping[str, Any]) -> None:
@@ -274,7 +251,8 @@ def verify(folder: Path) -> list[str]:
         extra = [name for name in _files(folder) if name != INDEX and not name.startswith(theirs)]
         return odd + [f"{name}: not a part of the export" for name in extra]
     found = _read(folder)
-    odd = [] if _hash(found["config"]) == found["config_sha256"] else ["config: not what config_sha256 is of"]
+    odd = [] if _own(found) == found.get(OWN) else [f"{FILE}: not what its {OWN} is of"]
+    odd += [] if _hash(found["config"]) == found["config_sha256"] else ["config: not what config_sha256 is of"]
     for name, expected in found["files"].items():
         if not (folder / name).is_file():
             odd.append(f"{name}: missing")

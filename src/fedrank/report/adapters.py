@@ -7,7 +7,7 @@ from typing import Any
 
 from fedrank.report import plots
 from fedrank.report.page import Block, Chart, Row, Section, Table
-from fedrank.report.played import Played, known, sampled, short
+from fedrank.report.played import Played, known, sampled, short, thinned
 
 SPANS = 6000  # rectangles of a map, which the page has to draw
 CLIENTS, MODULES = 60, 80  # rows and columns of a map of clients
@@ -23,6 +23,7 @@ def ranks(run: Played, rows: Sequence[Row]) -> Section | None:
     if run.common:
         blocks.append(rank_map(run))
     if run.apart:
+        blocks.append(by_round(run))
         blocks.append(by_client(
             run, "trained", "Ranks that clients trained", _trained(run.apart),
             "Components by client, in the mean over the rounds in which it trained others than the global adapter had",
@@ -38,14 +39,15 @@ def ranks(run: Played, rows: Sequence[Row]) -> Section | None:
     return Section("ranks", "Ranks", blocks)
 
 
-def alive(id: str, title: str, name: str, rows: Sequence[Row]) -> Chart:
+def alive(id: str, title: str, name: str, every: Sequence[Row]) -> Chart:
+    rows, note = thinned(every)
     points = [{**{axis: row.get(axis) for axis in plots.AXES}, "series": title, "value": row[name]} for row in rows]
     spec, axes = plots.lines(points, [title], title, "d", steps=True, zero=True)
     spec["height"] = 180
     first, last = rows[0], rows[-1]
     said = f"{first[name]} after round {first['round']}, {last[name]} after round {last['round']}."
     table = Table(["Round", title], [[str(row["round"]), str(row[name])] for row in rows], left=0)
-    return Chart(id, title, said, spec, table, axes)
+    return Chart(id, title, said, spec, table, axes, note)
 
 
 def rank_map(run: Played) -> Chart:
@@ -54,13 +56,12 @@ def rank_map(run: Played) -> Chart:
     spans = _spans(rounds, names)
     if len(spans) > SPANS:
         wanted = max(SPANS // max(len(names), 1), 2)
-        kept = {int(place) for place in sampled([str(at) for at in range(len(rounds))], wanted)}
-        rounds = [row for at, row in enumerate(rounds) if at in kept]
+        rounds = sampled(rounds, wanted)
         spans = _spans(rounds, names)
         note = f"Of {len(run.common)} rounds {len(rounds)} are shown, evenly spaced."
     last = run.common[-1]["ranks"]
     order = list(reversed(names.values()))  # the first block at the bottom, as the others stand on it
-    spec = plots.heat(spans, order, "Rank", {"title": "Round", "axis": {"tickMinStep": 1, "format": "d"}})
+    spec = plots.heat([span for span in spans if span["value"]], order, "Rank", plots.ROUNDS)
     gone = [names[module] for module in names if not last.get(module)]
     most = max(last.values(), default=0)
     said = f"Components of each module after each round. At the end {len(names) - len(gone)} of {len(names)} modules "
@@ -70,16 +71,15 @@ def rank_map(run: Played) -> Chart:
         said += f"; empty: {listed}{' and more' if len(gone) > 6 else ''}. Where nothing is drawn, nothing is left."
     else:
         said += "."
-    ends = [run.common[0]["ranks"], last]
+    full = {name: module for module, name in names.items()}
     table = Table(
-        ["Module", f"After round {run.common[0]['round']}", f"After round {run.common[-1]['round']}", "Empty since"],
-        [[module, *(str(one.get(module, 0)) for one in ends), _empty_since(run.common, module)] for module in names],
+        ["Module", "Rounds", "Rank"], [[full[one["name"]], one["label"], str(one["value"])] for one in spans], left=2
     )
     return Chart("map", "Rank map", said, spec, table, note=note)
 
 
 def _spans(rounds: Sequence[Row], names: Mapping[str, str]) -> list[dict[str, Any]]:
-    """For every module the stretches of rounds over which its rank stays, but for those where it is 0."""
+    """For every module the stretches of rounds over which its rank stays."""
     found = []
     edges = [row["round"] for row in rounds]
     for module, name in names.items():
@@ -88,24 +88,51 @@ def _spans(rounds: Sequence[Row], names: Mapping[str, str]) -> list[dict[str, An
         for at in range(1, len(values) + 1):
             if at < len(values) and values[at] == values[start]:
                 continue
-            if values[start]:
-                stop = edges[at] - 0.5 if at < len(edges) else edges[-1] + 0.5
-                label = str(edges[start]) if at - 1 == start else f"{edges[start]} to {edges[at - 1]}"
-                found.append(
-                    {"name": name, "start": edges[start] - 0.5, "stop": stop, "value": values[start], "label": label}
-                )
+            stop = edges[at] - 0.5 if at < len(edges) else edges[-1] + 0.5
+            label = str(edges[start]) if at - 1 == start else f"{edges[start]} to {edges[at - 1]}"
+            found.append(
+                {"name": name, "start": edges[start] - 0.5, "stop": stop, "value": values[start], "label": label}
+            )
             start = at
     return found
 
 
-def _empty_since(rounds: Sequence[Row], module: str) -> str:
-    """The first of the last rounds without components."""
-    since = None
-    for row in reversed(rounds):
-        if row["ranks"].get(module):
-            break
-        since = row["round"]
-    return "–" if since is None else f"round {since}"
+def by_round(run: Played) -> Chart:
+    """Clients by rounds: the components that each trained, of all modules; of many rounds neighbours in the mean."""
+    summed: dict[str, dict[int, int]] = defaultdict(dict)
+    for row in run.apart:
+        summed[str(row["client"])][int(row["round"])] = sum(row["ranks"].values())
+    order = sorted(summed, key=lambda client: (-statistics.fmean(summed[client].values()), client))
+    shown, labels = sampled(order, CLIENTS), _labels(run, order)
+    cells = list[dict[str, Any]]()
+    for client in shown:
+        for label, rounds in plots.binned([row["round"] for row in run.rounds]):
+            if there := [summed[client][at] for at in rounds if at in summed[client]]:
+                cells.append({
+                    "name": labels[client], "start": rounds[0] - 0.5, "stop": rounds[-1] + 0.5, "label": label,
+                    "value": round(statistics.fmean(there), 1),
+                })  # fmt: skip
+    ends = {"nice": False, "domain": [run.rounds[0]["round"] - 0.5, run.rounds[-1]["round"] + 0.5]}
+    spec = plots.heat(cells, [labels[client] for client in shown], "Components", plots.ROUNDS | {"scale": ends})
+    every = [value for mine in summed.values() for value in mine.values()]
+    said = (
+        f"Components of all modules that a client trained, from {min(every)} to {max(every)}. Where nothing is drawn, "
+    )
+    said += "the client was not asked, failed, or trained the global adapter as it was."
+    table = Table(
+        ["Client", "Round", "Components"], [[c["name"], c["label"], f"{c['value']:g}"] for c in cells], left=2
+    )
+    note = [f"Of {len(order)} clients {len(shown)} are shown, evenly from the most components to the fewest."] * (
+        len(shown) < len(order)
+    )
+    note += ["Each cell is the mean of several rounds."] * (len(run.rounds) > plots.BARS)
+    return Chart(
+        "trained-rounds", "Components that clients trained, round by round", said, spec, table, note=" ".join(note)
+    )
+
+
+def _labels(run: Played, clients: Sequence[str]) -> dict[str, str]:
+    return {client: f"{client} · {run.devices[client]}" if client in run.devices else client for client in clients}
 
 
 def _trained(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
@@ -128,7 +155,7 @@ def by_client(run: Played, id: str, title: str, found: Mapping[str, Mapping[str,
     shown = sampled(order, CLIENTS)
     if len(shown) < len(order):
         note.append(f"Of {len(order)} clients {len(shown)} are shown, evenly from the most components to the fewest.")
-    labels = {client: f"{client} · {run.devices[client]}" if client in run.devices else client for client in order}
+    labels = _labels(run, order)
     columns = list(dict.fromkeys(names[module] for module in modules))
     cells = []
     for client in shown:
@@ -153,13 +180,14 @@ def by_client(run: Played, id: str, title: str, found: Mapping[str, Mapping[str,
     return Chart(id, title, said, spec, table, note=" ".join(note))
 
 
-def over_rounds(rows: Sequence[Row]) -> Chart | None:
+def over_rounds(every: Sequence[Row]) -> Chart | None:
     """The mean effective rank, and a band of one standard deviation between clients."""
+    told = [row for row in every if row.get("effective_rank") is not None and row.get("rank_spread") is not None]
+    rows, note = thinned(told)
     points = [
         {**{axis: row.get(axis) for axis in plots.AXES}, "series": "mean", "value": row["effective_rank"],
          "low": row["effective_rank"] - row["rank_spread"], "high": row["effective_rank"] + row["rank_spread"]}
         for row in rows
-        if row.get("effective_rank") is not None and row.get("rank_spread") is not None
     ]  # fmt: skip
     if not points:
         return None
@@ -173,4 +201,4 @@ def over_rounds(rows: Sequence[Row]) -> Chart | None:
     )
     said = f"Mean over the clients of a round and all modules: from {values[0]:.2f} to {values[-1]:.2f}. "
     said += "The band is one standard deviation between clients."
-    return Chart("effective-mean", "Effective rank over rounds", said, spec, table, axes)
+    return Chart("effective-mean", "Effective rank over rounds", said, spec, table, axes, note)

@@ -5,28 +5,24 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from fedrank.report import plots
 from fedrank.report.compared import Comparison
 from fedrank.report.page import Block, Chart, Row, Section, Table, Text
 from fedrank.report.played import known, short
+from fedrank.studies import tables
+from fedrank.told import total
 from fedrank.units import duration, energy, share, size
 
 SCORES = {
-    "accuracy": "Accuracy",
-    "personal_accuracy": "Clients' accuracy",
-    "personal_worst_decile": "Worst tenth of clients",
+    "accuracy": "Accuracy of the global model",
+    "personal_accuracy": "Accuracy of clients",
+    "personal_worst_decile": "Accuracy of the worst tenth of clients",
 }
-CURVES = ("accuracy", "personal_accuracy")
-COSTS = {  # by name: title, and of which kind its units are
-    "bytes_up": ("Bytes up", "bytes"), "bytes_down": ("Bytes down", "bytes"),
-    "adapter_bytes_up": ("Adapter up", "bytes"), "adapter_bytes_down": ("Adapter down", "bytes"),
-    "clock_seconds": ("Device time", "seconds"), "device_joules": ("Energy", "joules"),
-    "peak_memory_bytes": ("Memory", "bytes"),
-}  # fmt: skip
-MEASURES = {
-    **{name: (title, "share") for name, title in SCORES.items()},
-    "last_accuracy": ("Accuracy, last round", "share"),
-    **COSTS,
+MEANT = {  # what a number in the results is, and one at the end of a curve
+    "accuracy": ("the mean of the last five evaluations, of the second half of the rounds", "one evaluation"),
+    "personal_accuracy": ("the mean of all clients, scored when the run has ended", "the mean of that round's clients"),
 }
 
 
@@ -35,8 +31,8 @@ def setting(found: Comparison, name: str, id: str, before: str) -> list[Section]
     result = found.part("results").get(name) or {}
     runs = {arm: mine for arm in found.arms if (mine := found.runs(name, arm))}
     parts: list[tuple[str, str, Sequence[Block | None]]] = [
-        ("results", "Results", [*results(found, result), target(found, result)]),
-        ("progress", "Accuracy along the way", [curves(found, id, runs, score) for score in CURVES]),
+        ("results", "Results", results(result, found.reference)),
+        ("progress", "Accuracy along the way", [curves(found, id, runs, score) for score in MEANT]),
         ("seeds", "Seeds and differences", [*seeds(found, id, result), *differences(found, id, result)]),
         ("clients", "Clients", [clients(found, id, runs)]),
         ("ranks", "Ranks", [alive(found, id, runs), ranks(id, runs)]),
@@ -48,51 +44,22 @@ def setting(found: Comparison, name: str, id: str, before: str) -> list[Section]
     return there or [Section(f"{id}-results", f"{before}Results", [Text("No run of this setting has ended yet.")])]
 
 
-def results(found: Comparison, result: Row) -> list[Table]:
-    """What was reached, and what it took."""
-    arms = result.get("arms") or {}
-    tables = []
-    for title, names in (("What was reached", (*SCORES, "last_accuracy")), ("What it took", COSTS)):
-        there = [name for name in names if any((arms[arm].get(name) or {}).get("mean") is not None for arm in arms)]
-        rows = [
-            [arm, *(_spread(arms[arm].get(n) or {}, MEASURES[n][1]) for n in there)]
-            for arm in found.arms
-            if arm in arms
-        ]
-        if there:
-            said = f"{title}: mean ± standard deviation over the seeds"
-            tables.append(Table(["Arm", *(MEASURES[name][0] for name in there)], rows, title=said))
-    return tables
-
-
-def _spread(one: Row, kind: str) -> str:
-    """Mean and deviation, in the mean's unit."""
-    mean, deviation = one.get("mean"), one.get("deviation")
-    if mean is None:
-        return "–"
-    word, size = {"share": ("%", 0.01), "rounds": ("", 1.0)}.get(kind) or plots.unit(kind, [mean], least=1.0)
-    spread = f" ± {deviation / size:.1f}" if deviation or (deviation is not None and kind == "share") else ""
-    return f"{mean / size:.1f}{spread} {word}".strip()
-
-
-def target(found: Comparison, result: Row) -> Table | None:
-    """What it took until a score was reached that all have in common."""
-    wanted = result.get("target") or {}
-    arms = wanted.get("arms") or {}
-    if wanted.get("value") is None or not arms:
-        return None
-    names = [
-        n
-        for n in COSTS
-        if not n.startswith("adapter") and any((one.get(n) or {}).get("mean") is not None for one in arms.values())
+def results(result: Row, reference: str) -> list[Block]:
+    """What was reached and what it took, in the end and up to a common target; in the words of the comparison's own tables."""
+    if not result:
+        return []
+    parts = (
+        ("In the end: mean ± standard deviation over the seeds", tables.final(result)),
+        (f"Up to a common target: {share((result.get('target') or {}).get('value'))}", tables.to_target(result)),
+        (f"Costs as multiples of {reference}'s, paired over seeds", tables.ratios(result, reference)),
+    )
+    meant = "; ".join(f"{tables.NAMES[name]} is {words}" for name, (words, _) in MEANT.items())
+    found = [
+        Table(["Arm", *(f"{name[0].upper()}{name[1:]}" for name in rows[0][1:])], rows[1:], title=title)
+        for title, rows in parts
+        if rows and rows[0][1:]
     ]
-    rows = [
-        [arm, str(arms[arm].get("reached", "–")), _spread(arms[arm].get("round") or {}, "rounds"),
-         *(_spread(arms[arm].get(name) or {}, MEASURES[name][1]) for name in names)]
-        for arm in found.arms if arm in arms
-    ]  # fmt: skip
-    title = f"To reach {share(wanted['value'])} {str(wanted.get('score', found.score)).replace('_', ' ')}"
-    return Table(["Arm", "Seeds that do", "Round", *(MEASURES[name][0] for name in names)], rows, title=title)
+    return [*found[:1], Text(f"In the end, {meant}.", "note"), *found[1:]] if found else []
 
 
 def curves(found: Comparison, id: str, runs: Mapping[str, Mapping[str, Row]], score: str) -> Chart | None:
@@ -109,7 +76,8 @@ def curves(found: Comparison, id: str, runs: Mapping[str, Mapping[str, Row]], sc
     ends = {arm: [p for p in points if p["series"] == arm][-1] for arm in order}
     best = sorted(order, key=lambda arm: -ends[arm]["value"])
     reached = ", ".join(f"{arm} {share(ends[arm]['value'])}" for arm in best)
-    said = f"In the end: {reached}. Bands run from the lowest seed to the highest."
+    said = f"After the last evaluated round: {reached}. That is {MEANT[score][1]}, in the mean over seeds; in the results stands "
+    said += f"{MEANT[score][0]}. Bands run from the lowest seed to the highest."
     table = Table(
         ["Arm", "Round", "Mean", "Lowest", "Highest", "Bytes", "Device time", "Energy"],
         [[str(p["series"]), str(p["round"]), share(p["value"]), share(p.get("low")), share(p.get("high")), size(p["bytes"]),
@@ -132,7 +100,7 @@ def _mean_curve(curves: Sequence[Sequence[Row]], score: str) -> list[dict[str, A
         values = known(mine, score)
         band = {"low": min(values), "high": max(values)} if len(values) > 1 else {}
         sums = {
-            "bytes": [_both(p) for p in mine],
+            "bytes": [total(p.get(f"bytes_{way}") for way in ("up", "down")) for p in mine],
             "seconds": [p.get("clock_seconds") for p in mine],
             "joules": [p.get("device_joules") for p in mine],
         }
@@ -143,11 +111,6 @@ def _mean_curve(curves: Sequence[Sequence[Row]], score: str) -> list[dict[str, A
     return found
 
 
-def _both(point: Row) -> float | None:
-    up, down = point.get("bytes_up"), point.get("bytes_down")
-    return None if up is None or down is None else float(up + down)
-
-
 def seeds(found: Comparison, id: str, result: Row) -> list[Chart]:
     """Every seed as a dot."""
     names = dict.fromkeys((found.score, "personal_worst_decile"))
@@ -155,38 +118,42 @@ def seeds(found: Comparison, id: str, result: Row) -> list[Chart]:
 
 
 def _dots(found: Comparison, id: str, result: Row, name: str, title: str) -> Chart | None:
-    every = {arm: (result.get("arms") or {}).get(arm, {}).get(name) or {} for arm in found.arms}
+    there = result.get("arms") or {}
+    of = {arm: there[arm]["seeds"] for arm in found.arms if arm in there}
+    every = {arm: there.get(arm, {}).get(name) or {} for arm in found.arms}
     arms = {arm: one for arm, one in every.items() if one.get("mean") is not None}
     if not arms:
         return None
     rows: list[dict[str, Any]] = []
     for arm, one in arms.items():
-        values = [v for v in one.get("values") or [] if v is not None]
-        rows.append(
-            {"name": arm, "middle": one["mean"], "low": min(values, default=None), "high": max(values, default=None)}
-        )
-        rows += [
-            {"name": arm, "value": value, "label": f"seed {n} of {len(values)}"} for n, value in enumerate(values, 1)
-        ]
+        values = {seed: v for seed, v in zip(of[arm], one["values"], strict=True) if v is not None}
+        rows.append({"name": arm, "middle": one["mean"], "low": min(values.values()), "high": max(values.values())})
+        rows += [{"name": arm, "value": value, "label": f"seed {seed}"} for seed, value in values.items()]
     spec = plots.ranges(rows, list(arms), title, plots.SHARE, found.arms)
     top, bottom = (pick(arms, key=lambda arm: float(arms[arm]["mean"])) for pick in (max, min))
     said = f"A dot for each seed, a bar for the mean. Highest is {top} with {share(arms[top]['mean'])}"
     said += f", lowest {bottom} with {share(arms[bottom]['mean'])}." if bottom != top else "."
     table = Table(
-        ["Arm", "Mean", "Each seed"],
-        [[arm, share(one["mean"]), ", ".join(share(v) for v in one.get("values") or [])] for arm, one in arms.items()],
+        ["Arm", "Mean", "Seed by seed"],
+        [
+            [
+                arm,
+                share(one["mean"]),
+                ", ".join(f"{s}: {share(v)}" for s, v in zip(of[arm], one["values"], strict=True)),
+            ]
+            for arm, one in arms.items()
+        ],
     )
     return Chart(f"{id}-dots-{name.replace('_', '-')}", f"{title}, seed by seed", said, spec, table)
 
 
 def differences(found: Comparison, id: str, result: Row) -> list[Block]:
-    """How far each arm is from the reference over the same seeds, and the costs as multiples of its own."""
+    """How far each arm is from the reference over the same seeds."""
     every = result.get("differences") or {}
     arms = [arm for arm in found.arms if arm in every and found.score in every[arm]]
     if not arms:
         return []
     rows: list[dict[str, Any]] = []
-    lines = []
     for arm in arms:
         one = every[arm][found.score]
         low, high = one.get("interval") or (None, None)
@@ -195,34 +162,17 @@ def differences(found: Comparison, id: str, result: Row) -> list[Block]:
             row |= {"low": 100 * low, "high": 100 * high}
         rows.append(row)
         rows += [{"name": arm, "value": 100 * v, "label": "a seed"} for v in one.get("values") or []]
-        p = one.get("p_corrected")
-        lines.append([
-            arm, _points(one["mean"]), "–" if low is None or high is None else f"{_points(low)} to {_points(high)}",
-            "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}",
-            *(_times(every[arm].get(name)) for name in ("bytes_up", "bytes_down", "clock_seconds", "device_joules")),
-        ])  # fmt: skip
     what = found.score.replace("_", " ")
     spec = plots.ranges(
         rows, arms, f"Difference in {what} from {found.reference} (points)", "+.3~g", found.arms, zero=True
     )
     clear = [arm for arm in arms if (p := every[arm][found.score].get("p_corrected")) is not None and p < 0.05]
     said = "A dot for each seed, a bar for the mean, a line for its 95 % interval. "
-    said += f"Told apart from 0 by the corrected test at 5 %: {', '.join(clear) or 'none'}."
-    columns = ["Arm", "Points", "95 % interval", "p, corrected", "Bytes up", "Bytes down", "Device time", "Energy"]
-    table = Table(columns, lines)
-    return [
-        Chart(f"{id}-differences", f"Against {found.reference}", said, spec, table),
-        Table(columns, lines, title=f"Against {found.reference}: points, and costs as multiples of its own"),
-    ]
-
-
-def _points(value: float) -> str:
-    text = f"{100 * value:+.1f}"
-    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
-
-
-def _times(one: Row | None) -> str:
-    return "–" if not one or one.get("mean") is None else f"{one['mean']:.3g} ×"
+    if found.fair:
+        said += f"Told apart from 0 by the corrected test at 5 %: {', '.join(clear) or 'none'}."
+    head, *lines = tables.differences(result, found.reference)
+    table = Table(["Points, 95 % interval, p corrected", *head[1:]], lines)
+    return [Chart(f"{id}-differences", f"Against {found.reference}", said, spec, table)]
 
 
 def clients(found: Comparison, id: str, runs: Mapping[str, Mapping[str, Row]]) -> Chart | None:
@@ -233,7 +183,7 @@ def clients(found: Comparison, id: str, runs: Mapping[str, Mapping[str, Row]]) -
         if not values:
             continue
         names.append(arm)
-        cuts = [_quantile(values, q) for q in (0.1, 0.25, 0.5, 0.75, 0.9)]
+        cuts = np.quantile(values, (0.1, 0.25, 0.5, 0.75, 0.9)).tolist()
         rows.append({"name": arm, "low": cuts[0], "high": cuts[-1], "middle": cuts[2]})
         rows += [
             {"name": arm, "value": v, "label": f"{q} % of clients are below"} for q, v in ((25, cuts[1]), (75, cuts[3]))
@@ -247,13 +197,6 @@ def clients(found: Comparison, id: str, runs: Mapping[str, Mapping[str, Row]]) -
     )
     table = Table(["Arm", "Clients", "10 %", "25 %", "Median", "75 %", "90 %", "Lowest"], lines)
     return Chart(f"{id}-personal", "Accuracy over clients", said, spec, table)
-
-
-def _quantile(values: Sequence[float], q: float) -> float:
-    """Of sorted values, between neighbours in a straight line."""
-    at = q * (len(values) - 1)
-    low = int(at)
-    return values[low] + (at - low) * (values[min(low + 1, len(values) - 1)] - values[low])
 
 
 def alive(found: Comparison, id: str, runs: Mapping[str, Mapping[str, Row]]) -> Chart | None:

@@ -9,6 +9,7 @@ from typing import Any
 from fedrank.report import plots
 from fedrank.report.page import Block, Chart, Facts, Row, Section, Table, Text
 from fedrank.report.played import Played, known, sampled
+from fedrank.told import counted
 from fedrank.units import duration, energy, memory, share
 
 POINTS, SHOWN, LABELS = 1500, 60, 30  # of a scatter, rows and columns of a map
@@ -91,7 +92,7 @@ def over_rows(run: Played, scored: Sequence[Row]) -> Chart:
         for row in sorted(scored, key=lambda row: str(row["client"]))
         if row["client"] in held
     ]  # fmt: skip
-    shown = [rows[int(at)] for at in sampled([str(at) for at in range(len(rows))], POINTS)]
+    shown = sampled(rows, POINTS)
     order = sorted({str(row["series"]) for row in shown})
     spec = plots.points(shown, order, ("Training rows", "~s"), ("Accuracy", plots.SHARE))
     note = f"Of {len(rows)} clients {len(shown)} are shown." if len(shown) < len(rows) else ""
@@ -118,11 +119,16 @@ def held(run: Played) -> Chart:
     kinds = [len(row.get("label_counts") or {}) for row in people]
     said = f"{len(people)} clients hold {least} to {most} training rows"
     said += f" of {min(kinds)} to {max(kinds)} of {len(labels)} labels." if labels and any(kinds) else "."
+    drawn = 1 < len(labels) <= LABELS and any(kinds)
     table = Table(
-        ["Client", "Training rows", "Test rows", "Labels"],
-        [[str(row["client"]), str(row["train_rows"]), str(row["test_rows"]), str(n)] for row, n in zip(people, kinds, strict=True)],
+        ["Client", "Training rows", "Test rows", "Labels", *(labels if drawn else [])],
+        [
+            [str(row["client"]), str(row["train_rows"]), str(row["test_rows"]), str(n),
+             *(share(_held(row, at) or None) for at in range(len(labels) if drawn else 0))]
+            for row, n in zip(people, kinds, strict=True)
+        ],
     )  # fmt: skip
-    if not 1 < len(labels) <= LABELS or not any(kinds):
+    if not drawn:
         tally = _parts([row["train_rows"] for row in people])
         spec = plots.bars(
             [{**one, "series": "clients", "rank": 0} for one in tally], ["clients"], "Clients", "d", x="Training rows"
@@ -131,9 +137,9 @@ def held(run: Played) -> Chart:
     place = {str(row["client"]): row for row in people}
     shown = sampled(list(place), SHOWN)
     cells = [
-        {"name": c, "column": labels[int(label)], "value": round(count / max(place[c]["train_rows"], 1), 4)}
+        {"name": c, "column": labels[int(label)], "value": round(_held(place[c], int(label)), 4)}
         for c in shown
-        for label, count in place[c]["label_counts"].items()
+        for label in place[c]["label_counts"]
     ]
     spec = plots.cells(cells, shown, labels, "Share of the client's rows", "Label")
     note = (
@@ -142,6 +148,11 @@ def held(run: Played) -> Chart:
         else ""
     )
     return Chart("held", "Who holds what", f"{said} Those with the most rows are on top.", spec, table, note=note)
+
+
+def _held(row: Row, label: int) -> float:
+    """The share of a client's training rows that have this label."""
+    return float((row.get("label_counts") or {}).get(str(label), 0) / max(row["train_rows"], 1))
 
 
 def _parts(values: Sequence[int], count: int = 12) -> list[dict[str, Any]]:
@@ -163,7 +174,7 @@ def fleet(run: Played) -> Section | None:
     """What the devices did with a round's time; None where no device was modelled, or none of it is told."""
     timed = [row for row in run.clients if row.get("device_seconds") is not None]
     counts = (run.facts.get("fleet") or {}).get("kinds") or {}
-    if run.private or not timed:
+    if run.private or not timed or not known(run.rounds, "round_seconds"):  # rows of clients come before their round's
         return None
     if run.config.engine.fleet is None:
         lead = "No fleet was named: every client has the same nominal laptop."
@@ -228,7 +239,7 @@ def _kinds(run: Played, groups: dict[str, list[Row]], counts: Row) -> Table:
         ok = [row for row in mine if row["ok"]]
         seconds, joules = known(ok, "device_seconds"), known(mine, "device_joules")
         rows.append([
-            kind, str(counts.get(kind, run.config.clients.count or "–")), str(len(mine)), str(len(mine) - len(ok)),
+            kind, str(counts.get(kind, counted(run.facts) or "–")), str(len(mine)), str(len(mine) - len(ok)),
             duration(statistics.fmean(seconds) if seconds else None), energy(sum(joules, 0.0)),
             memory(max(known(ok, "peak_memory_bytes"), default=None)),
         ])  # fmt: skip

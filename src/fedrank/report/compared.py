@@ -44,6 +44,24 @@ class Comparison:
         """The arm that the others are held against."""
         return str(self.study.get("reference") or next(iter(self.arms), ""))
 
+    @property
+    def done(self) -> int:
+        """How many runs there are."""
+        return sum(len(self.runs(s, arm)) for s in self.settings for arm in self.arms)
+
+    @property
+    def planned(self) -> int:
+        return max(len(self.settings) * len(self.arms) * len(self.study.get("seeds") or []), self.done)
+
+    @property
+    def finished(self) -> bool:
+        return self.done == self.planned > 0
+
+    @property
+    def fair(self) -> bool:
+        """Whether anything may be concluded."""
+        return self.finished and bool(self.part("fair").get("verdict"))
+
     def runs(self, setting: str, arm: str) -> dict[str, Row]:
         """Seed -> run."""
         return dict((self.part("runs").get(setting) or {}).get(arm) or {})

@@ -10,7 +10,10 @@ from fedrank.report import plots
 from fedrank.report.arms import setting
 from fedrank.report.compared import Comparison
 from fedrank.report.page import Block, Chart, Code, Facts, Page, Row, Section, Table, Text
-from fedrank.units import duration, number, share
+from fedrank.studies import tables
+from fedrank.studies.claims import SCORES
+from fedrank.told import portable
+from fedrank.units import duration, number, share, within
 
 
 def page(found: Comparison) -> Page:
@@ -36,11 +39,9 @@ def _counted(count: int, what: str) -> str:
 
 
 def status(found: Comparison) -> tuple[Literal["done", "running", "waiting", "stopped"], str]:
-    done = sum(len(found.runs(s, arm)) for s in found.settings for arm in found.arms)
-    planned = max(len(found.settings) * len(found.arms) * len(found.study.get("seeds") or []), done)
-    failed = len(found.part("failures"))
+    done, planned, failed = found.done, found.planned, len(found.part("failures"))
     more = f", {failed} failed" if failed else ""
-    if done and done == planned:
+    if found.finished:
         return "done", f"Finished: {done} of {planned} runs{more}."
     if found.working:
         return ("running" if done else "waiting"), f"Running: {done} of {planned} runs{more}."
@@ -48,42 +49,34 @@ def status(found: Comparison) -> tuple[Literal["done", "running", "waiting", "st
 
 
 def conclusions(found: Comparison) -> Section:
-    """First of all: what was asked, what came out, and whether it may be believed."""
+    """First of all: what was asked, and what may be concluded; before all runs are played, and of unlike arms, nothing."""
     blocks: list[Block] = [
         Text(f"{name.replace('_', ' ')}: {text}", "note") for name, text in (found.study.get("about") or {}).items()
     ]
-    several = len(found.settings) > 1
-    for name, result in found.part("results").items():
-        if sentence := result.get("conclusion"):
-            blocks.append(Text(f"{name}: {sentence}" if several else str(sentence), "strong"))
-    if not found.part("results"):
-        blocks.append(Text("No run has ended yet, so nothing can be concluded."))
-    fair = found.found.get("fair")
-    if isinstance(fair, dict) and fair.get("verdict") is not None:
-        why = " ".join(_sentence(one) for one in fair.get("why") or [])
+    if not found.finished or not found.part("fair"):
+        blocks.append(Text(f"Not finished: {found.done} of {found.planned} runs, so nothing is concluded."))
+        open = "not finished"
+    else:
+        fair, notes = found.part("fair"), len(found.part("fair")["notes"]) > 0
+        lines = tables.said(found.found)
+        tone: Literal["strong", "bad"] = "strong" if fair["verdict"] else "bad"
+        blocks += [Text(line, tone) for line in lines[: len(lines) - notes]]
         if fair["verdict"]:
-            blocks.append(
-                Text(f"A fair comparison: the arms had the same data, seeds, work and tuning. {why}".strip(), "good")
-            )
-        else:
-            blocks.append(Text(f"Not a fair comparison. {why}".strip(), "bad"))
-        blocks += [Text(_sentence(one), "note") for one in fair.get("notes") or []]
-    if found.part("claims"):
-        blocks.append(claims(found))
+            blocks.append(Text("A fair comparison: the arms had the same data, seeds, work and tuning.", "good"))
+        blocks += [Text(line, "note") for line in lines[len(lines) - notes :]]
+        open = "" if fair["verdict"] else "nothing is concluded"
+    if found.study.get("claims"):
+        blocks.append(claims(found, open))
     return Section("conclusions", "What may be concluded", blocks)
 
 
-def claims(found: Comparison) -> Table:
-    """What was claimed beforehand, and what the runs say of it."""
-    asked = found.study.get("claims") or {}
-    rows = [
-        [
-            str(asked.get(name, {}).get("claim", name)),
-            "; ".join(_said(s, one) for s, one in judged["settings"].items()),
-            judged["verdict"],
-        ]
-        for name, judged in found.part("claims").items()
-    ]
+def claims(found: Comparison, open: str) -> Table:
+    """What was claimed beforehand, and what the runs say of it. open: why none is judged yet, if so."""
+    rows = []
+    for name, claim in found.study["claims"].items():
+        judged = {} if open else found.part("claims").get(name) or {}
+        ours = "; ".join(f"{s}: {_found(claim['of'], one)}" for s, one in judged.get("settings", {}).items())
+        rows.append([str(claim["claim"]), ours or "–", open or str(judged.get("verdict", "–"))])
     return Table(
         ["Claim", "Found, with 95 % intervals", "Verdict"],
         rows,
@@ -92,16 +85,8 @@ def claims(found: Comparison) -> Table:
     )
 
 
-def _said(setting: str, one: Row) -> str:
-    if one.get("mean") is None:
-        return f"{setting}: {one.get('why', '–')}"
-    low, high = one["interval"]
-    return f"{setting}: {one['mean']:.3g} ({low:.3g} to {high:.3g})"
-
-
-def _sentence(text: Any) -> str:
-    words = str(text).strip()
-    return words if words.endswith(".") else f"{words}."
+def _found(of: str, one: Row) -> str:
+    return str(one.get("why", "–")) if one.get("mean") is None else within(one["mean"], one["interval"], of in SCORES)
 
 
 # ---- tuning, failures, once more
@@ -186,7 +171,8 @@ def failures(found: Comparison) -> Section | None:
 
 def again(found: Comparison) -> Section:
     """The study, the command, the machine and what was forecast."""
-    command = str(found.found.get("command") or f"fedrank compare study.yaml --out {shlex.quote(str(found.path))}")
+    folder = shlex.quote(found.path.resolve().name)
+    command = f"fedrank compare {folder}/study.yaml --out {folder}"
     walls = [
         run.get("seconds") or 0.0 for s in found.settings for arm in found.arms for run in found.runs(s, arm).values()
     ]
@@ -199,6 +185,19 @@ def again(found: Comparison) -> Section:
         ("machine", "The machine"),
         ("forecast", "What was forecast"),
     ):
-        if found.part(name):
-            blocks.append(Code(yaml.safe_dump(found.part(name), sort_keys=False), title, folded=True))
+        if part := found.part(name):
+            told = _portable(part) if name == "study" else part
+            blocks.append(Code(yaml.safe_dump(told, sort_keys=False), title, folded=True))
     return Section("again", "Run it again", blocks)
+
+
+def _portable(study: Row) -> dict[str, Any]:
+    """The study without what is of one machine in the parts of its configs."""
+    told = {**study, "base": portable(study.get("base") or {})}
+    told |= {
+        key: {name: part and portable(part) for name, part in (study.get(key) or {}).items()}
+        for key in ("settings", "arms")
+    }
+    if tuning := study.get("tuning"):
+        told["tuning"] = {**tuning, "config": portable(tuning.get("config") or {})}
+    return told

@@ -15,7 +15,7 @@ import fedrank
 
 Cell = str | int | float | None
 Row = Mapping[str, Any]
-LONGEST = 300  # rows of a table: the rest is in the ledgers
+LONGEST = 300  # rows of a table that are shown
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,11 @@ class Table:
 
     @property
     def shown(self) -> Sequence[Sequence[str]]:
-        return self.rows[:LONGEST]
+        """Of more than `LONGEST` as many, evenly: the first, the last, and some of every arm or module in between."""
+        last = len(self.rows) - 1
+        if last < LONGEST:
+            return self.rows
+        return [self.rows[round(at * last / (LONGEST - 1))] for at in range(LONGEST)]
 
     @property
     def hidden(self) -> int:

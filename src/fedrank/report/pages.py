@@ -8,19 +8,22 @@ from fedrank.store import StoreError, write
 from fedrank.studies.comparison import FILE
 
 
-def page_of(path: Path) -> Page:
-    """What a run directory, a folder with a comparison.json, or that file itself tells. StoreError where it is none."""
+def page_of(path: Path, rows: played.Read | None = None) -> Page:
+    """What a run directory, a folder with a comparison.json, or that file itself tells. StoreError where it is none.
+
+    rows: what reads the ledgers.
+    """
     if compared.is_comparison(path):
         return comparison.page(compared.read(path))
     if played.is_run(path):
-        return run.page(played.read(path))
+        return run.page(played.read(path, rows))
     raise StoreError(f"{path} is no run directory and holds no comparison: it has no config.yaml and no {FILE}")
 
 
-def awaited(path: Path) -> Page:
+def awaited(path: Path, rows: played.Read) -> Page:
     """The same; before there is anything, a page that says so."""
     if compared.is_comparison(path) or played.is_run(path):
-        return page_of(path)
+        return page_of(path, rows)
     waits = Section(
         "waiting", "Nothing yet", [Text("The page shows the run, or the comparison, as soon as it begins.")]
     )

@@ -2,22 +2,27 @@
 
 import fcntl
 import json
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from fedrank import config as settings
-from fedrank import fleet, ledger
+from fedrank import fleet
 from fedrank.config import Config, ConfigError
 from fedrank.report.page import Row, finite
 from fedrank.server import PERSONAL
 from fedrank.store import Store, StoreError
 
+One = TypeVar("One")
+Read = Callable[[Path], list[Row]]
+LINE = 1000  # points of a line
 FILES = ("config.yaml", "data.json", "rounds.jsonl", "clients.jsonl", "ranks.jsonl", PERSONAL, "summary.json")
 
 
@@ -104,24 +109,50 @@ def is_run(path: Path) -> bool:
     return (path / "config.yaml").is_file()
 
 
-def read(path: Path) -> Played:
-    """All that is there. StoreError where it is no run directory; ConfigError where its config is not of this version."""
+def follower() -> Read:
+    """What reads ledgers again and again: each time only what was added, and all of one that was cut, as by a resume."""
+    known = dict[Path, tuple[int, int, bytes, list[Row]]]()
+
+    def rows(path: Path) -> list[Row]:
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:
+            known.pop(path, None)
+            return []
+        with file:
+            which, start = os.fstat(file.fileno()).st_ino, (0, b"", list[Row]())
+            before, at, last, found = known.get(path, (which, *start))
+            file.seek(at - len(last))
+            if before != which or file.read(len(last)) != last:
+                at, last, found = start
+                file.seek(0)
+            lines = file.read().splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n"):  # it is being written, or a kill has torn it
+            del lines[-1]
+        try:
+            found += [finite(json.loads(line)) for line in lines]
+        except ValueError as error:
+            raise StoreError(f"{path}: not a ledger after its row {len(found)}: {error}") from None
+        known[path] = which, at + sum(map(len, lines)), lines[-1] if lines else last, found
+        return found
+
+    return rows
+
+
+def read(path: Path, rows: Read | None = None) -> Played:
+    """All that is there. rows: what reads its ledgers.
+
+    StoreError where it is no run directory; ConfigError where its config is not of this version.
+    """
     if not is_run(path):
         raise StoreError(f"{path} is no run directory: it has no config.yaml")
     config = settings.load(path / "config.yaml")
-    shown = config.privacy.kind == "none"
+    shown, rows = config.privacy.kind == "none", rows or follower()
     return Played(
-        path, config, _json(path / "data.json"), _rows(path / "rounds.jsonl"),
-        _rows(path / "clients.jsonl") if shown else [], _rows(path / "ranks.jsonl"),
-        _rows(path / PERSONAL) if shown else [], _json(path / "summary.json"), working(path),
+        path, config, _json(path / "data.json"), rows(path / "rounds.jsonl"),
+        rows(path / "clients.jsonl") if shown else [], rows(path / "ranks.jsonl"),
+        rows(path / PERSONAL) if shown else [], _json(path / "summary.json"), working(path),
     )  # fmt: skip
-
-
-def _rows(path: Path) -> list[Row]:
-    try:
-        return [finite(row) for row in ledger.read(path)]
-    except ValueError as error:
-        raise StoreError(str(error)) from None
 
 
 def _json(path: Path) -> Row:
@@ -144,11 +175,17 @@ def working(path: Path) -> bool:
     return False
 
 
-def sampled(names: Sequence[str], most: int) -> list[str]:
+def sampled(every: Sequence[One], most: int) -> list[One]:
     """At most so many, evenly over their order, the first and the last among them."""
-    if len(names) <= most:
-        return list(names)
-    return [names[at] for at in np.linspace(0, len(names) - 1, most).round().astype(int).tolist()]
+    if len(every) <= most:
+        return list(every)
+    return [every[at] for at in np.linspace(0, len(every) - 1, most).round().astype(int).tolist()]
+
+
+def thinned(rows: Sequence[Row]) -> tuple[list[Row], str]:
+    """As many points as a line shows, and a note where there are more."""
+    shown = sampled(rows, LINE)
+    return shown, f"At most {LINE:,} points of a line are drawn, evenly spaced." if len(shown) < len(rows) else ""
 
 
 def known(rows: Iterable[Row], name: str) -> list[float]:

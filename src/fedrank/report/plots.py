@@ -18,8 +18,10 @@ DASHES = [
     [10, 2],
 ]  # as many fewer than shapes and colours that no two of 56 lines are alike
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-left", "triangle-right"]
+FAINTEST = 0.9  # opacity of a mark: below it colours are too near the card's
 BARS = 60  # of a chart over rounds
 TALLEST = 900  # pixels of a map
+ROUNDS: Spec = {"title": "Round", "axis": {"tickMinStep": 1, "format": "d"}}  # the horizontal axis of a map
 UNITS = {
     "bytes": [("B", 1.0), ("kB", 1e3), ("MB", 1e6), ("GB", 1e9), ("TB", 1e12)],
     "seconds": [("ms", 1e-3), ("s", 1.0), ("min", 60.0), ("h", 3600.0), ("days", 86400.0)],
@@ -213,7 +215,7 @@ def distribution(parts: Sequence[Row], marks: Sequence[tuple[str, float]], title
     return {
         "height": 240,
         "layer": [
-            {"data": {"values": parts}, "mark": {"type": "bar", "style": "quiet"},
+            {"data": {"values": parts}, "mark": {"type": "bar", "style": "bars"},
              "encoding": {"x": {**x, "bin": {"binned": True}}, "x2": {"field": "stop"},
                           "y": {"field": "value", "type": "quantitative", "title": y, "axis": {"tickMinStep": 1, "format": "d"}},
                           "tooltip": [{"field": "start", "format": ".0%", "title": "from"}, {"field": "stop", "format": ".0%", "title": "to"},
@@ -238,7 +240,7 @@ def points(
     places = sorted({row["x"] for row in rows})
     axis = {"format": x[1]} | ({"values": places} if logarithmic and len(places) <= 8 else {})
     return {
-        "data": {"values": rows}, "height": 260, "mark": {"type": "point", "filled": True, "size": 60, "opacity": 0.8},
+        "data": {"values": rows}, "height": 260, "mark": {"type": "point", "filled": True, "size": 60, "opacity": FAINTEST},
         "encoding": {
             "x": {"field": "x", "type": "quantitative", "title": x[0], "axis": axis,
                   "scale": {"type": "log", "nice": False, "padding": 16} if logarithmic else {"zero": False, "padding": 8}},
@@ -267,12 +269,12 @@ def ranges(
     y = {"field": "name", "type": "nominal", "sort": list(names), "title": None, "scale": {"domain": list(names)}}
     said = [{"field": "name", "title": " "}]
     layers: list[Spec] = [
-        {"transform": [{"filter": "isValid(datum.low)"}], "mark": {"type": "rule", "strokeWidth": 3, "opacity": 0.45},
+        {"transform": [{"filter": "isValid(datum.low)"}], "mark": {"type": "rule", "strokeWidth": 2, "opacity": FAINTEST},
          "encoding": {"x": {**x, "field": "low"}, "x2": {"field": "high"},
                       "tooltip": [*said, {"field": "low", "format": format, "title": "from"}, {"field": "high", "format": format, "title": "to"}]}},
         {"transform": [{"filter": "isValid(datum.middle)"}], "mark": {"type": "tick", "thickness": 3, "size": 20, "opacity": 1},
          "encoding": {"x": {**x, "field": "middle"}, "tooltip": [*said, {"field": "middle", "format": format, "title": title.lower()}]}},
-        {"transform": [{"filter": "isValid(datum.value)"}], "mark": {"type": "point", "filled": True, "size": 50, "opacity": 0.75},
+        {"transform": [{"filter": "isValid(datum.value)"}], "mark": {"type": "point", "filled": True, "size": 50, "opacity": FAINTEST},
          "encoding": {"x": x, "tooltip": [*said, {"field": "value", "format": format, "title": title.lower()}, {"field": "label", "title": "of"}]}},
     ]  # fmt: skip
     if zero:

@@ -5,7 +5,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -15,8 +14,10 @@ from fedrank.report import plots
 from fedrank.report.adapters import ranks
 from fedrank.report.clients import clients, failures, fleet
 from fedrank.report.page import Block, Chart, Code, Facts, Page, Row, Section, Table, Text
-from fedrank.report.played import Played, known
+from fedrank.report.played import Played, known, thinned
 from fedrank.server import OF_TEXTS
+from fedrank.studies.study import flattened
+from fedrank.told import CLIENTS, UNPROTECTED, computed, counted, last, portable, tested, total
 from fedrank.units import duration, energy, memory, number, share, size
 
 MEASURES = {  # of texts: its name, and how it is written
@@ -26,7 +27,7 @@ MEASURES = {  # of texts: its name, and how it is written
 }  # fmt: skip
 assert MEASURES.keys() == set(OF_TEXTS)
 PARTS = (("adapter up", "adapter_bytes_up"), ("adapter down", "adapter_bytes_down"), ("head up", "head_bytes_up"), ("head down", "head_bytes_down"))  # fmt: skip
-GLOBAL, OWN = "global model, test set", "clients, their own rows"
+OWN = "clients, their own rows"
 
 
 def page(run: Played) -> Page:
@@ -37,14 +38,20 @@ def page(run: Played) -> Page:
         glance(run), progress(run, rows), *costs(run), ranks(run, rows), clients(run), fleet(run), privacy(run),
         failures(run), again(run),
     ]  # fmt: skip
-    data, model = run.facts.get("data") or config.data.name or Path(str(config.data.path)).name, config.model.name
-    who = f"{config.clients.count} clients" if config.clients.count else "sites"
+    data, model = last(run.facts.get("data") or config.data.name or config.data.path), last(config.model.name)
+    who = "sites" if (count := counted(run.facts)) is None else f"{count:,} clients"
     return Page(
         title=f"{config.method['name']} on {data}", kicker="Federated run",
         lead=f"{model}, rank {config.adapter.rank}; {who}, {config.rounds.cohort} a round; task {config.task}.",
         status=status(run), sections=[section for section in sections if section is not None],
         axes=plots.offered(plots.along(rows)[1]),
     )  # fmt: skip
+
+
+def scored_on(run: Played) -> str:
+    """The global model's line."""
+    rows = tested(run.facts, {"data": {"split": run.config.data.split}})
+    return f"global model, {rows} rows" + ", weighted" * (rows == CLIENTS)
 
 
 def status(run: Played) -> tuple[Literal["done", "running", "waiting", "stopped"], str]:
@@ -65,9 +72,8 @@ def status(run: Played) -> tuple[Literal["done", "running", "waiting", "stopped"
 
 def summed(rounds: Sequence[Row]) -> list[dict[str, Any]]:
     """Rounds with the sums so far that a chart may run along; None from where a run does not tell."""
-    both = [[row.get("bytes_up"), row.get("bytes_down")] for row in rounds]
     sums = {
-        "bytes": _running([None if None in pair else sum(part or 0 for part in pair) for pair in both]),
+        "bytes": _running([total(row.get(f"bytes_{way}") for way in ("up", "down")) for row in rounds]),
         "joules": _running([row.get("device_joules") for row in rounds]),
         "seconds": [row.get("clock_seconds") for row in rounds],
     }
@@ -94,31 +100,26 @@ def glance(run: Played) -> Section:
             shown.append((title, write(value), more))
 
     word = "Token accuracy" if run.config.task == "generate" else "Accuracy"
-    majority = run.summary.get("majority")
-    figure(f"{word}, global", end.get("accuracy"), share, f"majority class {share(majority)}" if majority else "")
+    majority, on = run.summary.get("majority"), scored_on(run).partition(", ")[2]
+    figure(f"{word}, global", end.get("accuracy"), share, f"{on}; majority class {share(majority)}" if majority else on)
     theirs = end.get("personal_majority")
     figure(f"{word}, clients' mean", end.get("personal_accuracy"), share, f"their majority classes {share(theirs)}" if theirs else "")  # fmt: skip
     figure("Worst tenth of clients", end.get("personal_worst_decile"), share, "mean of their accuracy")
     for name, (title, write) in MEASURES.items():
         own = end.get(f"personal_{name}")
         figure(title, end.get(name), write, f"clients' mean {write(own)}" if own is not None else "")
-    total = {name: _total(run.rounds, name) for name in ("bytes_up", "bytes_down", "adapter_bytes_up", "adapter_bytes_down", "device_joules")}  # fmt: skip
-    if total["bytes_up"] is not None:
-        figure("Bytes up", total["bytes_up"], size, f"adapter {size(total['adapter_bytes_up'])}")
-        figure("Bytes down", total["bytes_down"], size, f"adapter {size(total['adapter_bytes_down'])}")
+    sums = {name: total(row.get(name) for row in run.rounds) for name in ("bytes_up", "bytes_down", "adapter_bytes_up", "adapter_bytes_down", "device_joules")}  # fmt: skip
+    if sums["bytes_up"] is not None:
+        figure("Bytes up", sums["bytes_up"], size, f"adapter {size(sums['adapter_bytes_up'])}")
+        figure("Bytes down", sums["bytes_down"], size, f"adapter {size(sums['adapter_bytes_down'])}")
     figure("Device time", last.get("clock_seconds"), duration, "simulated, the slowest of each round")
-    figure("Energy of devices", total["device_joules"], energy)
+    figure("Energy of devices", sums["device_joules"], energy)
     figure("Largest memory", max(known(run.rounds, "peak_memory_bytes"), default=None), memory, "of a client")
     start = sum(run.common[0]["ranks"].values()) if run.common else None
     figure("Components", last.get("components"), str, f"{start} after round {run.common[0]['round']}" if start else "")
     figure("Modules alive", last.get("modules_alive"), str, f"of {run.summary['modules']}" if run.summary else "")
     figure("Epsilon spent", last.get("epsilon"), number, f"at delta {last['delta']:g}" if last.get("delta") else "")
     return Section("glance", "At a glance", [Facts(shown)])
-
-
-def _total(rounds: Sequence[Row], name: str) -> float | int | None:
-    values = [row.get(name) for row in rounds]
-    return None if None in values else sum(value for value in values if value is not None)
 
 
 # ---- over rounds
@@ -131,18 +132,19 @@ def scores(
     there = [(label, name) for label, name in names if known(rows, name)]
     if not there:
         return None
+    parts = {label: thinned([row for row in rows if row.get(name) is not None]) for label, name in there}
     points = [
         {**{axis: row.get(axis) for axis in plots.AXES}, "series": label, "value": row[name]}
-        for row in rows
         for label, name in there
-        if row.get(name) is not None
+        for row in parts[label][0]
     ]
+    note = max(note for _, note in parts.values())
+    shown = [row for row in rows if any(row.get(name) is not None for _, name in there)]
     spec, axes = plots.lines(points, [label for label, _ in there], title, format)
     said = []
     for label, name in there:
         values = known(rows, name)
         said.append(f"{label}: from {write(values[0])} to {write(values[-1])}")
-    shown = [row for row in rows if any(row.get(name) is not None for _, name in there)]
     table = Table(
         ["Round", *(label for label, _ in there), "Bytes so far", "Device time", "Energy"],
         [
@@ -153,19 +155,19 @@ def scores(
         left=0,
     )  # fmt: skip
     whole = "; ".join(said)
-    return Chart(id, title, f"{whole[0].upper()}{whole[1:]}.", spec, table, axes)
+    return Chart(id, title, f"{whole[0].upper()}{whole[1:]}.", spec, table, axes, note)
 
 
 def progress(run: Played, rows: Sequence[Row]) -> Section | None:
-    word = "Token accuracy" if run.config.task == "generate" else "Accuracy"
+    word, common = "Token accuracy" if run.config.task == "generate" else "Accuracy", scored_on(run)
     charts = [
-        scores("accuracy", word, rows, [(GLOBAL, "accuracy"), (OWN, "personal_accuracy")], plots.SHARE, share),
+        scores("accuracy", word, rows, [(common, "accuracy"), (OWN, "personal_accuracy")], plots.SHARE, share),
         *(
-            scores(name, title, rows, [(GLOBAL, name), (OWN, f"personal_{name}")],
+            scores(name, title, rows, [(common, name), (OWN, f"personal_{name}")],
                    plots.SHARE if write is share else plots.PLAIN, write)
             for name, (title, write) in MEASURES.items()
         ),
-        scores("loss", "Loss", rows, [("in training", "train_loss"), (GLOBAL, "loss")], plots.PLAIN, number),
+        scores("loss", "Loss", rows, [("in training", "train_loss"), (common, "loss")], plots.PLAIN, number),
     ]  # fmt: skip
     found = [chart for chart in charts if chart is not None]
     if not found:
@@ -194,13 +196,13 @@ def costs(run: Played) -> list[Section]:
             for n, (name, value) in enumerate(zip(names, values, strict=True))
         ]
     first, last = (row["bytes_up"] + row["bytes_down"] for row in (rows[0], rows[-1]))
-    total = sum(row["bytes_up"] + row["bytes_down"] for row in rows)
+    whole = sum(row["bytes_up"] + row["bytes_down"] for row in rows)
     table = Table(
         ["Round", *(label for label, _ in PARTS), "all up", "all down"],
         [[str(row["round"]), *(size(row.get(name)) for _, name in PARTS), size(row["bytes_up"]), size(row["bytes_down"])] for row in rows],
         left=0,
     )  # fmt: skip
-    said = f"{size(first)} in round {rows[0]['round']}, {size(last)} in round {rows[-1]['round']}, {size(total)} in all; all clients of a round together."
+    said = f"{size(first)} in round {rows[0]['round']}, {size(last)} in round {rows[-1]['round']}, {size(whole)} in all; all clients of a round together."
     note = "Each bar is the mean of several rounds." if len(groups) < len(by) else ""
     chart = Chart("bytes", "Bytes of each round", said, plots.bars(bars, names, f"Bytes ({word})"), table, note=note)
     tested = sum(known(run.rounds, "evaluation_bytes"))
@@ -229,6 +231,8 @@ def privacy(run: Played) -> Section | None:
         blocks.append(replace(chart, axes={}))
     elif run.rounds:
         blocks.append(Text("Epsilon is unbounded: a round had no noise.", "bad"))
+    if run.facts.get("imported"):
+        blocks.append(Text(f"The run started from an imported adapter. {UNPROTECTED}", "bad"))
     blocks.append(Text("What single clients did and hold is left out of this page, as the run protects them.", "note"))
     return Section("privacy", "Privacy", blocks)
 
@@ -237,14 +241,17 @@ def privacy(run: Played) -> Section | None:
 
 
 def again(run: Played) -> Section:
-    """The config, where it came from, and the commands."""
-    path, config = shlex.quote(str(run.path)), run.config.model_dump(mode="json")
-    numerics = run.summary.get("numerics", {})
+    """The config, where it came from, and the commands; of it all no more than an export tells."""
+    path, config = shlex.quote(run.path.resolve().name), portable(run.config.model_dump(mode="json"))
+    numerics, began = computed(run.summary.get("numerics", {}), run.private), run.facts.get("imported")
+    hashes = run.facts.get("hash") or {}
     origin = [
         ("fedrank", str(run.summary.get("version") or numerics.get("fedrank") or "–"), ""),
         ("Seed", str(run.config.seed), ""),
         *[(f"{part} rows".capitalize(), str(run.facts["rows"][part]), f"sha256 {str(digest)[:16]}" if digest else "")
-          for part, digest in (run.facts.get("hash") or {}).items() if run.facts["rows"].get(part) is not None],
+          for part in (("test",) if run.private else ("train", "test"))
+          if (digest := hashes.get(part)) is not None and run.facts["rows"].get(part) is not None],
+        *([("Started from", "an adapter", f"sha256 {str(began['sha256'])[:16]}")] if began else []),
     ]  # fmt: skip
     own = run.facts.get("rows", {"train": 0}).get("train") is None and run.config.engine.kind != "flower"
     if "object" in config["method"] or own:
@@ -253,25 +260,17 @@ def again(run: Played) -> Section:
             Text(f"It was started from Python with {what}: fedrank.run() with the same runs it again.")
         ]
     else:
-        lines = [f"fedrank run {path}/config.yaml --out again"]
+        lines = [f"fedrank {'import ADAPTER' if began else 'run'} {path}/config.yaml --out again"]
         lines += [f"fedrank resume {path}" + (" rounds.count=+10" if run.finished else "")]
         blocks = [Code("\n".join(lines), "Commands")]
-    plain = settings.load({"data": {"name": "any"}}).model_dump(mode="json")
-    changed = [[key, _written(value)] for key, value in _flat(config).items() if _flat(plain).get(key) != value and value is not None]  # fmt: skip
+    plain = flattened(settings.load({"data": {"name": "any"}}).model_dump(mode="json"))
+    changed = [[key, _written(value)] for key, value in flattened(config).items() if plain.get(key) != value and value is not None]  # fmt: skip
     return Section("again", "Run it again", [
         *blocks, Facts(origin),
         Table(["Setting", "Value"], changed, left=2, title="Settings that are not the defaults"),
         Code(yaml.safe_dump(config, sort_keys=False), "The whole config", folded=True),
         *([Code(yaml.safe_dump(numerics, sort_keys=False), "What bit equality hangs on", folded=True)] if numerics else []),
     ])  # fmt: skip
-
-
-def _flat(config: Row, before: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{before}{key}"
-        found |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
-    return found
 
 
 def _written(value: Any) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import ipaddress
 import json
+import logging
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -19,17 +20,19 @@ from fedrank.report.page import Page, Section, Text
 from fedrank.report.pages import awaited
 from fedrank.studies.comparison import FILE
 
+log = logging.getLogger(__name__)
+ALL = ("0.0.0.0", "::", "")
 SECONDS = 20.0  # that a reader may take over a request
 
 
 def current(path: Path) -> Callable[[], Page]:
     """What gives the page of a path as it is now, made anew only when something of it has changed."""
-    lock, last = threading.Lock(), dict[tuple[object, ...], Page]()
+    lock, last, rows = threading.Lock(), dict[tuple[object, ...], Page](), played.follower()
 
     def now() -> Page:
         with lock:  # many readers, one that makes it
             if (stamp := _stamp(path)) not in last:
-                made = _made(path)
+                made = _made(path, rows)
                 last.clear()
                 last[stamp] = made
             return last[stamp]
@@ -47,10 +50,10 @@ def _stamp(path: Path) -> tuple[object, ...]:
     return tuple(found)
 
 
-def _made(path: Path) -> Page:
+def _made(path: Path, rows: played.Read) -> Page:
     """A mistake in what is there is said on the page: a file may be mended, and is asked for again."""
     try:
-        return awaited(path)
+        return awaited(path, rows)
     except Exception as error:
         if not mistaken(error):
             raise
@@ -64,7 +67,7 @@ def names(host: str, port: int) -> Callable[[str], bool]:
 
     An address is no name: where the server is bound to all of them, any is its own.
     """
-    everywhere = host in ("0.0.0.0", "::", "")
+    everywhere = host in ALL
     known = {host.lower(), "localhost", "127.0.0.1", "::1"}
     if everywhere:
         known |= {socket.gethostname().lower(), socket.getfqdn().lower()}
@@ -82,6 +85,12 @@ def names(host: str, port: int) -> Callable[[str], bool]:
     return mine
 
 
+def urls(host: str, port: int) -> list[str]:
+    """Where it can be reached: at its host; where it is bound to all addresses, from here, and by this machine's name."""
+    hosts = ["::1" if host == "::" else "127.0.0.1", socket.gethostname()] if host in ALL else [host]
+    return [f"http://{f'[{one}]' if ':' in one else one}:{port}/" for one in hosts]
+
+
 def _address(name: str) -> bool:
     try:
         ipaddress.ip_address(name)
@@ -92,7 +101,10 @@ def _address(name: str) -> bool:
 
 @contextlib.contextmanager
 def served(path: Path, host: str, port: int) -> Iterator[str]:
-    """Serve the page of a path while the block runs; its URL. ConfigError where the address cannot be had. Port 0: any."""
+    """Serve the page of a path while the block runs; its URLs, a line each. Port 0: any.
+
+    ConfigError where the address cannot be had.
+    """
     page.library()  # what is missing shows before anything is served
     now = current(path)
     try:
@@ -106,7 +118,7 @@ def served(path: Path, host: str, port: int) -> Iterator[str]:
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
     thread.start()
     try:
-        yield f"http://{f'[{host}]' if ':' in host else host}:{taken}/"
+        yield "\n".join(urls(host, taken))
     finally:
         server.shutdown()
         server.server_close()
@@ -121,6 +133,16 @@ def _handler(now: Callable[[], Page], mine: Callable[[str], bool]) -> type[BaseH
         server_version, sys_version = "fedrank", ""
 
         def do_GET(self) -> None:
+            try:
+                self.answer()
+            except ConnectionError:  # whoever asked has left
+                raise
+            except Exception as error:  # such as of files that are changed while they are read: it is asked for again
+                log.exception("the page could not be made")
+                said = f"The page could not be made: {type(error).__name__}; the console has more.\n"
+                self.say(HTTPStatus.INTERNAL_SERVER_ERROR, "text/plain", said.encode())
+
+        def answer(self) -> None:
             hosts = self.headers.get_all("Host") or []
             if len(hosts) != 1 or not mine(hosts[0]):
                 self.say(HTTPStatus.MISDIRECTED_REQUEST, "text/plain", b"This server goes by another name.\n")

@@ -1,6 +1,6 @@
 """A linear head on the mean of the last hidden states over real tokens, as a class of transformers.
 
-Exports carry a copy of this file: it needs torch and transformers alone.
+Exports carry a copy of this file: it needs torch and transformers alone, the latter of version 5 or newer.
 """
 
 from typing import Any

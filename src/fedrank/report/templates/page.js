@@ -28,7 +28,7 @@
       bar: { cornerRadius: 0 },
       // The plot has a role, a name and a description of its own, and its numbers are in a table.
       mark: { color: css("--c1"), aria: false },
-      style: { quiet: { color: css("--soft"), fill: css("--soft") }, zero: { color: quiet, stroke: quiet, strokeWidth: 1.5, strokeDash: [3, 3] } },
+      style: { bars: { color: css("--bars"), fill: css("--bars") }, zero: { color: quiet, stroke: quiet, strokeWidth: 1.5, strokeDash: [3, 3] } },
       range: {
         category: [1, 2, 3, 4, 5, 6, 7, 8].map((n) => css(`--c${n}`)),
         ramp: [1, 2, 3, 4, 5].map((n) => css(`--r${n}`)),
@@ -95,7 +95,6 @@
     button.setAttribute("aria-label", `Change to ${dark() ? "light" : "dark"} colours`);
   }
 
-  button.removeAttribute("aria-pressed");
   button.addEventListener("click", () => {
     root.dataset.theme = dark() ? "light" : "dark";
     label();
@@ -176,8 +175,8 @@
           if (answer.status === 200) {
             tag = answer.headers.get("ETag") ?? "";
             show(await answer.json());
-          } else if (answer.status !== 304) throw new Error(String(answer.status));
-          state("live");
+          }
+          state(answer.status === 200 || answer.status === 304 ? "live" : "the page cannot be made; trying again");
         }
       } catch {
         state("not connected; trying again");
