@@ -8,13 +8,13 @@ from typing import Any
 
 import yaml
 
-from fedrank.studies import comparison, tables
-from fedrank.units import duration
+from fedrank.studies import record, tables
+from fedrank.studies.claims import SCORES
+from fedrank.units import duration, within
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "results.md"
 REPRODUCED = ("fedara", "legend", "fed_plora", "pf2lora")
-SCORES = ("accuracy", "personal_accuracy", "personal_worst_decile")
 
 
 def page() -> str:
@@ -42,7 +42,7 @@ def page() -> str:
 
 def read(name: str) -> dict[str, Any] | None:
     folder = HERE / "results" / name
-    return comparison.read(folder) if (folder / comparison.FILE).exists() else None
+    return record.read(folder) if (folder / record.FILE).exists() else None
 
 
 def title(name: str, found: dict[str, Any] | None) -> str:
@@ -101,12 +101,7 @@ def claims(found: dict[str, dict[str, Any] | None], whys: dict[str, dict[str, st
 
 
 def _ours(of: str, said: dict[str, Any]) -> str:
-    if "mean" not in said:
-        return f"({said['why']})"
-    low, high = said["interval"]
-    if of in SCORES:
-        return f"{said['mean']:+.1f} points ({low:+.1f} to {high:+.1f})"
-    return f"{said['mean']:.2f} times ({low:.2f} to {high:.2f})"
+    return within(said["mean"], said["interval"], of in SCORES) if "mean" in said else f"({said['why']})"
 
 
 if __name__ == "__main__":

@@ -23,10 +23,11 @@ from fedrank.config import ConfigError
 from fedrank.store import StoreError
 from fedrank.studies import comparison, tables, tuning
 from fedrank.studies.claims import Claim
+from fedrank.studies.configs import digest, merged
 from fedrank.studies.results import compared, fairness, verdicts
 from fedrank.studies.runs import best, late, reached
 from fedrank.studies.statistics import holm, paired, ratio, spread
-from fedrank.studies.study import Range, Study, digest, merged, read
+from fedrank.studies.study import Range, Study, read
 
 BASE = {"data": {"name": "docstrings"}, "rounds": {"count": 4, "cohort": 2}}
 
@@ -480,7 +481,7 @@ def test_a_study_is_killed_and_goes_on(small: Path, tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
     assert [event["event"] for event in seen] == ["forecast", "run", "run", "run"]
     assert (seen[0]["trials"], seen[0]["runs"]) == (4, 4)
-    kept = comparison.read(out)
+    kept = record.read(out)
     assert sum(len(arm["trials"]) for arm in kept["tuning"]["all"].values()) >= 3
     assert kept["fair"]["verdict"] is False
 
@@ -488,7 +489,7 @@ def test_a_study_is_killed_and_goes_on(small: Path, tmp_path: Path) -> None:
     events = [json.loads(line) for line in done.stdout.splitlines()]
     assert events[0]["trials"] <= 1
     assert [event["event"] for event in events[1:]] == ["run"] * (events[0]["trials"] + 4) + ["end"]
-    found = comparison.read(out)
+    found = record.read(out)
     assert found["fair"]["verdict"]
     assert {arm: [*mine] for arm, mine in found["runs"]["all"].items()} == {
         "fedavg": ["1", "2"],
@@ -563,25 +564,25 @@ def test_a_run_that_fails_is_told_and_left_out(small: Path, tmp_path: Path) -> N
     assert "Not a fair comparison, so nothing is concluded: all: fedavg has no run of seed 1" in " ".join(
         done.output.split()
     )
-    assert comparison.read(out)["failures"][0]["arm"] == "fedavg"
+    assert record.read(out)["failures"][0]["arm"] == "fedavg"
 
 
 def test_a_comparison_of_another_form_is_refused(tmp_path: Path) -> None:
     (tmp_path / "comparison.json").write_text('{"schema": 99}')
     with pytest.raises(StoreError, match="schema 99, this fedrank reads 1"):
-        comparison.read(tmp_path)
+        record.read(tmp_path)
     (tmp_path / "comparison.json").write_text("[]")
     with pytest.raises(StoreError, match="schema None"):
-        comparison.read(tmp_path)
+        record.read(tmp_path)
     with pytest.raises(StoreError, match="is no comparison"):
-        comparison.read(tmp_path / "nothing")
+        record.read(tmp_path / "nothing")
 
 
 def test_json_has_a_line_for_what_holds_nothing_nested() -> None:
-    text = comparison.text({"a": [1, 2], "b": {"c": {"d": 1, "e": "f"}}})
+    text = record.text({"a": [1, 2], "b": {"c": {"d": 1, "e": "f"}}})
     assert json.loads(text) == {"a": [1, 2], "b": {"c": {"d": 1, "e": "f"}}}
     assert '"a": [1, 2]' in text
-    assert json.loads(comparison.text({"a": [["x [y", "  "]], "b": []})) == {"a": [["x [y", "  "]], "b": []}
+    assert json.loads(record.text({"a": [["x [y", "  "]], "b": []})) == {"a": [["x [y", "  "]], "b": []}
 
 
 def test_the_studies_of_the_benchmarks_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 from fedrank.report.page import Row, finite
 from fedrank.report.played import working
-from fedrank.studies import comparison
-from fedrank.studies.comparison import FILE
+from fedrank.studies import record
+from fedrank.studies.record import FILE
 
 
 @dataclass(frozen=True)
@@ -77,4 +77,4 @@ def is_comparison(path: Path) -> bool:
 
 def read(path: Path) -> Comparison:
     """The comparison of a folder, or of its file. StoreError where it is none, or of a form that is not known here."""
-    return Comparison(file_of(path).parent, finite(comparison.read(path)), working(file_of(path).parent))
+    return Comparison(file_of(path).parent, finite(record.read(path)), working(file_of(path).parent))

@@ -5,7 +5,7 @@ from pathlib import Path
 from fedrank.report import compared, comparison, played, run
 from fedrank.report.page import Page, Section, Text, html
 from fedrank.store import StoreError, write
-from fedrank.studies.comparison import FILE
+from fedrank.studies.record import FILE
 
 
 def page_of(path: Path, rows: played.Read | None = None) -> Page:

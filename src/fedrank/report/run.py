@@ -16,7 +16,7 @@ from fedrank.report.clients import clients, failures, fleet
 from fedrank.report.page import Block, Chart, Code, Facts, Page, Row, Section, Table, Text
 from fedrank.report.played import Played, known, thinned
 from fedrank.server import OF_TEXTS
-from fedrank.studies.study import flattened
+from fedrank.studies.configs import flattened
 from fedrank.told import CLIENTS, UNPROTECTED, computed, counted, last, portable, tested, total
 from fedrank.units import duration, energy, memory, number, share, size
 

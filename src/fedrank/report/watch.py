@@ -18,7 +18,7 @@ from fedrank.remote import mistaken
 from fedrank.report import page, played
 from fedrank.report.page import Page, Section, Text
 from fedrank.report.pages import awaited
-from fedrank.studies.comparison import FILE
+from fedrank.studies.record import FILE
 
 log = logging.getLogger(__name__)
 ALL = ("0.0.0.0", "::", "")

@@ -1,6 +1,5 @@
 """A study played: trials and runs, several at once; comparison.json grows with each, and what it holds is kept."""
 
-import json
 import logging
 import platform
 import re
@@ -15,16 +14,16 @@ import xxhash
 
 import fedrank
 from fedrank.engines.workers import cores
-from fedrank.store import StoreError, write
+from fedrank.store import write
 from fedrank.studies import runs as played
+from fedrank.studies.configs import Part, digest, dotted
+from fedrank.studies.record import FILE, SCHEMA, read, text
 from fedrank.studies.results import compared, fairness, verdicts
 from fedrank.studies.runs import Processes, RunFailed, late
-from fedrank.studies.study import Part, Range, Study, digest, dotted
+from fedrank.studies.study import Range, Study
 from fedrank.studies.tuning import chosen, count, edges, search
 
 log = logging.getLogger(__name__)
-SCHEMA = 1
-FILE = "comparison.json"
 Event = dict[str, Any]
 Key = tuple[str, str, int | None]  # setting, arm, seed; no seed: the arm's tuning
 
@@ -273,30 +272,3 @@ def processor() -> str:
     told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     found = re.search(r"^model name\s*: (.+)$", told, re.MULTILINE)
     return found[1] if found else platform.processor() or platform.machine()
-
-
-def read(path: Path) -> dict[str, Any]:
-    """The comparison of a folder, or of its file. StoreError where it is none, or of another version of its form."""
-    file = path / FILE if path.is_dir() else path
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{file} is no comparison: {error}") from None
-    schema = found.get("schema") if isinstance(found, dict) else None
-    if schema != SCHEMA:
-        raise StoreError(f"{file}: schema {schema!r}, this fedrank reads {SCHEMA}; use the version that wrote it")
-    return dict(found)
-
-
-def text(found: Any, depth: int = 0) -> str:
-    """JSON in which what holds nothing nested is a line of its own: a run is a page, and not hundreds of lines."""
-    inside = found.values() if isinstance(found, dict) else found if isinstance(found, list) else ()
-    if not any(isinstance(one, dict | list) and one for one in inside):
-        return json.dumps(found)
-    pad = " " * (depth + 1)
-    if isinstance(found, dict):
-        lines = [f"{pad}{json.dumps(key)}: {text(value, depth + 1)}" for key, value in found.items()]
-    else:
-        lines = [f"{pad}{text(value, depth + 1)}" for value in found]
-    start, end = "{}" if isinstance(found, dict) else "[]"
-    return start + "\n" + ",\n".join(lines) + f"\n{' ' * depth}{end}"

@@ -11,8 +11,8 @@ from fedrank import config as settings
 from fedrank import ledger
 from fedrank.studies import runs as played
 from fedrank.studies.comparison import Comparison
+from fedrank.studies.configs import Part, located, merged
 from fedrank.studies.runs import RunFailed
-from fedrank.studies.study import Part, located, merged
 
 
 def forecast(comparison: Comparison) -> dict[str, Any]:

@@ -9,8 +9,9 @@ import yaml
 
 from fedrank.engines.workers import cores
 from fedrank.store import Store, write
-from fedrank.studies.comparison import FILE, Event, Key, opened
+from fedrank.studies.comparison import Event, Key, opened
 from fedrank.studies.estimate import forecast
+from fedrank.studies.record import FILE
 from fedrank.studies.study import Study, read
 from fedrank.studies.tables import save
 

@@ -10,6 +10,7 @@ from fedrank.studies.runs import best, late, reached
 from fedrank.studies.statistics import LEVEL, holm, paired, ratio, spread
 from fedrank.studies.study import Study
 from fedrank.studies.tuning import count
+from fedrank.told import total
 from fedrank.units import points, share
 from fedrank.units import ratio as times
 
@@ -23,15 +24,9 @@ def measures(run: Run) -> dict[str, float | None]:
     """A run's numbers: scores, `accuracy` as `late` takes it, and costs of all rounds."""
     summary = run["summary"]
     found = {name: summary.get(name) for name in (*SCORES, *COSTS, *OTHERS)}
-    found |= {name: _sum(summary, parts) for name, parts in BOTH_WAYS.items()}
+    found |= {name: total(summary.get(part) for part in parts) for name, parts in BOTH_WAYS.items()}
     found |= {"last_accuracy": summary.get("accuracy"), "rows_seen": run["rows_seen"]}
     return {**found, "accuracy": late(run["curve"], "accuracy")}
-
-
-def _sum(row: Mapping[str, Any], parts: tuple[str, ...]) -> float | int | None:
-    """None where a private run does not tell."""
-    values = [row.get(part) for part in parts]
-    return None if None in values else sum(value or 0 for value in values)
 
 
 def compared(study: Study, runs: Mapping[str, Any], fair: bool) -> dict[str, Any]:
@@ -71,7 +66,7 @@ def _to_target(study: Study, mine: Mapping[str, Run], target: float | None) -> d
     """Costs up to the target, of the seeds that reach it; reached: how many do."""
     found = {seed: target and reached(run["curve"], study.score, target) for seed, run in mine.items()}
     there = {
-        seed: point | {name: _sum(point, parts) for name, parts in BOTH_WAYS.items()}
+        seed: point | {name: total(point.get(part) for part in parts) for name, parts in BOTH_WAYS.items()}
         for seed, point in found.items()
         if point
     }

@@ -20,7 +20,7 @@ import yaml
 import fedrank
 from fedrank import ledger
 from fedrank.server import OF_TEXTS, PERSONAL
-from fedrank.studies.study import Part, located
+from fedrank.studies.configs import Part, located
 
 # What grows from round to round is told as the sum up to a round of the curve, the largest memory as the largest yet.
 SUMS = ("bytes_up", "bytes_down", "adapter_bytes_up", "adapter_bytes_down", "device_joules")

@@ -1,0 +1,84 @@
+"""Parts of configs: laid over one another, found on this machine, and told apart by what a run's result hangs on."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from fedrank import config as settings
+from fedrank.config import ConfigError
+
+Part = dict[str, Any]  # of a config, as it stands in YAML
+
+
+def merged(*parts: Part) -> Part:
+    """Nested mappings laid over one another; another method's hyper-parameters go with its name."""
+    result: Part = {}
+    for part in parts:
+        for key, value in part.items():
+            below = result.get(key)
+            if key == "method" and isinstance(below, dict) and isinstance(value, dict):
+                below = below if value.get("name", below.get("name")) == below.get("name") else {}
+            result[key] = merged(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
+    return result
+
+
+def dotted(values: Mapping[str, Any]) -> Part:
+    """Dotted keys as nested mappings."""
+    result: Part = {}
+    for key, value in values.items():
+        *path, last = key.split(".")
+        node = result
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return result
+
+
+def flattened(config: Mapping[str, Any], prefix: str = "") -> Part:
+    """Nested mappings as dotted keys."""
+    result: Part = {}
+    for key, value in config.items():
+        result |= (
+            flattened(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        )
+    return result
+
+
+def located(config: Part) -> Part:
+    """The config with $NAME and ~ in the paths of its data and model as they are on this machine."""
+    found = dict(config)
+    for section, key in (("data", "path"), ("model", "name")):
+        if isinstance(mine := config.get(section), dict) and isinstance(value := mine.get(key), str):
+            here = os.path.expanduser(os.path.expandvars(value))
+            if "$" in here:
+                raise ConfigError(
+                    f"{section}.{key}: {value}: the environment has no such variable; set it to the folder that is meant"
+                )
+            found[section] = {**mine, key: here}
+    return found
+
+
+def digest(config: Part) -> str:
+    """What a run's result hangs on by its config, less what is as by default: of rows what they are, and not where."""
+    found = settings.load(located(config)).model_dump(mode="json", exclude_defaults=True)
+    if path := found.get("data", {}).get("path"):
+        found["data"]["path"] = _content(Path(path))
+    if name := found.get("model", {}).get("name"):
+        found["model"]["name"] = Path(name).name
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@cache
+def _content(path: Path) -> str:
+    """The hash of a file, or of a folder's, by their names. ConfigError where there is none."""
+    files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+    try:
+        return xxhash.xxh3_64_hexdigest(b"".join(one.name.encode() + one.read_bytes() for one in files))
+    except OSError as error:
+        raise ConfigError(f"data.path: {path}: {error.strerror}") from None
