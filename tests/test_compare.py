@@ -21,7 +21,7 @@ import fedrank
 from fedrank.cli import app
 from fedrank.config import ConfigError
 from fedrank.store import StoreError
-from fedrank.studies import comparison, tables, tuning
+from fedrank.studies import comparison, record, tables, tuning
 from fedrank.studies.claims import Claim
 from fedrank.studies.configs import digest, merged
 from fedrank.studies.results import compared, fairness, verdicts
