@@ -95,9 +95,9 @@ def play(folder: Path, config: Part, processes: Processes) -> float:
                 words = ["run", str(file), "--out", str(folder)]
             code = processes.call([*command, *words, "--output", "quiet"], told)
             if code and not (folder / "summary.json").exists():
-                raise RunFailed(_last_word(log, code))
+                raise RunFailed(_last_word(log, code).replace(f"{folder.parent}/", ""))  # it is kept, and no place is
     if json.loads((folder / "summary.json").read_text())["clients_ok"] == 0:
-        raise RunFailed(f"no client's update was merged in any round; see {folder / 'clients.jsonl'}")
+        raise RunFailed(f"no client's update was merged in any round; see {folder.name}/clients.jsonl")
     return time.monotonic() - started
 
 
