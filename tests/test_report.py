@@ -246,7 +246,7 @@ def test_a_private_run_s_page_tells_no_more_than_its_export(private: Path) -> No
         json.loads((private / "data.json").read_text()),
         yaml.safe_load((private / "config.yaml").read_text()),
     )
-    text = page.html(run.page(played.read(private))).replace(page.library(), "")
+    text = page.html(run.page(played.read(private))).replace(page.drawing(), "")
     assert facts["hash"]["test"][:16] in text
     assert facts["hash"]["train"][:16] not in text
     assert "Train rows" not in text
@@ -262,7 +262,7 @@ def test_a_page_has_no_place_of_this_machine_and_no_secret(play: Callable[..., P
     config = yaml.safe_load((path / "config.yaml").read_text())
     config["observe"]["mlflow"] = "https://alice:s3cret@mlflow.example"
     (path / "config.yaml").write_text(yaml.safe_dump(config))
-    text = page.html(run.page(played.read(path))).replace(page.library(), "")
+    text = page.html(run.page(played.read(path))).replace(page.drawing(), "")
     assert "fedrank run run/config.yaml --out again" in text
     assert "s3cret" not in text
     assert str(tmp_path) not in text
@@ -363,7 +363,7 @@ def test_numbers_that_are_none_do_not_reach_the_page(pruned: Path, tmp_path: Pat
     (tmp_path / "run" / "rounds.jsonl").write_text(
         "".join(json.dumps(row | {"loss": float("nan")}) + "\n" for row in rows)
     )
-    assert "NaN" not in page.html(run.page(played.read(tmp_path / "run"))).replace(page.library(), "")
+    assert "NaN" not in page.html(run.page(played.read(tmp_path / "run"))).replace(page.drawing(), "")
 
 
 def test_a_large_run_makes_a_page_of_a_few_megabytes(pruned: Path, tmp_path: Path) -> None:
@@ -405,7 +405,7 @@ def test_a_large_run_makes_a_page_of_a_few_megabytes(pruned: Path, tmp_path: Pat
         (path / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in many))
     made = run.page(played.read(path))
     drawn = charts(made)
-    assert len(page.html(made)) - len(page.library()) < 4e6
+    assert len(page.html(made)) - len(page.drawing()) < 4e6
     assert len(values(drawn["map"])) <= adapters.SPANS
     assert "evenly spaced" in drawn["map"].note
     assert "Of 2000 clients 60 are shown" in drawn["trained"].note
@@ -578,7 +578,7 @@ def test_text_of_a_run_never_becomes_markup(pruned: Path, tmp_path: Path) -> Non
         page.html(made),
         page.html(made_of(tmp_path / "study", fair={"verdict": False, "why": [bad], "notes": [bad]})),
     ]
-    for text in (text.replace(page.library(), "") for text in texts):
+    for text in (text.replace(page.drawing(), "") for text in texts):
         assert "&lt;img src=x" in text
         assert "<script>alert" not in text
         assert "<img" not in text
@@ -589,7 +589,7 @@ def test_text_of_a_run_never_becomes_markup(pruned: Path, tmp_path: Path) -> Non
 
 
 def test_the_policy_lets_nothing_in_from_elsewhere(pruned: Path) -> None:
-    text = page.html(run.page(played.read(pruned))).replace(page.library(), "")
+    text = page.html(run.page(played.read(pruned))).replace(page.drawing(), "")
     assert "default-src 'none'" in page.policy(live=False)
     assert "unsafe-eval" not in page.policy(live=True)
     assert "connect-src" not in page.policy(live=False)

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -80,7 +81,7 @@ class Server:
                 row = self._released([*played, row], {*state.metrics, *scores})
                 rows = [{name: row[name] for name in (*privacy.WHO, *BYTES) if name in row} for row in rows]
             ledger.append(self.store.path / "clients.jsonl", rows)
-            ledger.append(self.store.path / "ranks.jsonl", ranks)
+            ledger.append(self.store.path / "ranks.jsonl", ranks())
             ledger.append(self.store.path / "rounds.jsonl", [row])
             played.append(row)
             self.store.save_state(state, self.wire.numerics)
@@ -102,8 +103,8 @@ class Server:
 
     def train(
         self, state: State, clock: float, cohort: Mapping[ClientId, Device]
-    ) -> Generator[Event, None, tuple[State, Event, list[Event], list[Event]]]:
-        """One round, neither evaluated nor saved: the state after it, its row, its clients' rows, and its ranks'.
+    ) -> Generator[Event, None, tuple[State, Event, list[Event], Callable[[], list[Event]]]]:
+        """One round, neither evaluated nor saved: the state after it, its row, its clients' rows, and what reads its ranks'.
 
         clock: the simulated seconds before it.
         """
@@ -139,7 +140,7 @@ class Server:
         row = self._row(t, rows, after) | clocked | {"clients_out": len(cohort) - len(plans)}
         if self.privacy.kind != "none":
             row["noise_multiplier"] = privacy.multiplier(self.privacy, self._common(state))
-        return after, row, rows, self._ranks(state, plans, arrived, after)
+        return after, row, rows, partial(self._ranks, state, plans, arrived, after)
 
     def cohort(self, round: int) -> dict[ClientId, Device]:
         """Who is asked in a round of 1..."""

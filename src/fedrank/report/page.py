@@ -152,7 +152,7 @@ def _template(name: str) -> Any:
 
 
 @cache
-def library() -> str:
+def drawing() -> str:
     """Vega, Vega-Lite and vega-embed, as one script that sets `vegaEmbed`."""
     try:
         from vl_convert import javascript_bundle
@@ -173,7 +173,7 @@ def policy(live: bool) -> str:
 
     Style attributes are let through, in which the charts' library writes fonts and places.
     """
-    scripts = " ".join(_hashed(code) for code in (library(), _asset("page.js")))
+    scripts = " ".join(_hashed(code) for code in (drawing(), _asset("page.js")))
     return (
         f"default-src 'none'; script-src {scripts}; style-src-elem {_hashed(_asset('page.css'))}; "
         f"style-src-attr 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
@@ -193,7 +193,7 @@ def body(page: Page) -> str:
 def html(page: Page, live: bool = False) -> str:
     """The whole file. live: it asks its server for what is new."""
     return str(_template("page.html.j2").render(
-        page=page, body=body(page), charts=inline(page.charts), library=library(), style=_asset("page.css"),
+        page=page, body=body(page), charts=inline(page.charts), library=drawing(), style=_asset("page.css"),
         script=_asset("page.js"), policy=policy(live), live=live, version=fedrank.__version__,
     ))  # fmt: skip
 

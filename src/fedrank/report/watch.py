@@ -105,7 +105,7 @@ def served(path: Path, host: str, port: int) -> Iterator[str]:
 
     ConfigError where the address cannot be had.
     """
-    page.library()  # what is missing shows before anything is served
+    page.drawing()  # what is missing shows before anything is served
     now = current(path)
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]

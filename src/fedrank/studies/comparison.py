@@ -82,14 +82,9 @@ class Comparison:
 
     def trials_left(self, setting: str, arm: str) -> int:
         tuning = self.study.tuning
-        if tuning is None or (setting, arm) not in self.searched:
+        if tuning is None or (setting, arm) not in self.searched or self.best(setting, arm) is not None:
             return 0
-        done = (
-            count(tuning.knobs(arm), tuning.trials)
-            if self.best(setting, arm)
-            else len(self.tuned(setting, arm)["trials"])
-        )
-        return max(0, count(tuning.knobs(arm), tuning.trials) - done)
+        return max(0, count(tuning.knobs(arm), tuning.trials) - len(self.tuned(setting, arm)["trials"]))
 
     def sought(self, arm: str, values: Mapping[str, Any]) -> bool:
         """Whether these are values that the arm's search may try."""
