@@ -725,7 +725,7 @@ def test_what_is_missing_is_named_with_its_extra(
     package: str, command: str, pruned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    page.library.cache_clear()
+    page.drawing.cache_clear()
     done = CliRunner().invoke(cli.app, [command, str(pruned)])
     assert done.exit_code == 2
     assert "pip install 'fedrank[report]'" in " ".join(done.stderr.split())
