@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 from scipy import stats
 from typer.testing import CliRunner
 
@@ -441,7 +442,20 @@ def test_tables_for_people_and_programs() -> None:
     mine = [r for r in rows if (r["arm"], r["measure"], r["to_target"]) == ("fedara", "accuracy", "False")]
     assert [(r["seed"], float(r["value"])) for r in mine] == [("1", 0.606), ("2", 0.612), ("3", pytest.approx(0.618))]
     assert {r["to_target"] for r in rows} == {"True", "False"}
-    assert len(tables.terminal(found)) == 4
+    assert len(tables.terminal(found, 1000)) == 4
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_narrow_terminal_cuts_no_number_off(width: int) -> None:
+    found = whole()
+    console = Console(width=width, file=io.StringIO(), record=True)
+    for table in tables.terminal(found, width):
+        console.print(table)
+    text = console.export_text()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    told = [cell for _, (_, *rows) in tables.all_of(found) for row in rows for cell in row]
+    assert all(cell in text for cell in told)
 
 
 def test_an_unfair_comparison_concludes_nothing() -> None:

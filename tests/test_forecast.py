@@ -281,7 +281,7 @@ def test_mistakes_are_one_line(config: Path) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0 µs"), (3e-5, "30 µs"), (0.0042, "4.2 ms"), (1.5, "1.5 s"), (119, "119 s"), (150, "2.5 min"), (9000, "2.5 h"),
+    [(0, "0 s"), (3e-5, "30 µs"), (0.0042, "4.2 ms"), (1.5, "1.5 s"), (119, "119 s"), (150, "2.5 min"), (9000, "2.5 h"),
      (216000, "2.5 days"), (None, "–")],
 )  # fmt: skip
 def test_durations_for_people(seconds: float | None, text: str) -> None:

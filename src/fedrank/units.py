@@ -29,7 +29,7 @@ def duration(seconds: float | None) -> str:
     for unit, length in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"
-    return scaled(1e6 * seconds, "µs", "ms", "s")
+    return scaled(1e6 * seconds, "µs", "ms", "s") if seconds else "0 s"
 
 
 def scaled(value: float | int, *units: str) -> str:

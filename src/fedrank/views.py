@@ -121,7 +121,7 @@ def study(event: dict[str, Any]) -> None:
             what = "its tuning" if event["seed"] is None else f"seed {event['seed']}"
             lines = [f"failed: {event['setting']}  {event['arm']}  {what}: {event['error']}"]
         case "end":
-            for table in tables.terminal(event["comparison"]):
+            for table in tables.terminal(event["comparison"], console.width):
                 console.print(table, "")
             lines = [*tables.said(event["comparison"]), f"comparison: {event['path']}"]
     for line in lines:

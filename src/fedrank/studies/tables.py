@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,16 +129,34 @@ def all_of(found: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
 # ---- forms
 
 
-def terminal(found: Mapping[str, Any]) -> list[Table]:
-    tables = []
-    for title, (head, *rows) in all_of(found):
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
-        for at, name in enumerate(head):
-            table.add_column(name, justify="right" if at else "left")
-        for row in rows:
-            table.add_row(*row)
-        tables.append(table)
-    return tables
+def terminal(found: Mapping[str, Any], width: int) -> list[Table]:
+    """Every table for a terminal of so many characters: what does not fit beside the rest goes on below it."""
+    return [
+        _table(title if not at else "", lines)
+        for title, rows in all_of(found)
+        for at, lines in enumerate(_folded(rows, width))
+    ]
+
+
+def _table(title: str, rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for at, name in enumerate(rows[0]):
+        table.add_column(name, justify="right" if at else "left", no_wrap=True)
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table
+
+
+def _folded(rows: Sequence[Sequence[str]], width: int) -> Iterator[list[list[str]]]:
+    """The columns in groups that fit, each behind the first column, which says whose line it is."""
+    first, *columns = zip(*rows, strict=True)
+    group: list[Sequence[str]] = []
+    for column in columns:
+        if group and sum(max(map(len, one)) + 2 for one in (first, *group, column)) > width:
+            yield [list(line) for line in zip(first, *group, strict=True)]
+            group = []
+        group.append(column)
+    yield [list(line) for line in zip(first, *group, strict=True)]
 
 
 def markdown(found: Mapping[str, Any]) -> str:
