@@ -61,7 +61,9 @@ def rank_map(run: Played) -> Chart:
         note = f"Of {len(run.common)} rounds {len(rounds)} are shown, evenly spaced."
     last = run.common[-1]["ranks"]
     order = list(reversed(names.values()))  # the first block at the bottom, as the others stand on it
-    spec = plots.heat([span for span in spans if span["value"]], order, "Rank", plots.ROUNDS)
+    spec = plots.heat(
+        [span for span in spans if span["value"]], order, "Rank", plots.rounds(rounds[0]["round"], rounds[-1]["round"])
+    )
     gone = [names[module] for module in names if not last.get(module)]
     most = max(last.values(), default=0)
     said = f"Components of each module after each round. At the end {len(names) - len(gone)} of {len(names)} modules "
@@ -112,8 +114,11 @@ def by_round(run: Played) -> Chart:
                     "name": labels[client], "start": rounds[0] - 0.5, "stop": rounds[-1] + 0.5, "label": label,
                     "value": round(statistics.fmean(there), 1),
                 })  # fmt: skip
-    ends = {"nice": False, "domain": [run.rounds[0]["round"] - 0.5, run.rounds[-1]["round"] + 0.5]}
-    spec = plots.heat(cells, [labels[client] for client in shown], "Components", plots.ROUNDS | {"scale": ends})
+    first, last = run.rounds[0]["round"], run.rounds[-1]["round"]
+    ends = {"nice": False, "domain": [first - 0.5, last + 0.5]}
+    spec = plots.heat(
+        cells, [labels[client] for client in shown], "Components", plots.rounds(first, last) | {"scale": ends}
+    )
     every = [value for mine in summed.values() for value in mine.values()]
     said = (
         f"Components of all modules that a client trained, from {min(every)} to {max(every)}. Where nothing is drawn, "

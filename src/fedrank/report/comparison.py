@@ -9,7 +9,7 @@ import yaml
 from fedrank.report import plots
 from fedrank.report.arms import setting
 from fedrank.report.compared import Comparison
-from fedrank.report.page import Block, Chart, Code, Facts, Page, Row, Section, Table, Text
+from fedrank.report.page import WHENCE, Block, Chart, Code, Facts, Page, Row, Section, Table, Text
 from fedrank.studies import tables
 from fedrank.studies.claims import SCORES
 from fedrank.told import portable
@@ -179,7 +179,7 @@ def again(found: Comparison) -> Section:
     figures = [("fedrank", str(found.found.get("version") or "–"), "")]
     if walls:
         figures.append(("Wall time of the runs", duration(sum(walls, 0.0)), f"{len(walls)} runs, added up"))
-    blocks: list[Block] = [Code(command, "Command"), Facts(figures)]
+    blocks: list[Block] = [Code(command, "Command"), Text(WHENCE, "note"), Facts(figures)]
     for name, title in (
         ("study", "The study as it was resolved"),
         ("machine", "The machine"),

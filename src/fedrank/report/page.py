@@ -16,6 +16,9 @@ import fedrank
 Cell = str | int | float | None
 Row = Mapping[str, Any]
 LONGEST = 300  # rows of a table that are shown
+WHENCE = (  # a page goes from machine to machine, so it names no folder of one
+    "Folders go by their last name here. A relative data.path starts from where the command is called."
+)
 
 
 @dataclass(frozen=True)

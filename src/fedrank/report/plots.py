@@ -21,7 +21,6 @@ SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"
 FAINTEST = 0.9  # opacity of a mark: below it colours are too near the card's
 BARS = 60  # of a chart over rounds
 TALLEST = 900  # pixels of a map
-ROUNDS: Spec = {"title": "Round", "axis": {"tickMinStep": 1, "format": "d"}}  # the horizontal axis of a map
 UNITS = {
     "bytes": [("B", 1.0), ("kB", 1e3), ("MB", 1e6), ("GB", 1e9), ("TB", 1e12)],
     "seconds": [("ms", 1e-3), ("s", 1.0), ("min", 60.0), ("h", 3600.0), ("days", 86400.0)],
@@ -40,6 +39,12 @@ def unit(kind: str, values: Sequence[float | int], least: float = 2.0) -> tuple[
     return fitting[-1] if fitting else UNITS[kind][0]
 
 
+def rounds(first: int, last: int) -> Spec:
+    """A horizontal axis of rounds. Of few, each has its tick: asked for a least step alone, Vega puts ticks between them."""
+    few = {"values": list(range(first, last + 1))} if last - first < 10 else {}
+    return {"title": "Round", "axis": {"format": "d", "tickMinStep": 1, **few}}
+
+
 def along(rows: Sequence[Row]) -> tuple[list[dict[str, Any]], dict[str, Spec]]:
     """Rows with `round` and, as far as known, sums of `bytes`, `seconds` and `joules`, in units that suit; and what x may be.
 
@@ -56,7 +61,7 @@ def along(rows: Sequence[Row]) -> tuple[list[dict[str, Any]], dict[str, Spec]]:
                 row[name] = _short(row[name] / size)
         axes[name] = {
             "field": name, "type": "quantitative", "title": f"{title} ({word})" if word else title,
-            "scale": {"zero": name != "round", "nice": False}, "axis": {"tickMinStep": 1} if name == "round" else {},
+            "scale": {"zero": name != "round", "nice": False}, **(rounds(int(min(known)), int(max(known))) if name == "round" else {}),
         }  # fmt: skip
     return found, axes
 

@@ -13,7 +13,7 @@ from fedrank import config as settings
 from fedrank.report import plots
 from fedrank.report.adapters import ranks
 from fedrank.report.clients import clients, failures, fleet
-from fedrank.report.page import Block, Chart, Code, Facts, Page, Row, Section, Table, Text
+from fedrank.report.page import WHENCE, Block, Chart, Code, Facts, Page, Row, Section, Table, Text
 from fedrank.report.played import Played, known, thinned
 from fedrank.server import OF_TEXTS
 from fedrank.studies.configs import flattened
@@ -262,7 +262,7 @@ def again(run: Played) -> Section:
     else:
         lines = [f"fedrank {'import ADAPTER' if began else 'run'} {path}/config.yaml --out again"]
         lines += [f"fedrank resume {path}" + (" rounds.count=+10" if run.finished else "")]
-        blocks = [Code("\n".join(lines), "Commands")]
+        blocks = [Code("\n".join(lines), "Commands"), Text(WHENCE, "note")]
     plain = flattened(settings.load({"data": {"name": "any"}}).model_dump(mode="json"))
     changed = [[key, _written(value)] for key, value in flattened(config).items() if plain.get(key) != value and value is not None]  # fmt: skip
     return Section("again", "Run it again", [
