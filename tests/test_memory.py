@@ -320,7 +320,7 @@ def peaks(raw: dict[str, Any], *overrides: str, padded: bool = False) -> tuple[i
     if padded:
         trainer.frozen.first = None
         spec = replace(spec, execution=replace(spec.execution, scores=False))
-    packs = trainer.frozen.packs and getattr(made.method, "lower", None) is None
+    packs = trainer.frozen.packs
     assert spec.execution.scores == packs
     device, held, local = made.devices[client], made.held(client), made.config.local.model_copy(update={"steps": 1})
     plan = made.method.plan(made.begin, {client: device}, 0)[client]
@@ -350,7 +350,17 @@ CASES: dict[str, tuple[str, ...]] = {
     "a step ahead": ("method.name=per_fedavg_lora",),
     "one derivative of two levels": ("method.name=pf2lora", "method.derivative=first"),
     "differences of two levels": ("method.name=pf2lora", "method.derivative=finite"),
-    "two levels, computing in bfloat16 where one learns": ("method.name=pf2lora", "engine.compute=bfloat16"),
+    "two levels in bfloat16": ("method.name=pf2lora", "engine.compute=bfloat16"),
+    "one derivative of two levels in bfloat16": (
+        "method.name=pf2lora",
+        "method.derivative=first",
+        "engine.compute=bfloat16",
+    ),
+    "differences of two levels, in float32": (
+        "method.name=pf2lora",
+        "method.derivative=finite",
+        "engine.compute=bfloat16",
+    ),
     "int8 under two levels": ("method.name=pf2lora", "model.quantise=int8"),
     "nf4 under two levels": ("method.name=pf2lora", "model.quantise=nf4"),
     "weights packed": ("engine.products=onednn",),
@@ -378,16 +388,16 @@ def test_the_peak_is_what_was_reckoned(what, shelf):
     assert reckoned == pytest.approx(taken + base, rel=0.1)
 
 
-def test_two_levels_hold_the_base_in_both_types(shelf):
-    """Their steps are those of plain layers, and scores come from copies in the type that is computed in."""
-    one, two = (
-        parts.prepare(load(shelf.settings(), ("engine.compute=bfloat16", f"method.name={name}")))
-        for name in ("fedavg", "pf2lora")
+def test_differences_of_gradients_hold_the_base_in_both_types(shelf):
+    """They are taken in float32, and scores come from copies in the type that is computed in."""
+    one, two, three = (
+        parts.prepare(load(shelf.settings(), ("engine.compute=bfloat16", *method))).spec
+        for method in ((), ("method.name=pf2lora",), ("method.name=pf2lora", "method.derivative=finite"))
     )
-    plain = 4 * one.spec.parameters
-    assert one.spec.execution.base_bytes == pytest.approx(plain / 2)
-    assert two.spec.execution.base_bytes == pytest.approx(1.5 * plain)
-    assert (one.spec.execution.number, two.spec.execution.number) == (2, 4)
+    plain = 4 * one.parameters
+    assert one.execution.base_bytes == two.execution.base_bytes == pytest.approx(plain / 2)
+    assert 1.5 * plain < three.execution.base_bytes < 2.1 * plain  # layers that read one input are copied together
+    assert [spec.execution.number for spec in (one, two, three)] == [2, 2, 4]
 
 
 @pytest.mark.parametrize("checkpoint", [False, pytest.param(True, marks=pytest.mark.slow)])

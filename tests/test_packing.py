@@ -103,16 +103,20 @@ def draws() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
+WAYS = [packing.Attention.apply, packing.plainly]
+
+
+@pytest.mark.parametrize("attend", WAYS)
 @pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (True, 5), (True, 40)])
 @pytest.mark.parametrize("lengths", [[4, 9, 1], [16, 16], [7], [20, 20, 9, 33, 70, 3, 65]])
-def test_attention_is_that_of_each_row_to_itself(lengths, causal, window, draws):
+def test_attention_is_that_of_each_row_to_itself(lengths, causal, window, attend, draws):
     packed = packing.pack(np.array(lengths), [len(lengths)], "cpu")
     heads, width = 3, 8
     q, k, v = (
         torch.randn(heads, packed.filled, width, generator=draws, dtype=torch.float64).requires_grad_()
         for _ in range(3)
     )
-    found = packing.Attention.apply(q, k, v, packed, causal, window, 0.5, 0.0)[packed.at]
+    found = attend(q, k, v, packed, causal, window, 0.5, 0.0)[packed.at]
     weight = torch.randn(found.shape, generator=draws, dtype=torch.float64)
     ours = torch.autograd.grad((found * weight).sum(), (q, k, v))
     expected, at = list[torch.Tensor](), 0
@@ -129,7 +133,8 @@ def test_attention_is_that_of_each_row_to_itself(lengths, causal, window, draws)
         torch.testing.assert_close(a, b)
 
 
-def test_attention_drops_shares_and_its_gradient_knows_which(draws):
+@pytest.mark.parametrize("attend", WAYS)
+def test_attention_drops_shares_and_its_gradient_knows_which(attend, draws):
     packed = packing.pack(np.array([6, 3]), [2], "cpu")
     q, k, v = (
         torch.randn(2, packed.filled, 4, generator=draws, dtype=torch.float64).requires_grad_() for _ in range(3)
@@ -137,11 +142,13 @@ def test_attention_drops_shares_and_its_gradient_knows_which(draws):
 
     def drop(*parts: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(3)
-        return packing.Attention.apply(*parts, packed, False, None, 0.5, 0.4)[packed.at]
+        return attend(*parts, packed, False, None, 0.5, 0.4)[packed.at]
 
     with torch.random.fork_rng():
         assert torch.autograd.gradcheck(drop, (q, k, v), nondet_tol=0.0)
-        whole = packing.Attention.apply(q, k, v, packed, False, None, 0.5, 0.0)[packed.at]
+        if attend is packing.plainly:
+            assert torch.autograd.gradgradcheck(drop, (q, k, v), nondet_tol=0.0)
+        whole = attend(q, k, v, packed, False, None, 0.5, 0.0)[packed.at]
         assert not torch.allclose(drop(q, k, v), whole)
 
 

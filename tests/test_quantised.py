@@ -22,7 +22,7 @@ import fedrank
 import toy
 from fedrank import config, parts
 from fedrank.adapter import Adapter, gaussian, kaiming
-from fedrank.config import ConfigError, Local
+from fedrank.config import Local
 from fedrank.methods.fed_plora import FedPLoRA
 from fedrank.methods.fedavg import FedAvg
 from fedrank.methods.pf2lora import PF2LoRA
@@ -31,7 +31,7 @@ from fedrank.selection import everything
 from fedrank.store import Store
 from fedrank.training import decoding, frozen, fused, models, quantised, tasks, tiny
 from fedrank.training.compute import Apart, Beside, Compute, Increment, Product, matrix, onednn
-from fedrank.training.course import Ask, TrainingError
+from fedrank.training.course import Ask
 from fedrank.training.data import Rows
 from fedrank.training.frozen import freeze
 from fedrank.training.hooks import incremented, increments, live, mounted
@@ -199,9 +199,10 @@ def test_it_counts_the_same_numbers_and_takes_fewer_bytes(pair):
 
 
 def test_a_pass_keeps_as_much_as_with_plain_weights_each_time_that_it_is_traced(pair):
-    expected = fused.trace(freeze(pair.plain, PLAIN, "cpu"), "cpu")
-    for _ in range(10):
-        assert fused.trace(freeze(pair.ours, PLAIN, "cpu"), "cpu") == expected
+    for twice in (False, True):
+        expected = fused.trace(freeze(pair.plain, PLAIN, "cpu"), "cpu", twice)
+        for _ in range(10):
+            assert fused.trace(freeze(pair.ours, PLAIN, "cpu"), "cpu", twice) == expected
 
 
 def test_each_way_has_its_own_fingerprint_and_always_the_same(pair):
@@ -426,15 +427,20 @@ def test_two_levels(pair, derivative):
     assert held(pair.ours) == held(loaded(pair.folder, quantise=pair.kind))
 
 
-def test_two_levels_over_updates_beside_weights_are_refused(pair):
-    model = pair.ours
-    job = replace(
-        toy.job(model.spec, factors(model), Plan(everything(factors(model))), print), base_updates=(factors(model, 1),)
-    )
-    lower = Lower(0.1, Adapter({}, model.spec.scale, {}), "first")
-    lower = replace(lower, private=kaiming(model.spec.shapes, 1, model.spec.scale, rng(0, "private")))
-    with pytest.raises(TrainingError, match="two levels on a base that cannot hold its updates exactly"):
-        trainer(model).fit(job, ROWS, lower=lower)
+@pytest.mark.parametrize("derivative", ["first", "finite", "double"])
+def test_two_levels_over_updates_of_the_base(pair, derivative):
+    """Beside quantised weights, within the others."""
+    found = []
+    for model in (pair.ours, pair.plain):
+        adapter, one = factors(model), trainer(model)
+        job = toy.job(model.spec, adapter, Plan(everything(adapter)), print)
+        job = replace(job, base_updates=(factors(model, 1),), local=Local(batch_size=8, steps=2))
+        private = kaiming(model.spec.shapes, 1, model.spec.scale, rng(0, "private"))
+        found.append(one.fit(job, ROWS, lower=Lower(0.1, private, derivative)))
+        assert [bool(part) for part in one.updated(job.base_updates)] == [model is pair.plain, model is pair.ours]
+    ours, theirs = found
+    assert ours.metrics["loss"] == pytest.approx(theirs.metrics["loss"], rel=1e-5)
+    near(ours.adapter, theirs.adapter, atol=1e-3)
 
 
 # ---- whole runs
@@ -750,21 +756,21 @@ def test_weights_in_bfloat16_hold_no_updates_and_compute_as_the_same_in_float32(
     assert [bool(part) for part in other.trainer.updated(updates)] == [True, False]
 
 
-def test_differences_on_such_a_base_are_refused(tmp_path):
+def test_differences_on_such_a_base_are_taken_in_float32(tmp_path):
     """Of bfloat16's three digits none would be left."""
-    (tmp_path / "data").mkdir()
-    rows(tmp_path / "data")
-    for method in ("pf2lora", "per_fedavg_lora"):
-        for dtype in (torch.bfloat16, torch.float32):
-            folder, way = published("llama", tmp_path / f"{method} {dtype}", dtype), {"derivative": "finite"}
-            raw = settings(tmp_path / "data", {"name": str(folder)}, method={"name": method, **way})
-            if dtype == torch.float32:
-                assert parts.prepare(config.load(raw)).spec.execution.number == 4
-                continue
-            with pytest.raises(ConfigError, match=r"method\.derivative=finite: of a base held in torch\.bfloat16"):
-                parts.prepare(config.load(raw))
-            raw["method"]["derivative"] = "first"
-            assert parts.prepare(config.load(raw)).spec.execution.number == 2
+    model = loaded(published("llama", tmp_path, torch.bfloat16))
+    assert model.base.dtype == torch.bfloat16
+    adapter, found = factors(model), dict[str, torch.Tensor]()
+    job = replace(toy.job(model.spec, adapter, Plan(everything(adapter)), print), local=Local(batch_size=8, steps=1))
+    lower = Lower(1.0, kaiming(model.spec.shapes, 1, model.spec.scale, rng(0, "private")))
+    for derivative, compute in (("finite", "bfloat16"), ("double", "float32"), ("first", "float32")):
+        one = trainer(model, compute=Compute(compute, "torch"))
+        one.fit(
+            job, ROWS, lambda _, grads, of=derivative: found.update({of: torch.cat(list(grads.values()))}),
+            replace(lower, derivative=derivative),
+        )  # fmt: skip
+    finite, double, first = (found[name] for name in ("finite", "double", "first"))
+    assert torch.linalg.vector_norm(finite - double) < 0.02 * torch.linalg.vector_norm(first - double)
 
 
 def test_such_a_base_computes_in_bfloat16_unless_told(tmp_path):

@@ -159,7 +159,7 @@ class Machine:
         step = partial(self._step, plan, begin, device)
 
         def count(_: None) -> tuple[float, float, float, float]:
-            return twice.kept(self.model.network, self.population.typical, step)
+            return twice.kept(self.trainer.frozen, self.population.typical, step)
 
         # Where there is a GPU, a process that is forked after a backward pass can make none, so workers' parents do not.
         with Workers(min(2, self.workers.count), self.workers.threads) as apart:
@@ -222,31 +222,27 @@ def build(
     judge = evaluation.Evaluation(scoring.Scorer(trainer), decoder, population, workers.count, workers.share)
     if config.generation.when != "never" and len(population.test) and (prompts := judge.prompts).cut:
         log.warning("%d of %d prompts lose their start, for texts to fit behind", prompts.cut, len(prompts))
-    two, packed, dtype = getattr(method, "lower", None), trainer.frozen.packs, trainer.frozen.dtype
-    if two is not None:  # its steps are the plain layers'
-        packed, dtype = False, model.base.dtype
-        rounded = config.model.quantise == "int8" and config.device != "cpu"  # there activations are of 8 bits too
-        if two == "finite" and (rounded or dtype.itemsize < 4):
-            raise ConfigError(
-                f"method.derivative=finite: of a base held in {'int8' if rounded else dtype} its differences are noise; "
-                "model.dtype=float32, or another derivative"
-            )
-    lying = trainer.frozen.size
-    if two is not None or config.device != "cpu":  # what else passes have copies of is not paged out
-        lying += sum(tensor.nbytes for tensor in trainer.frozen.unread(model.network))
-    spec = replace(model.spec, execution=Execution(lying, dtype.itemsize, packed, config.local.checkpoint))
-    if two is None:
-        spec = replace(spec, flow=fused.trace(trainer.frozen, config.device))
+    two, scores = getattr(method, "lower", None), trainer.frozen
+    steps = trainer.stepping(two)
+    lying = scores.size if steps is scores else scores.size + steps.size
+    unread = [] if steps is not scores else list(scores.unread(model.network))  # passes have copies of these
+    if config.device != "cpu":  # where they are not paged out
+        lying += sum(tensor.nbytes for tensor in unread)
+    spec = replace(
+        model.spec, flow=fused.trace(steps, config.device, two is not None),
+        execution=Execution(lying, steps.dtype.itemsize, steps.packs, config.local.checkpoint),
+    )  # fmt: skip
     numerics = {
         "fedrank": fedrank.__version__, "quantised": quantised.version(config.model.quantise, config.device),
         **local.numerics(engine.threads, config.device, compute, trainer.frozen.packs, engine.stack or 1, bool(trainer.kept)),
     }  # fmt: skip
     if workers.count > 1:
-        trainer.frozen.ready()
+        for one in (scores, steps):
+            one.ready()
     if config.device == "cpu":
-        for parameter in trainer.frozen.unread(model.network):
+        for parameter in unread:
             page_out(parameter.data_ptr(), parameter.nbytes)
-    return Machine(config, method, model, spec, population, trainer, judge, workers, packed, numerics)
+    return Machine(config, method, model, spec, population, trainer, judge, workers, steps.packs, numerics)
 
 
 def cut(config: Config, sets: Mapping[str, Any]) -> None:

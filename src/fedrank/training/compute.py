@@ -119,8 +119,8 @@ class Product:
             self.weight = self._packed(whole)
         self._across: Tensor | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.product(x, self.weight, self.bias)
+    def forward(self, x: Tensor, bias: bool = True) -> Tensor:
+        return self.product(x, self.weight, self.bias if bias else None)
 
     def backward(self, grad: Tensor) -> Tensor:
         """(rows, out) -> (rows, in)"""
@@ -164,9 +164,9 @@ class Apart:
         self.weights, self.outs, self.dtype = weights, list(outs), dtype
         self.biases = [None if bias is None else bias.detach().to(dtype) for bias in biases]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: bool = True) -> Tensor:
         pairs = zip(self.weights, self.biases, strict=True)
-        made = [functional.linear(x, weight().to(self.dtype), bias) for weight, bias in pairs]
+        made = [functional.linear(x, weight().to(self.dtype), own if bias else None) for weight, own in pairs]
         return made[0] if len(made) == 1 else torch.cat(made, 1)
 
     def backward(self, grad: Tensor) -> Tensor:
@@ -202,8 +202,8 @@ class Beside:
             (slice(end - out, end), one) for end, out, own in zip(ends, self.outs, increments, strict=True) for one in own
         ]  # fmt: skip
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.inner.forward(x)
+    def forward(self, x: Tensor, bias: bool = True) -> Tensor:
+        y = self.inner.forward(x, bias)
         for at, (scale, A, Bt) in self.increments:
             y[:, at].addmm_(x if A is None else x @ A.to(self.dtype).T, Bt.to(self.dtype), alpha=scale)
         return y

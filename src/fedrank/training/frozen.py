@@ -94,9 +94,12 @@ class Frozen:
             self.product(names).turn()
 
     def logits(
-        self, encoded: Encoded, rows: np.ndarray, device: str, counts: Sequence[int] = ()
+        self, encoded: Encoded, rows: np.ndarray, device: str, counts: Sequence[int] = (), twice: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """The network's logits of these rows, packed where it can be, and their labels. counts: each client's rows."""
+        """The network's logits of these rows, packed where it can be, and their labels. counts: each client's rows.
+
+        twice: they will be differentiated twice.
+        """
         counts = counts or [len(rows)]
         if self.first is None:
             with span("data"):
@@ -105,7 +108,7 @@ class Frozen:
                 return self.network(**inputs), labels
         with span("data"):
             inputs, labels = encoded.packed(rows, counts, self.first, device)
-            packed = packing.pack(encoded.lengths[rows], counts, device)
+            packed = packing.pack(encoded.lengths[rows], counts, device, twice)
         with span("forward"), packing.attention(self.base, packed):
             return self.network(**inputs, packed=packed), labels
 

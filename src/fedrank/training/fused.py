@@ -19,10 +19,12 @@ from fedrank.training import flow
 from fedrank.training.compute import Beside, Increment
 from fedrank.training.frozen import Frozen
 from fedrank.training.hooks import Live
-from fedrank.training.linears import Base, Group, Piece, Place, Share
+from fedrank.training.linears import Base, Group, Piece, Place, Share, adapted, alone
 from fedrank.training.packing import layout
 from fedrank.training.prefix import Kept, Prefix, chunked, laid, lowest
 from fedrank.training.tasks import Encoded
+
+Called = tuple[nn.Module, Callable[..., Tensor]]  # what a layer computes while it is mounted
 
 
 @dataclass(eq=False)
@@ -113,24 +115,48 @@ def mounted(
     weights: other frozen weights, as the layers hold theirs, in the place of these. beside: what is added to a layer's
     product.
     """
-    mounts, called = _mounts(lives, frozen.dtype), list[tuple[nn.Module, Callable[..., Tensor]]]()
+    mounts, called = _mounts(lives, frozen.dtype), list[Called]()
     ones = [*mounts, *([mounts[0].whole] if mounts[0].whole else [])]
-    for names in frozen.groups:
-        inner = frozen.product(names, weights)
-        added = [beside.get(name, ()) for name in names]
-        product: Base = Beside(inner, added) if any(added) else inner
+    for names, product in _products(frozen, weights, beside):
         learning = [share for mount in ones for share in mount.learning(names, product.outs)]
         resting = [share for mount in mounts for share in mount.resting(names, product.outs, frozen.dtype)]
         learns = any(share.learns_B or share.grad_A is not None or share.grad_e is not None for share in learning)
         recorded = torch.empty(0, device=lives[0].device, requires_grad=True) if learns else None
-        group = Group(product, learning + resting, recorded)
-        called += [(frozen.layers[name], partial(group, at)) for at, name in enumerate(names)]
+        called += _called(frozen, names, Group(product.dtype, partial(adapted, recorded, product, learning + resting)))
     if any(live.dense for live in lives):
         called += [(layer, partial(_head, mounts, name)) for name, layer in frozen.heads.items()]
+    with _calling(called):
+        yield mounts
+
+
+@contextmanager
+def unmounted(
+    frozen: Frozen, weights: Mapping[str, Tensor] = {}, beside: Mapping[str, Sequence[Increment]] = {}
+) -> Iterator[None]:
+    """The layers compute as `frozen` does, without adapters, which hooks may add; a step can be differentiated again."""
+    found = _products(frozen, weights, beside)
+    with _calling([one for names, it in found for one in _called(frozen, names, Group(it.dtype, partial(alone, it)))]):
+        yield
+
+
+def _products(
+    frozen: Frozen, weights: Mapping[str, Tensor], beside: Mapping[str, Sequence[Increment]]
+) -> Iterator[tuple[tuple[str, ...], Base]]:
+    for names in frozen.groups:
+        inner, added = frozen.product(names, weights), [beside.get(name, ()) for name in names]
+        yield names, Beside(inner, added) if any(added) else inner
+
+
+def _called(frozen: Frozen, names: Sequence[str], group: Group) -> list[Called]:
+    return [(frozen.layers[name], partial(group, at)) for at, name in enumerate(names)]
+
+
+@contextmanager
+def _calling(called: Sequence[Called]) -> Iterator[None]:
     for layer, forward in called:
         layer.forward = forward  # seen before the class's own; the module itself stays as it is
     try:
-        yield mounts
+        yield
     finally:
         for layer, _ in called:
             del layer.forward
@@ -175,9 +201,9 @@ def _head(mounts: Sequence[Mount], name: str, x: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def trace(frozen: Frozen, device: str) -> tuple[Linear, ...]:
-    """Every linear map of a pass as it is computed here, without an adapter, for the costs."""
-    with mounted(frozen, [Live(1.0, device)]):
+def trace(frozen: Frozen, device: str, twice: bool) -> tuple[Linear, ...]:
+    """Every linear map of a pass as it is computed here, without an adapter, for the costs. twice: in bilevel steps."""
+    with unmounted(frozen) if twice else mounted(frozen, [Live(1.0, device)]):
         return flow.trace(frozen.network, frozen.base, frozen.heads)
 
 

@@ -25,12 +25,12 @@ class Part:
     A: Tensor
 
     def add(self, x: Tensor, output: Tensor, scale: float) -> Tensor:
-        """output + scale * B diag(e) A x, over the last axis."""
-        weight = scale if self.e is None else self.e * scale
-        hidden = functional.linear(x.to(self.A.dtype), self.A) * weight
-        rows = output.reshape(-1, output.shape[-1]).to(self.Bt.dtype)
-        flat = torch.addmm(rows, hidden.reshape(-1, hidden.shape[-1]), self.Bt)
-        return flat.view(output.shape).to(output.dtype)
+        """output + scale * B diag(e) A x, over the last axis, in the output's type."""
+        A, Bt = self.A.to(output.dtype), self.Bt.to(output.dtype)
+        weight = scale if self.e is None else (self.e * scale).to(output.dtype)
+        hidden = functional.linear(x.to(output.dtype), A) * weight
+        rows = output.reshape(-1, output.shape[-1])
+        return torch.addmm(rows, hidden.reshape(-1, hidden.shape[-1]), Bt).view(output.shape)
 
 
 @dataclass(eq=False)

@@ -1,5 +1,6 @@
 """Adapted linear layers as one autograd function for each input: base, adapter, and both gradients, nothing else kept."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -118,19 +119,42 @@ class Linears(torch.autograd.Function):
         return None if down is None else down.view(shape), None, None, None
 
 
-class Group:
-    """Layers that read one input: the first of them that is called computes them all."""
+class Alone(torch.autograd.Function):
+    """The frozen layers that read x, x W^T + b; or, of a gradient, x W. Any number of derivatives can be taken of it."""
 
-    def __init__(self, product: Base, shares: list[Share], learning: Tensor | None) -> None:
-        self.product, self.shares, self.learning = product, shares, learning
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, product: Base, back: bool, bias: bool) -> Tensor:
+        ctx.rest = product, back
+        return product.backward(x) if back else product.forward(x, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        product, back = ctx.rest
+        return Alone.apply(grad, product, not back, False), None, None, None  # type: ignore[no-untyped-call]
+
+
+def adapted(learning: Tensor | None, product: Base, shares: list[Share], x: Tensor) -> tuple[Tensor, ...]:
+    """What each layer makes of x with its adapters."""
+    return Linears.apply(x, learning, product, shares)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def alone(product: Base, x: Tensor) -> tuple[Tensor, ...]:
+    """What each frozen layer makes of x."""
+    y: Tensor = Alone.apply(x.reshape(-1, x.shape[-1]), product, False, True)  # type: ignore[no-untyped-call]
+    return tuple(part.view(*x.shape[:-1], -1) for part in torch.split(y, product.outs, 1))
+
+
+class Group:
+    """Layers that read one input: the first of them that is called computes them all, of this type, by `compute`."""
+
+    def __init__(self, dtype: torch.dtype, compute: Callable[[Tensor], Sequence[Tensor]]) -> None:
+        self.dtype, self.compute = dtype, compute
         self.read: Tensor | None = None
         self.made: list[Tensor | None] = []
 
     def __call__(self, at: int, x: Tensor) -> Tensor:
         if self.read is not x or self.made[at] is None:
-            rows = x.to(self.product.dtype)
-            made = Linears.apply(rows, self.learning, self.product, self.shares)  # type: ignore[no-untyped-call]
-            self.read, self.made = x, list(made)
+            self.read, self.made = x, list(self.compute(x.to(self.dtype)))
         found, self.made[at] = self.made[at], None
         if not any(part is not None for part in self.made):
             self.read = None

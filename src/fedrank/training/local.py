@@ -23,7 +23,7 @@ from fedrank.training import course, fused, prefix, tasks
 from fedrank.training.compute import Compute, Increment
 from fedrank.training.course import Ask, Course, TrainingError
 from fedrank.training.frozen import Frozen, freeze
-from fedrank.training.hooks import incremented, increments, mounted, swapped
+from fedrank.training.hooks import incremented, increments, mounted
 from fedrank.training.models import Model
 from fedrank.training.prefix import Kept, Prefix
 from fedrank.training.quantised import held
@@ -74,7 +74,7 @@ def drawn(device: str, random: np.random.Generator) -> Iterator[None]:
 class Trainer:
     """One frozen model and its tokenised data, shared by all clients of this process.
 
-    compute: how the model does; bilevel steps, which are differentiated twice, take the plain layers in float32.
+    compute: how the model does, but for differences of gradients, which are taken in float32.
     timed: forward passes are. prefix_bytes: what may be kept on disk of the hidden states below the lowest block with
     components; where those of all tokens would not fit, no pass begins above them. offload: what the optimizer reads and
     writes is in the memory of the host.
@@ -95,6 +95,14 @@ class Trainer:
     @cached_property
     def frozen(self) -> Frozen:
         return freeze(self.model, self.compute, self.device)
+
+    @cached_property
+    def exact(self) -> Frozen:
+        return freeze(self.model, Compute("float32", self.compute.products), self.device)
+
+    def stepping(self, derivative: str | None) -> Frozen:
+        """What steps go through: in float32 where the difference of two gradients is to be more than their rounding."""
+        return self.exact if derivative == "finite" and self.compute.dtype != "float32" else self.frozen
 
     @cached_property
     def kept(self) -> dict[Encoded, Kept]:
@@ -207,33 +215,27 @@ class Trainer:
             stack[0].forward_seconds = sum(forward)
 
     def _train_twice(self, one: Course, encoded: Encoded) -> None:
-        """A client's bilevel steps, on the plain layers, which can be differentiated twice."""
-        job, two, network = one.ask.job, one.two, self.model.network
+        """A client's bilevel steps, on layers that can be differentiated twice, with the adapters as hooks on them."""
+        job, two = one.ask.job, one.two
         assert two is not None
-        modules, heads = self.model.modules, self.model.heads
-        weights, beside = self.updated(job.base_updates)
-        if beside:
-            raise TrainingError(
-                "two levels on a base that cannot hold its updates exactly: take it in float32, not quantised"
-            )
+        frozen = self.stepping(two.rule.derivative)
         if job.local.checkpoint and two.rule.derivative == "double":  # it would compute again from what was bound since
             raise TrainingError(
                 "local.checkpoint: it has no second derivative; method.derivative: finite or first needs none"
             )
         others, started = course.drawn_batches(one.ask.rows, job.local, job, "lower batches"), time.perf_counter()
         with (
-            self._training(network, job.local.dropout, job),
-            mounted(modules, heads, two.upper),
-            mounted(modules, heads, two.lower) if two.lower else nullcontext(),
-            swapped(modules, weights),
-            self._watched(network) as forward,
-            self._kept(self.model.base, list(two.upper.learning), job),
+            self._training(frozen.network, job.local.dropout, job),
+            fused.unmounted(frozen, *self.updated(job.base_updates)),
+            mounted(frozen.layers, frozen.heads, two.upper),
+            mounted(frozen.layers, frozen.heads, two.lower) if two.lower else nullcontext(),
+            self._watched(frozen.network) as forward,
+            self._kept(frozen.base, list(two.upper.learning), job),
         ):
             for at, batch in enumerate(one.batches):
                 with span("both levels"):
-                    loss = two.step(
-                        partial(self._again, encoded, next(others), job, at), partial(self._plainly, encoded, batch)
-                    )
+                    inner = partial(self._again, frozen, encoded, next(others), job, at)
+                    loss = two.step(inner, partial(self._plainly, frozen, encoded, batch))
                 one.step(loss, None, len(batch))
         one.seconds += time.perf_counter() - started
         if self.timed:
@@ -246,15 +248,14 @@ class Trainer:
         blocks = prefix.blocks(base, list(self.frozen.layers))
         return prefix.checkpointed(base, blocks, prefix.lowest(learning, blocks), job.local.dropout > 0)
 
-    def _plainly(self, encoded: Encoded, batch: np.ndarray) -> torch.Tensor:
-        """The loss of what is mounted on the plain layers, on these rows."""
-        inputs, labels = encoded.batch(batch, self.device)
-        return tasks.loss(self.model.network(**inputs), labels)
+    def _plainly(self, frozen: Frozen, encoded: Encoded, batch: np.ndarray) -> torch.Tensor:
+        """The loss of what is mounted, on these rows."""
+        return tasks.loss(*frozen.logits(encoded, batch, self.device, twice=True))
 
-    def _again(self, encoded: Encoded, batch: np.ndarray, job: Job, step: int) -> torch.Tensor:
+    def _again(self, frozen: Frozen, encoded: Encoded, batch: np.ndarray, job: Job, step: int) -> torch.Tensor:
         """The same, with dropout that is the same every time and takes nothing from the draws of plain training."""
         with drawn(self.device, job.rng("lower dropout", step)):
-            return self._plainly(encoded, batch)
+            return self._plainly(frozen, encoded, batch)
 
     @contextmanager
     def _watched(self, network: torch.nn.Module) -> Iterator[list[float]]:

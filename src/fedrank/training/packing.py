@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from transformers import AttentionInterface
 
 NAME = "fedrank"  # of this attention among those of transformers
@@ -61,7 +62,7 @@ class Packed:
     lengths: (rows,), tokens of each row. filled: all tokens, with those that only fill up, after each client's.
     at: (tokens of the rows,), where each is. filler: where those are that only fill up. tiles: the rows as attention
     computes them, by their length. places: (filled,), where each token is in the tiles one after the other, for those
-    that fill up another of the same client.
+    that fill up another of the same client. twice: a step is differentiated twice, so its attention has to be plain.
     """
 
     lengths: Tensor
@@ -70,6 +71,7 @@ class Packed:
     filler: Tensor
     tiles: tuple[Tiles, ...]
     places: Tensor
+    twice: bool = False
 
     def gather(self, parts: Sequence[Tensor], heads: int) -> Tensor:
         """(heads * tiles, width, size) of each -> (heads, filled, size), of tokens that fill up anything."""
@@ -130,7 +132,7 @@ def pairs(lengths: np.ndarray) -> int:
     return sum(count * width**2 for _, _, count, width in tiled(lengths, [len(lengths)]))
 
 
-def pack(lengths: np.ndarray, counts: Sequence[int], device: str) -> Packed:
+def pack(lengths: np.ndarray, counts: Sequence[int], device: str, twice: bool = False) -> Packed:
     def there(part: np.ndarray) -> Tensor:
         return torch.from_numpy(part).to(device)
 
@@ -150,7 +152,7 @@ def pack(lengths: np.ndarray, counts: Sequence[int], device: str) -> Packed:
         done += count * width
     filler = np.setdiff1d(np.arange(sum(sizes)), at)
     everywhere[filler] = everywhere[at[np.searchsorted(at, filler) - 1]]
-    return Packed(there(lengths), sum(sizes), there(at), there(filler), tuple(tiles), there(everywhere))
+    return Packed(there(lengths), sum(sizes), there(at), there(filler), tuple(tiles), there(everywhere), twice)
 
 
 class Attention(torch.autograd.Function):
@@ -200,6 +202,19 @@ class Attention(torch.autograd.Function):
         return (*found, None, None, None, None, None)
 
 
+def plainly(
+    query: Tensor, key: Tensor, value: Tensor, packed: Packed, causal: bool, window: int | None, scale: float, drop: float
+) -> Tensor:  # fmt: skip
+    """The same, of which any number of derivatives can be taken; it keeps more."""
+    made = []
+    for tiles in packed.tiles:
+        q, k, v = (tiles.spread(part) for part in (query * scale, key, value))
+        scores = torch.bmm(q, k.transpose(1, 2)).view(len(query), -1, *tiles.owner.shape[1:] * 2)
+        shares = torch.softmax(scores + tiles.bias(causal, window, scores.dtype), -1)
+        made.append(torch.bmm(functional.dropout(shares, drop).flatten(0, 1), v))
+    return packed.gather(made, len(query)).transpose(0, 1)
+
+
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
     scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None, sliding_window: int | None = None,
@@ -217,9 +232,8 @@ def attend(
         key, value = (part.repeat_interleave(query.shape[1] // key.shape[1], 1) for part in (key, value))
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    mixed: Tensor = Attention.apply(  # type: ignore[no-untyped-call]
-        query[0], key[0], value[0], packed, causal, sliding_window, scale, dropout
-    )
+    compute = plainly if packed.twice else Attention.apply
+    mixed: Tensor = compute(query[0], key[0], value[0], packed, causal, sliding_window, scale, dropout)
     return mixed[None], None
 
 

@@ -6,22 +6,34 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedrank.training import packing
 from fedrank.training.flow import storages
+from fedrank.training.frozen import Frozen
 from fedrank.training.tasks import IGNORED, Encoded
 
-SHAPES = ((2, 4), (2, 8), (2, 12), (4, 4))  # rows, and the tokens of the longest of them
+# Rows, and the tokens of the longest of them: so that of tokens, pairs and rows none follows from the others.
+PADDED = ((2, 4), (2, 8), (2, 12), (4, 4))
+PACKED = ((2, 32), (4, 32), (4, 16), (2, 60))  # they fill their tiles, as longer rows do, which are 32 and 64 wide
 
 
-def kept(network: nn.Module, like: Encoded, step: Callable[[Encoded], object]) -> tuple[float, float, float, float]:
-    """Bytes per token of a padded batch, per pair of tokens, per row that the head reads, and beside them.
+def kept(frozen: Frozen, like: Encoded, step: Callable[[Encoded], object]) -> tuple[float, float, float, float]:
+    """Bytes per token of a batch with what fills it up, per pair of tokens, per row that the head reads, and beside them.
 
     Backward passes of backward passes keep what no formula of ours knows: it hangs on each operation of the model. step:
     takes a step on these rows, in one batch.
     """
-    found = [_counted(network, step, _rows(like, *shape)) for shape in SHAPES]
-    parts = [[rows * tokens, rows * tokens**2, rows, 1] for rows, tokens in SHAPES]
+    batches = [_rows(like, *shape) for shape in (PACKED if frozen.packs else PADDED)]
+    found = [_counted(frozen.network, step, batch) for batch in batches]
+    parts = [[*_sizes(batch.lengths, frozen.packs), len(batch), 1] for batch in batches]
     token, pair, row, rest = np.linalg.solve(np.array(parts, float), found).round(3).tolist()
     return token, pair, row, rest
+
+
+def _sizes(lengths: np.ndarray, packs: bool) -> tuple[int, int]:
+    """Tokens, and pairs of them, that a batch computes."""
+    if packs:
+        return sum(packing.layout(lengths, [len(lengths)])[1]), packing.pairs(lengths)
+    return len(lengths) * int(lengths.max()), len(lengths) * int(lengths.max()) ** 2
 
 
 def _rows(like: Encoded, rows: int, tokens: int) -> Encoded:
