@@ -50,7 +50,9 @@ def steps(data: Path) -> None:
                 started = time.perf_counter()
                 (update,) = made.method.train([job])
                 seconds.append((time.perf_counter() - started) / STEPS)
-        norm = np.sqrt(sum(float(np.square(part).sum()) for b in update.adapter.blocks.values() for part in b.rows.values()))
+        norm = np.sqrt(
+            sum(float(np.square(part).sum()) for b in update.adapter.blocks.values() for part in b.rows.values())
+        )
         found[name] = {"seconds": float(np.mean(seconds[1:])), "norm": norm, "compute": made.config.engine.compute}
     print(json.dumps(found))
 
@@ -69,11 +71,15 @@ def main() -> None:
     for pair in range(args.pairs):
         for which in sorted(trees, reverse=pair % 2 == 0):
             env = {**os.environ, "PYTHONPATH": str(trees[which] / "src"), "OMP_NUM_THREADS": "1"}
-            told = subprocess.run([sys.executable, __file__, str(args.data.resolve())], env=env, stdout=subprocess.PIPE, check=True)
+            told = subprocess.run(
+                [sys.executable, __file__, str(args.data.resolve())], env=env, stdout=subprocess.PIPE, check=True
+            )
             records[which].append(json.loads(told.stdout.splitlines()[-1]))
             print(which, {name: round(one["seconds"], 3) for name, one in records[which][-1].items()}, flush=True)
     ratios = {
-        name: [b[name]["seconds"] / a[name]["seconds"] for a, b in zip(records["before"], records["after"], strict=True)]
+        name: [
+            b[name]["seconds"] / a[name]["seconds"] for a, b in zip(records["before"], records["after"], strict=True)
+        ]
         for name in METHODS
     }
     commits = {which: machine.commit(tree) for which, tree in trees.items()}
