@@ -65,7 +65,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     args = parser.parse_args()
     if args.before is None:
-        return steps(args.data)
+        steps(args.data)
+        return
     trees = {"before": args.before.resolve(), "after": args.after.resolve()}
     records: dict[str, list[dict[str, Any]]] = {which: [] for which in trees}
     for pair in range(args.pairs):
