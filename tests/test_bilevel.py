@@ -11,8 +11,9 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import fedrank
 import toy
-from fedrank import levels
+from fedrank import levels, parts
 from fedrank.adapter import Adapter, Block, from_arrays, kaiming
 from fedrank.config import Local
 from fedrank.protocol import Job, Lower, ModelSpec, Plan, Update, rng
@@ -422,7 +423,7 @@ def by_hooks(job: Job) -> Update:
         mounted(frozen.layers, frozen.heads, one.live),
     ):
         for batch in one.batches:
-            loss = trainer._plainly(frozen, trainer.train, batch)
+            loss = trainer._upper(frozen, trainer.train, batch)
             loss.backward()
             one.step(loss, None, 8)
     return one.update()
@@ -442,6 +443,36 @@ def test_09_without_a_second_level_training_is_the_plain_one(private_rank, deriv
     assert not plain.private
     kept = from_arrays(found.private, below.scale)
     assert toy.same(kept, below)
+
+
+HELD = [("auto", "bfloat16"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")]
+
+
+@pytest.mark.parametrize("levels", ["one level", *DERIVATIVES])
+@pytest.mark.parametrize(("dtype", "compute"), HELD)
+@pytest.mark.parametrize("kind", ["bert", "llama", "albert"])
+def test_a_head_of_the_model_s_own_is_float32_whatever_is_before_it(kind, dtype, compute, levels, tmp_path):
+    """From the set-up of a run to a client's scores; and where blocks share their weights."""
+    toy.saved(kind, tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    toy.write(tmp_path / "data", train=toy.texts(32, 0), test=toy.texts(16, 1))
+    method = (
+        {"name": "fedavg"} if levels == "one level" else {"name": "pf2lora", "private_rank": 1, "derivative": levels}
+    )
+    run = fedrank.run(
+        {
+            "model": {"name": str(tmp_path / "model"), "dtype": dtype}, "engine": {"compute": compute, "workers": 1},
+            "data": {"path": str(tmp_path / "data"), "partition": {"kind": "iid"}}, "clients": {"count": 2},
+            "rounds": {"count": 1, "cohort": 2}, "adapter": {"rank": 2}, "method": method,
+            "local": {"steps": 2, "batch_size": 8, "max_length": 16},
+        },
+        out=tmp_path / "run",
+    )  # fmt: skip
+    (row,) = run.rounds
+    assert np.isfinite(row["train_loss"])
+    assert row["clients_failed"] == 0
+    before, after = run.state.adapter.dense, parts.prepare(run.config).spec.dense
+    assert all(np.any(before[name] != after[name]) for name in after)
 
 
 def test_the_lower_batches_are_drawn_apart():
@@ -542,6 +573,52 @@ def test_the_passes_that_plans_name_are_those_that_are_made(derivative, copied, 
     assert found == pytest.approx(ahead * forward + back * (plain - forward), rel=0.06)
 
 
+@pytest.mark.parametrize("rows", [5, 6])
+@pytest.mark.parametrize("longest", [32, 64])
+@pytest.mark.parametrize("copied", [False, True])
+def test_of_packed_rows_that_fill_their_tiles_too(copied, longest, rows, wide, tmp_path):
+    """Within a hundredth."""
+    model = models.load(
+        toy.settings(model={"name": wide[0].model.source, "pooling": "mean"}, adapter={"rank": 2}), toy.LABELS
+    )
+    data = tasks.encode(toy.texts(8, 0), model.tokenizer, "classify", 16)
+    teacher, job = Trainer(model, data, data, 1e-2, 1, "cpu"), work(steps=1, spec=model.spec)
+    assert teacher.frozen.packs
+    below = None if copied else levels.private(job, 1)
+
+    def step(rows: tasks.Encoded) -> None:
+        local = job.local.model_copy(update={"batch_size": len(rows)})
+        teacher.fit(replace(job, local=local), np.arange(len(rows)), lower=Lower(0.1, below), encoded=rows)
+
+    said, batch = twice.kept(teacher.frozen, 512, data, step), twice._rows(data, rows, longest)
+    with toy.saved_for_backward(teacher.frozen.network.state_dict(keep_vars=True).values()) as most:
+        step(batch)
+        found = most()
+    assert found == pytest.approx(np.dot(said, [*twice._sizes(batch.lengths, True), rows, 1]), rel=0.01)
+
+
+def test_a_model_that_reads_few_tokens_is_counted_too(tmp_path):
+    """Whose pairs of tokens follow from the tokens."""
+    base = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "vocab_size": 260,
+    }
+    config = transformers.BertConfig(**base, max_position_embeddings=20, num_labels=4)
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    toy.encoder().tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    toy.write(tmp_path / "data", train=toy.texts(32, 0), test=toy.texts(16, 1))
+    made = parts.prepare(toy.settings(
+        model={"name": str(tmp_path / "model"), "pooling": "mean"}, method={"name": "pf2lora", "private_rank": 1},
+        data={"path": str(tmp_path / "data"), "partition": {"kind": "iid"}}, clients={"count": 2}, local={"max_length": 16},
+    ))  # fmt: skip
+    assert made.machine.packed
+    assert all(part >= 0 for part in made.spec.execution.twice)
+
+
 @pytest.mark.parametrize("copied", [False, True])
 def test_what_a_few_tokens_keep_says_what_many_do(copied, wide):
     """To the byte: what is saved for backward passes grows with tokens, pairs of them, and rows."""
@@ -552,7 +629,7 @@ def test_what_a_few_tokens_keep_says_what_many_do(copied, wide):
         local = job.local.model_copy(update={"steps": 1, "batch_size": len(rows)})
         teacher.fit(replace(job, local=local), np.arange(len(rows)), lower=Lower(0.1, below), encoded=rows)
 
-    said = twice.kept(teacher.frozen, teacher.train, step)
+    said = twice.kept(teacher.frozen, 512, teacher.train, step)
     assert all(part > 0 for part in said)
     count, longest = len(teacher.train), int(teacher.train.lengths.max())
     with toy.saved_for_backward(teacher.model.network.state_dict(keep_vars=True).values()) as most:

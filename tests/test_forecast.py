@@ -111,14 +111,13 @@ def counted(method: Any, state: State, plan: Plan, trainer: local.Trainer) -> tu
     job = Job(plan, state.round + 1, 5, spec, state.adapter, (), {}, settings, device, 0, fit)
     with toy.flops() as counter:
         assert len(list(method.train([job]))) == 1
-    packed = trainer.frozen.packs and getattr(method, "lower", None) is None
-    load = workload.workload(rows, trainer.train, settings, partial(job.rng, "batches"), packed)
+    load = workload.workload(rows, trainer.train, settings, partial(job.rng, "batches"), trainer.frozen.packs)
     return sum(cost.flops(spec, state.adapter, plan, load)), counter.get_total_flops()
 
 
 @pytest.mark.parametrize("name", toy.FIRST)
 def test_a_method_s_training_takes_the_flops_that_are_said(name: str, trainer: local.Trainer) -> None:
-    """Within 2 %. Two levels are counted as if each pass made both levels' gradients, by a tenth at most too many."""
+    """Within 2 %; of two levels, counted as if each pass made both levels' gradients, within a tenth."""
     method = methods.build({"name": name, **({"target_rank": 1} if name == "fedara" else {})})
     state = method.begin(trainer.model.spec, 5, 0)
     plan = method.plan(state, {"c0": Device("c0", 48, rank=4)}, 0)["c0"]

@@ -22,7 +22,7 @@ from fedrank.config import ConfigError, Local, load
 from fedrank.methods.pf2lora import PF2LoRA
 from fedrank.protocol import Device, Execution, Job, ModelSpec, Plan, Update, rng
 from fedrank.store import Store
-from fedrank.training import models, prefix, tasks, tiny, workload
+from fedrank.training import frozen, models, prefix, quantised, tasks, tiny, workload
 from fedrank.training.course import Ask, TrainingError
 from fedrank.training.data import Rows
 from fedrank.training.local import Trainer
@@ -398,6 +398,26 @@ def test_differences_of_gradients_hold_the_base_in_both_types(shelf):
     assert one.execution.base_bytes == two.execution.base_bytes == pytest.approx(plain / 2)
     assert 1.5 * plain < three.execution.base_bytes < 2.1 * plain  # layers that read one input are copied together
     assert [spec.execution.number for spec in (one, two, three)] == [2, 2, 4]
+
+
+@pytest.mark.parametrize("held", ["int8", "bfloat16"])
+def test_what_scores_and_differences_read_as_it_lies_counts_once(held, shelf, monkeypatch):
+    if held == "int8":
+        pytest.importorskip("torchao")
+    monkeypatch.setattr(frozen, "LARGE", 1)
+    raw = shelf.settings("bfloat16" if held == "bfloat16" else "float32")
+    more = ("model.quantise=int8",) if held == "int8" else ()
+    made = parts.prepare(
+        load(raw, ("engine.compute=bfloat16", "method.name=pf2lora", "method.derivative=finite", *more))
+    )
+    scores, steps = made.trainer.frozen, made.trainer.exact
+    there = {
+        piece.untyped_storage().data_ptr(): piece.untyped_storage().nbytes()
+        for network in (scores.network, steps.network)
+        for tensor in network.state_dict(keep_vars=True).values()
+        for piece in quantised.pieces(tensor)
+    }
+    assert made.spec.execution.base_bytes == pytest.approx(sum(there.values()), rel=0.02)
 
 
 @pytest.mark.parametrize("checkpoint", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -199,10 +199,10 @@ def test_it_counts_the_same_numbers_and_takes_fewer_bytes(pair):
 
 
 def test_a_pass_keeps_as_much_as_with_plain_weights_each_time_that_it_is_traced(pair):
-    for twice in (False, True):
-        expected = fused.trace(freeze(pair.plain, PLAIN, "cpu"), "cpu", twice)
+    for bilevel in (False, True):
+        expected = fused.trace(freeze(pair.plain, PLAIN, "cpu"), "cpu", bilevel)
         for _ in range(10):
-            assert fused.trace(freeze(pair.ours, PLAIN, "cpu"), "cpu", twice) == expected
+            assert fused.trace(freeze(pair.ours, PLAIN, "cpu"), "cpu", bilevel) == expected
 
 
 def test_each_way_has_its_own_fingerprint_and_always_the_same(pair):

@@ -154,12 +154,13 @@ class Machine:
         """With what a step that is differentiated twice keeps, which is found by trying; ConfigError where it fails."""
         if getattr(self.method, "lower", None) != "double":
             return self
-        from fedrank.training import bilevel, course, twice
+        from fedrank.training import bilevel, course, models, twice
 
         step = partial(self._step, plan, begin, device)
 
         def count(_: None) -> tuple[float, float, float, float]:
-            return twice.kept(self.trainer.frozen, self.population.typical, step)
+            steps, most = self.trainer.stepping("double"), models.longest(self.model.base, self.model.tokenizer)
+            return twice.kept(steps, most, self.population.typical, step)
 
         # Where there is a GPU, a process that is forked after a backward pass can make none, so workers' parents do not.
         with Workers(min(2, self.workers.count), self.workers.threads) as apart:
@@ -224,7 +225,7 @@ def build(
         log.warning("%d of %d prompts lose their start, for texts to fit behind", prompts.cut, len(prompts))
     two, scores = getattr(method, "lower", None), trainer.frozen
     steps = trainer.stepping(two)
-    lying = scores.size if steps is scores else scores.size + steps.size
+    lying = scores.size if steps is scores else scores.size + steps.size - scores.shared(steps)
     unread = [] if steps is not scores else list(scores.unread(model.network))  # passes have copies of these
     if config.device != "cpu":  # where they are not paged out
         lying += sum(tensor.nbytes for tensor in unread)

@@ -37,7 +37,7 @@ def profile(config: Config, rounds: int, to: Path) -> dict[str, Any]:
         seconds = time.perf_counter() - started
         summary = experiment.Run(Path(folder) / "run").summary
     trace.write(spans, to)
-    found = trace.shares(spans, whole=("evaluation",))
+    found = trace.shares(spans, whole=("evaluation", "both levels"))
     found["the rest"] = seconds - sum(found.values())
     clients = [event for event in events if event["event"] == "client"]
     numerics = summary["numerics"]

@@ -112,10 +112,10 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Load:
-    """What one round of a client's local training goes through, in padded batches.
+    """What one round of a client's local training goes through.
 
-    steps: optimizer steps. tokens: sum of rows * length over the batches. pairs: sum of rows * length^2
-    (attention). rows: what the head reads: rows, or the tokens before a predicted one. peak_tokens, peak_pairs, peak_rows:
+    steps: optimizer steps. tokens: sum over the batches, with what pads or fills them up. pairs: of tokens, whose scores
+    attention makes. rows: what the head reads: rows, or the tokens before a predicted one. peak_tokens, peak_pairs, peak_rows:
     of the largest batch.
     """
 

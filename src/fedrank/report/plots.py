@@ -41,8 +41,8 @@ def unit(kind: str, values: Sequence[float | int], least: float = 2.0) -> tuple[
 
 def rounds(first: int, last: int) -> Spec:
     """A horizontal axis of rounds. Of few, each has its tick: asked for a least step alone, Vega puts ticks between them."""
-    few = {"values": list(range(first, last + 1))} if last - first < 10 else {}
-    return {"title": "Round", "axis": {"format": "d", "tickMinStep": 1, **few}}
+    ticks = {"values": list(range(first, last + 1))} if last - first < 10 else {"tickMinStep": 1}
+    return {"title": "Round", "axis": {"format": "d", **ticks}}
 
 
 def along(rows: Sequence[Row]) -> tuple[list[dict[str, Any]], dict[str, Spec]]:

@@ -141,7 +141,7 @@ def terminal(found: Mapping[str, Any], width: int) -> list[Table]:
 def _table(title: str, rows: Sequence[Sequence[str]]) -> Table:
     table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for at, name in enumerate(rows[0]):
-        table.add_column(name, justify="right" if at else "left", no_wrap=True)
+        table.add_column(name, justify="right" if at else "left", no_wrap=at > 0)
     for row in rows[1:]:
         table.add_row(*row)
     return table

@@ -84,6 +84,15 @@ class Frozen:
             total -= 0 if lies else sum(matrix(layer).nbytes for layer in layers)  # `unread`
         return total
 
+    def shared(self, other: "Frozen") -> int:
+        """Bytes of the weights of one model that passes of both read as they lie."""
+        both = [
+            layer
+            for name, layer in self.layers.items()
+            if not self._twin(layer) and not other._twin(other.layers[name])
+        ]
+        return sum(map(quantised.size, [*both, *self.heads.values()]))
+
     @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.compute.dtype]
@@ -98,7 +107,7 @@ class Frozen:
     ) -> tuple[Tensor, Tensor]:
         """The network's logits of these rows, packed where it can be, and their labels. counts: each client's rows.
 
-        twice: they will be differentiated twice.
+        twice: they are to be differentiated twice.
         """
         counts = counts or [len(rows)]
         if self.first is None:
@@ -158,6 +167,7 @@ def freeze(model: Model, compute: Compute, device: str) -> Frozen:
         blocks = prefix.Blocks(prefix.blocks(base, list(there)), blocks.tuples, stem)
     # A large one's weights are not held twice, unless the way to compute asks for it.
     copied = model.spec.parameters < LARGE or compute.products == "onednn"
+    groups = list(dict.fromkeys(groups))  # blocks that share their weights are one
     return Frozen(network, base, there, heads, tuple(groups), compute, _first(model, device), blocks, copied)
 
 

@@ -197,13 +197,13 @@ def _head(mounts: Sequence[Mount], name: str, x: Tensor) -> Tensor:
     for mount in mounts:
         if mount.place.rows is not None:
             weight, bias = mount.live.dense[f"{name}.weight"], mount.live.dense.get(f"{name}.bias")
-            parts.append(functional.linear(x[mount.place.rows].to(weight.dtype), weight, bias))
+            parts.append(functional.linear(x[mount.place.rows], weight, bias))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def trace(frozen: Frozen, device: str, twice: bool) -> tuple[Linear, ...]:
-    """Every linear map of a pass as it is computed here, without an adapter, for the costs. twice: in bilevel steps."""
-    with unmounted(frozen) if twice else mounted(frozen, [Live(1.0, device)]):
+def trace(frozen: Frozen, device: str, bilevel: bool = False) -> tuple[Linear, ...]:
+    """Every linear map of a pass as it is computed here, without an adapter, for the costs. bilevel: in bilevel steps."""
+    with unmounted(frozen) if bilevel else mounted(frozen, [Live(1.0, device)]):
         return flow.trace(frozen.network, frozen.base, frozen.heads)
 
 

@@ -220,5 +220,4 @@ def _add(part: Part, scale: float, _: nn.Module, inputs: tuple[Tensor, ...], out
 def _replace(
     dense: Mapping[str, Tensor], name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
 ) -> Tensor:
-    weight = dense[f"{name}.weight"]
-    return functional.linear(inputs[0].to(weight.dtype), weight, dense.get(f"{name}.bias"))
+    return functional.linear(inputs[0], dense[f"{name}.weight"], dense.get(f"{name}.bias"))

@@ -145,7 +145,7 @@ def alone(product: Base, x: Tensor) -> tuple[Tensor, ...]:
 
 
 class Group:
-    """Layers that read one input: the first of them that is called computes them all, of this type, by `compute`."""
+    """Layers that read one input, of this type: the first of them that is called has `compute` make all their outputs."""
 
     def __init__(self, dtype: torch.dtype, compute: Callable[[Tensor], Sequence[Tensor]]) -> None:
         self.dtype, self.compute = dtype, compute

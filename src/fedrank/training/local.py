@@ -218,8 +218,8 @@ class Trainer:
         """A client's bilevel steps, on layers that can be differentiated twice, with the adapters as hooks on them."""
         job, two = one.ask.job, one.two
         assert two is not None
-        frozen = self.stepping(two.rule.derivative)
-        if job.local.checkpoint and two.rule.derivative == "double":  # it would compute again from what was bound since
+        frozen, twice = self.stepping(two.rule.derivative), two.rule.derivative == "double"
+        if job.local.checkpoint and twice:  # it would compute again from what was bound since
             raise TrainingError(
                 "local.checkpoint: it has no second derivative; method.derivative: finite or first needs none"
             )
@@ -234,8 +234,8 @@ class Trainer:
         ):
             for at, batch in enumerate(one.batches):
                 with span("both levels"):
-                    inner = partial(self._again, frozen, encoded, next(others), job, at)
-                    loss = two.step(inner, partial(self._plainly, frozen, encoded, batch))
+                    lower = partial(self._lower, frozen, encoded, next(others), twice, job, at)
+                    loss = two.step(lower, partial(self._upper, frozen, encoded, batch))
                 one.step(loss, None, len(batch))
         one.seconds += time.perf_counter() - started
         if self.timed:
@@ -248,14 +248,16 @@ class Trainer:
         blocks = prefix.blocks(base, list(self.frozen.layers))
         return prefix.checkpointed(base, blocks, prefix.lowest(learning, blocks), job.local.dropout > 0)
 
-    def _plainly(self, frozen: Frozen, encoded: Encoded, batch: np.ndarray) -> torch.Tensor:
+    def _upper(self, frozen: Frozen, encoded: Encoded, batch: np.ndarray, twice: bool = False) -> torch.Tensor:
         """The loss of what is mounted, on these rows."""
-        return tasks.loss(*frozen.logits(encoded, batch, self.device, twice=True))
+        return tasks.loss(*frozen.logits(encoded, batch, self.device, twice=twice))
 
-    def _again(self, frozen: Frozen, encoded: Encoded, batch: np.ndarray, job: Job, step: int) -> torch.Tensor:
+    def _lower(
+        self, frozen: Frozen, encoded: Encoded, batch: np.ndarray, twice: bool, job: Job, step: int
+    ) -> torch.Tensor:
         """The same, with dropout that is the same every time and takes nothing from the draws of plain training."""
         with drawn(self.device, job.rng("lower dropout", step)):
-            return self._plainly(frozen, encoded, batch)
+            return self._upper(frozen, encoded, batch, twice)
 
     @contextmanager
     def _watched(self, network: torch.nn.Module) -> Iterator[list[float]]:

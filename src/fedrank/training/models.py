@@ -84,6 +84,10 @@ class Logits(nn.Module):
         return logits
 
 
+def _widened(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.float() for x in inputs)
+
+
 @contextmanager
 def _only(head: nn.Module, at: Tensor) -> Iterator[None]:
     """The head reads these of all tokens: over a vocabulary its product is too large to be made for those without a label."""
@@ -132,6 +136,8 @@ def load(settings: config.Config, labels: tuple[str, ...]) -> Model:
             "take a decoder"
         )
     heads = _heads(network, base, len(labels)) if task == "classify" else {}
+    for layer in heads.values():  # what learns in their place is float32, whatever is computed before it
+        layer.float().register_forward_pre_hook(_widened)
     modules = _targets(base, settings.adapter.targets, set(heads))
     if settings.model.quantise != "none" and (whole := [n for n, m in modules.items() if not quantised.held(m)]):
         raise ModelError(

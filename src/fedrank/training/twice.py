@@ -16,16 +16,21 @@ PADDED = ((2, 4), (2, 8), (2, 12), (4, 4))
 PACKED = ((2, 32), (4, 32), (4, 16), (2, 60))  # they fill their tiles, as longer rows do, which are 32 and 64 wide
 
 
-def kept(frozen: Frozen, like: Encoded, step: Callable[[Encoded], object]) -> tuple[float, float, float, float]:
+def kept(
+    frozen: Frozen, most: int, like: Encoded, step: Callable[[Encoded], object]
+) -> tuple[float, float, float, float]:
     """Bytes per token of a batch with what fills it up, per pair of tokens, per row that the head reads, and beside them.
+
+    most: the tokens that the model reads. Where these are so few that pairs follow from tokens, each is given its part.
 
     Backward passes of backward passes keep what no formula of ours knows: it hangs on each operation of the model. step:
     takes a step on these rows, in one batch.
     """
-    batches = [_rows(like, *shape) for shape in (PACKED if frozen.packs else PADDED)]
+    shapes = PACKED if frozen.packs else PADDED
+    batches = [_rows(like, rows, min(tokens, most)) for rows, tokens in shapes]
     found = [_counted(frozen.network, step, batch) for batch in batches]
     parts = [[*_sizes(batch.lengths, frozen.packs), len(batch), 1] for batch in batches]
-    token, pair, row, rest = np.linalg.solve(np.array(parts, float), found).round(3).tolist()
+    token, pair, row, rest = np.linalg.lstsq(np.array(parts, float), found)[0].round(3).tolist()
     return token, pair, row, rest
 
 
