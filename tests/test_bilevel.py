@@ -446,11 +446,19 @@ def test_09_without_a_second_level_training_is_the_plain_one(private_rank, deriv
 
 
 HELD = [("auto", "bfloat16"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")]
+HEADS = {
+    (kind, *held, levels)
+    for kind in ("bert", "llama", "albert")
+    for held in HELD
+    for levels in ("one level", *DERIVATIVES)
+}
+QUICK = {(k, d, c, way) for k, d, c, way in HEADS if way != "first" and (k == "bert" or (d, way) == ("auto", "double"))}
 
 
-@pytest.mark.parametrize("levels", ["one level", *DERIVATIVES])
-@pytest.mark.parametrize(("dtype", "compute"), HELD)
-@pytest.mark.parametrize("kind", ["bert", "llama", "albert"])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "compute", "levels"),
+    [pytest.param(*one, marks=() if one in QUICK else toy.EXHAUSTIVE) for one in sorted(HEADS)],
+)
 def test_a_head_of_the_model_s_own_is_float32_whatever_is_before_it(kind, dtype, compute, levels, tmp_path):
     """From the set-up of a run to a client's scores; and where blocks share their weights."""
     toy.saved(kind, tmp_path / "model")
