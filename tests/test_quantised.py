@@ -513,6 +513,11 @@ def test_it_writes_what_its_written_out_weights_do(pair):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "pair",
+    ["llama nf4", *(pytest.param(one, marks=toy.EXHAUSTIVE) for one in ("llama int8", "gpt2 nf4"))],
+    indirect=True,
+)
 @pytest.mark.parametrize("method", [pytest.param("flora", marks=toy.EXHAUSTIVE), "pf2lora"])
 def test_runs_repeat_in_workers_and_resume_to_the_same_bits(pair, method, tmp_path):
     class Stop(Exception):
