@@ -75,7 +75,8 @@ def study(found: dict[str, Any] | None, name: str) -> list[str]:
         "\n".join(about),
         tables.markdown(found).strip(),
         f"Found by tuning on the validation share: {chosen}.",
-        f"{command}: {duration(trials)} of trials and {duration(spent)} of runs, on one core each; that is wall time, on a machine that did other work beside, and was paused for some.",
+        f"{command}: {duration(trials)} of trials and {duration(spent)} of runs, on one core each; that is "
+        "wall time, on a machine that did other work beside, and with some pauses.",
     ]
 
 
