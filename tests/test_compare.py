@@ -486,6 +486,35 @@ def command(*words: str | Path) -> list[str]:
     return [sys.executable, "-m", "fedrank.cli", "compare", *map(str, words)]
 
 
+def test_the_record_is_in_the_order_of_the_study(small: Path, tmp_path: Path) -> None:
+    """Whatever was told first, and when it is opened once more."""
+    study = read(small, ["seeds=3"])
+    told = [(arm, seed) for arm in reversed(study.arms) for seed in reversed(study.seeds)]
+    one = comparison.opened(study, tmp_path, tmp_path / "runs", 1)
+    assert [one.ran("all", arm) for arm in reversed(study.arms)] == [{}, {}]
+    for arm in reversed(study.arms):
+        for lr in (0.03, 0.003):
+            trial = {"knobs": {"local.lr": lr}, "score": lr, "digest": digest(one.trial("all", arm, {"local.lr": lr}))}
+            one.record({"event": "run", "setting": "all", "arm": arm, "seed": None, "run": trial})
+        found = {
+            "asked": one.asked(arm),
+            "trials": one.tuned("all", arm)["trials"],
+            "best": {"local.lr": 0.03},
+            "edge": [],
+        }
+        one.record({"event": "tuned", "setting": "all", "arm": arm, "found": found})
+    for arm, seed in told:
+        run = runs()["all"]["fedavg"]["1"] | {"digest": digest(one.run("all", arm, seed))}
+        one.record({"event": "run", "setting": "all", "arm": arm, "seed": seed, "run": run})
+    before = (tmp_path / "comparison.json").read_bytes()
+    assert [(arm, int(seed)) for arm, mine in record.read(tmp_path)["runs"]["all"].items() for seed in mine] == told[
+        ::-1
+    ]
+    assert list(record.read(tmp_path)["tuning"]["all"]) == list(study.arms)
+    comparison.opened(study, tmp_path, tmp_path / "runs", 1).save()
+    assert (tmp_path / "comparison.json").read_bytes() == before
+
+
 @pytest.mark.slow
 def test_a_study_is_killed_and_goes_on(small: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"

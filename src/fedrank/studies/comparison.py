@@ -208,9 +208,13 @@ class Comparison:
         self.save()
 
     def save(self) -> None:
-        for setting, arm in self.pairs:  # in the order of the study, whatever ended first
-            arms, mine = self.found["runs"].setdefault(setting, {}), self.ran(setting, arm)
-            arms[arm] = {str(seed): mine[str(seed)] for seed in self.study.seeds if str(seed) in mine}
+        runs, tuning = dict[str, Any](), dict[str, Any]()  # in the order of the study, whatever ended or was read first
+        for setting, arm in self.pairs:
+            mine, tuned = self.ran(setting, arm), self.tuned(setting, arm)
+            runs.setdefault(setting, {})[arm] = {str(s): mine[str(s)] for s in self.study.seeds if str(s) in mine}
+            if tuned["trials"]:
+                tuning.setdefault(setting, {})[arm] = tuned
+        self.found.update(runs=runs, tuning=tuning)
         self.found["fair"] = fairness(self.study, self.found)
         fair = self.found["fair"]["verdict"]
         self.found["results"] = compared(self.study, self.found["runs"], fair)
