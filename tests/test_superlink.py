@@ -50,7 +50,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
         yield made
 
 
-@pytest.mark.parametrize("method", ["fedara", "pf2lora"])
+@pytest.mark.parametrize("method", [pytest.param("fedara", marks=pytest.mark.exhaustive), "pf2lora"])
 def test_a_real_federation_ends_in_the_local_state(method: str, running: Federation, tmp_path: Path) -> None:
     """Three sites with rows of their own, five rounds; the same bytes in the ledger. Only the one on Flower is watched."""
     raw, port, log = running.config(method={"name": method}), free_port(), tmp_path / "log.jsonl"
