@@ -584,7 +584,7 @@ def test_the_passes_that_plans_name_are_those_that_are_made(derivative, copied, 
 @pytest.mark.parametrize("rows", [5, 6])
 @pytest.mark.parametrize("longest", [32, 64])
 @pytest.mark.parametrize("copied", [False, True])
-def test_of_packed_rows_that_fill_their_tiles_too(copied, longest, rows, wide, tmp_path):
+def test_of_packed_rows_that_fill_their_tiles_too(copied, longest, rows, wide):
     """Within a hundredth."""
     model = models.load(
         toy.settings(model={"name": wide[0].model.source, "pooling": "mean"}, adapter={"rank": 2}), toy.LABELS
