@@ -834,6 +834,7 @@ def canary() -> tasks.Encoded:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_canary_text_is_learnt_without_noise_and_hidden_by_it(tmp_path: Path) -> None:
     """Membership by the final model's loss on the text, in runs with the client that holds it and without: the share of
     pairs in which the loss is lower with it; 1/2 is chance. Keys are known, so that it repeats."""

@@ -7,7 +7,7 @@ import socket
 import ssl
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
         yield made
 
 
-@pytest.mark.parametrize("method", [pytest.param("fedara", marks=pytest.mark.exhaustive), "pf2lora"])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("method", ["fedara", "pf2lora"])
 def test_a_real_federation_ends_in_the_local_state(method: str, running: Federation, tmp_path: Path) -> None:
     """Three sites with rows of their own, five rounds; the same bytes in the ledger. Only the one on Flower is watched."""
     raw, port, log = running.config(method={"name": method}), free_port(), tmp_path / "log.jsonl"
@@ -204,7 +205,12 @@ def asked(line: socket.socket) -> bytes:
 # ---- kill -9
 
 
-def test_what_is_killed_in_turn_loses_no_round(running: Federation, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "programs",
+    [("the worker", "the client app", "the gate", "the server app"), pytest.param([*PROGRAMS], marks=pytest.mark.exhaustive)],
+    ids=["fedrank's own", "all"],
+)  # fmt: skip
+def test_what_is_killed_in_turn_loses_no_round(programs: Sequence[str], running: Federation, tmp_path: Path) -> None:
     """Each in a round of its own, a site's while it answers; the site comes back each time. All rounds are played, and the
     State is what the answers that arrived imply."""
     raw = running.config(
@@ -214,14 +220,14 @@ def test_what_is_killed_in_turn_loses_no_round(running: Federation, tmp_path: Pa
     out = tmp_path / "run"
     process, more = running.begin(raw, out), list[str]()
     until(lambda: max(committed(out), default=0) > 0, 300, "the first round")
-    for what in PROGRAMS:
+    for what in programs:
         if PROGRAMS[what][1] is None:
             until(lambda: running.working("south"), 120, f"a message that is answered, before the kill of {what}")
         before = {round: state(out, round) for round in committed(out)}
         running.strike(what, "south")
         if what in SERVERS:
             assert process.wait(300) == 1
-            if what == list(PROGRAMS)[-1]:  # how many rounds a SuperNode is away is not known before
+            if what == programs[-1]:  # how many rounds a SuperNode is away is not known before
                 raw["rounds"]["count"] = max(committed(out)) + 3
                 more = [f"rounds.count={raw['rounds']['count']}"]
             process = running.run(out, "resume", str(out), *more)
