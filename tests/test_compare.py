@@ -445,6 +445,21 @@ def test_tables_for_people_and_programs() -> None:
     assert len(tables.terminal(found, 1000)) == 4
 
 
+def test_several_settings_stand_side_by_side_first() -> None:
+    """With the mean over them, where every setting has one."""
+    asked = study(settings={"one": {}, "two": {}})
+    mine = runs()["all"]
+    other = {arm: {seed: run(0.1, 0.3, 0.5, 0.5) for seed in seeds} for arm, seeds in mine.items() if arm != "ffa_lora"}
+    found = {"study": asked.model_dump(mode="json"), "results": compared(asked, {"one": mine, "two": other}, True)}
+    title, rows = tables.all_of(found)[0]
+    assert title == "accuracy, by setting"
+    assert rows[0] == ["", "one", "two", "mean"]
+    means = {arm: [cell.split(" ")[0] for cell in cells] for arm, *cells in rows[1:]}
+    assert means["fedara"] == ["61.2", "50.0", "55.6"]
+    assert means["ffa_lora"][1:] == ["–", "–"]
+    assert not tables.across(whole())
+
+
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_a_narrow_terminal_cuts_no_number_off(width: int) -> None:
     found = whole()

@@ -67,6 +67,9 @@ def conclusions(found: Comparison) -> Section:
         open = "" if fair["verdict"] else "nothing is concluded"
     if found.study.get("claims"):
         blocks.append(claims(found, open))
+    if found.part("results") and (rows := tables.across(found.found)):
+        said = f"{found.score.replace('_', ' ').capitalize()} in the end, by setting: mean ± standard deviation over the seeds"
+        blocks.append(Table(["Arm", *rows[0][1:-1], "Mean"], rows[1:], title=said))
     return Section("conclusions", "What may be concluded", blocks)
 
 

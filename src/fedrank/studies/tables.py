@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.table import Table
@@ -110,10 +111,27 @@ def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
+def across(found: Mapping[str, Any]) -> list[list[str]]:
+    """Arms by the judged score in each setting, and its mean over them, a head line first; empty where there is but one."""
+    score, results = found["study"]["score"], found["results"]
+    if len(results) < 2:
+        return []
+    rows = [["", *results, "mean"]]
+    for arm in found["study"]["arms"]:
+        mine = [one["arms"][arm][score] for one in results.values()]
+        whole = all(one["mean"] is not None for one in mine)
+        rows.append(
+            [arm, *(told(score, one) for one in mine), share(fmean(one["mean"] for one in mine) if whole else None)]
+        )
+    return rows
+
+
 def all_of(found: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
     """Every table of a comparison with what it is of."""
     baseline = found["study"]["reference"] or next(iter(found["study"]["arms"]))
     several, result = len(found["results"]) > 1, []
+    if rows := across(found):
+        result.append((f"{NAMES[found['study']['score']]}, by setting", rows))
     for setting, one in found["results"].items():
         where = f"{setting}: " if several else ""
         parts = (
