@@ -282,7 +282,7 @@ def test_how_many_clients_there_are_is_what_the_partition_made(play: Callable[..
 
 
 @pytest.mark.parametrize(("change", "line"), [
-    ({}, "global model, test rows"), ({"split": "validation"}, "global model, validation rows"), ({"rows": 0}, "global model, clients' own rows, weighted"),
+    ({}, "global model, test rows"), ({"split": "validation"}, "global model, validation rows"), ({"rows": 0}, "clients, over all rows"),
 ])  # fmt: skip
 def test_scores_say_which_rows_they_are_of(
     change: dict[str, Any], line: str, play: Callable[..., Path], tmp_path: Path
@@ -296,7 +296,9 @@ def test_scores_say_which_rows_they_are_of(
     made = run.page(played.read(path))
     assert {point["series"] for point in values(charts(made)["accuracy"])} == {line, run.OWN}
     facts_ = next(b for b in made.sections[0].blocks if isinstance(b, Facts)).figures
-    assert facts_[0][2].startswith(line.removeprefix("global model, "))
+    who, _, on = line.partition(", ")
+    assert facts_[0][0] == f"Accuracy, {who.removesuffix(' model')}"
+    assert facts_[0][2].startswith(on)
 
 
 def test_a_run_that_starts_from_an_adapter_says_so(private: Path, tmp_path: Path) -> None:

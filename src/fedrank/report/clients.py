@@ -278,7 +278,7 @@ def failures(run: Played) -> Section | None:
     for row in failed:
         why[str(row.get("error", "unknown"))[:300]].append(row)
     reasons = [
-        [reason, str(len(mine)), f"{mine[0]['round']} to {mine[-1]['round']}",
+        [reason, str(len(mine)), " to ".join(dict.fromkeys(str(row["round"]) for row in (mine[0], mine[-1]))),
          ", ".join(list(dict.fromkeys(str(row["client"]) for row in mine))[:8])]
         for reason, mine in sorted(why.items(), key=lambda item: -len(item[1]))
     ]  # fmt: skip

@@ -1,7 +1,7 @@
 """The kinds of charts, as Vega-Lite specs without colours: those are the page's, by its theme."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fedrank.report.page import Row
@@ -78,7 +78,9 @@ def series(order: Sequence[str], every: Sequence[str] = (), marks: Sequence[Any]
     """
     domain = list(every or order)
     scale: Spec = {"domain": domain} | ({"range": cycle(marks, len(domain))} if marks else {})
-    legend = {"values": list(order), "symbolOpacity": 1} if len(order) > 1 else None
+    legend: Spec | None = {"values": list(order), "symbolOpacity": 1} if len(order) > 1 else None
+    if legend and max(map(len, order)) > 16:  # two do not fit beside each other on a phone
+        legend |= {"columns": {"expr": "width < 400 ? 1 : 5"}, "labelLimit": 240}
     return {"field": "series", "type": "nominal", "sort": domain, "title": None, "scale": scale, "legend": legend}
 
 
@@ -123,14 +125,20 @@ def cycle(values: Sequence[Any], count: int) -> list[Any]:
     return [values[at % len(values)] for at in range(count)]
 
 
+def whole(counts: Iterable[float]) -> Spec:
+    """An axis of these counts: left to itself, Vega writes some twice where they are few."""
+    return {"format": "d", "tickCount": min(max([1, *map(int, counts)]), 5)}
+
+
 def bars(rows: Sequence[Row], order: Sequence[str], title: str, format: str = PLAIN, x: str = "Round") -> Spec:
     """Stacked bars: `at` (an order of their own), `series`, `value`."""
     places = list(dict.fromkeys(row["at"] for row in rows))
+    heights = (math.fsum(row["value"] for row in rows if row["at"] == at) for at in places)
     return {
         "data": {"values": rows}, "height": 240, "mark": {"type": "bar"},
         "encoding": {
             "x": {"field": "at", "type": "ordinal", "sort": places, "title": x, "axis": {"labelAngle": 0, "labelOverlap": "greedy"}},
-            "y": {"field": "value", "type": "quantitative", "title": title, "axis": {"format": format}},
+            "y": {"field": "value", "type": "quantitative", "title": title, "axis": whole(heights) if format == "d" else {"format": format}},
             "color": series(order), "order": {"field": "rank"},
             "tooltip": [{"field": "at", "title": x.lower()}, {"field": "series", "title": " "},
                         {"field": "value", "title": title.lower(), "format": format}],
@@ -222,7 +230,7 @@ def distribution(parts: Sequence[Row], marks: Sequence[tuple[str, float]], title
         "layer": [
             {"data": {"values": parts}, "mark": {"type": "bar", "style": "bars"},
              "encoding": {"x": {**x, "bin": {"binned": True}}, "x2": {"field": "stop"},
-                          "y": {"field": "value", "type": "quantitative", "title": y, "axis": {"tickMinStep": 1, "format": "d"}},
+                          "y": {"field": "value", "type": "quantitative", "title": y, "axis": whole(part["value"] for part in parts)},
                           "tooltip": [{"field": "start", "format": ".0%", "title": "from"}, {"field": "stop", "format": ".0%", "title": "to"},
                                       {"field": "value", "title": y.lower()}]}},
             {"data": {"values": [{"series": name, "start": at} for name, at in marks]},

@@ -27,7 +27,7 @@ MEASURES = {  # of texts: its name, and how it is written
 }  # fmt: skip
 assert MEASURES.keys() == set(OF_TEXTS)
 PARTS = (("adapter up", "adapter_bytes_up"), ("adapter down", "adapter_bytes_down"), ("head up", "head_bytes_up"), ("head down", "head_bytes_down"))  # fmt: skip
-OWN = "clients, their own rows"
+OWN = "clients, in the mean"
 
 
 def page(run: Played) -> Page:
@@ -49,9 +49,9 @@ def page(run: Played) -> Page:
 
 
 def scored_on(run: Played) -> str:
-    """The global model's line."""
+    """What `accuracy` is of: the global model on the server's rows, or, where it has none, clients as they predict."""
     rows = tested(run.facts, {"data": {"split": run.config.data.split}})
-    return f"global model, {rows} rows" + ", weighted" * (rows == CLIENTS)
+    return "clients, over all rows" if rows == CLIENTS else f"global model, {rows} rows"
 
 
 def status(run: Played) -> tuple[Literal["done", "running", "waiting", "stopped"], str]:
@@ -100,8 +100,13 @@ def glance(run: Played) -> Section:
             shown.append((title, write(value), more))
 
     word = "Token accuracy" if run.config.task == "generate" else "Accuracy"
-    majority, on = run.summary.get("majority"), scored_on(run).partition(", ")[2]
-    figure(f"{word}, global", end.get("accuracy"), share, f"{on}; majority class {share(majority)}" if majority else on)
+    majority, (who, _, on) = run.summary.get("majority"), scored_on(run).partition(", ")
+    figure(
+        f"{word}, {'clients' if who == 'clients' else 'global'}",
+        end.get("accuracy"),
+        share,
+        f"{on}; majority class {share(majority)}" if majority else on,
+    )
     theirs = end.get("personal_majority")
     figure(f"{word}, clients' mean", end.get("personal_accuracy"), share, f"their majority classes {share(theirs)}" if theirs else "")  # fmt: skip
     figure("Worst tenth of clients", end.get("personal_worst_decile"), share, "mean of their accuracy")
@@ -250,7 +255,7 @@ def again(run: Played) -> Section:
         ("Seed", str(run.config.seed), ""),
         *[(f"{part} rows".capitalize(), str(run.facts["rows"][part]), f"sha256 {str(digest)[:16]}" if digest else "")
           for part in (("test",) if run.private else ("train", "test"))
-          if (digest := hashes.get(part)) is not None and run.facts["rows"].get(part) is not None],
+          if (digest := hashes.get(part)) is not None and run.facts["rows"].get(part)],
         *([("Started from", "an adapter", f"sha256 {str(began['sha256'])[:16]}")] if began else []),
     ]  # fmt: skip
     own = run.facts.get("rows", {"train": 0}).get("train") is None and run.config.engine.kind != "flower"
