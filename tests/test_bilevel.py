@@ -500,6 +500,7 @@ def test_both_levels_move_and_the_head_is_part_of_the_upper_one():
     assert kept.blocks.keys() == below.blocks.keys()
     assert all(np.any(kept.blocks[n].B != b.B) and np.any(kept.blocks[n].A != b.A) for n, b in below.blocks.items())
     assert not kept.dense
+    assert update.metrics["rows_seen"] == 2 * len(ROWS)  # those of both levels
 
 
 @pytest.mark.parametrize("learn", ["BAh", "B", "h"])

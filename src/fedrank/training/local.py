@@ -232,11 +232,11 @@ class Trainer:
             self._watched(frozen.network) as forward,
             self._kept(frozen.base, list(two.upper.learning), job),
         ):
-            for at, batch in enumerate(one.batches):
+            for at, (batch, other) in enumerate(zip(one.batches, others, strict=True)):
                 with span("both levels"):
-                    lower = partial(self._lower, frozen, encoded, next(others), twice, job, at)
+                    lower = partial(self._lower, frozen, encoded, other, twice, job, at)
                     loss = two.step(lower, partial(self._upper, frozen, encoded, batch))
-                one.step(loss, None, len(batch))
+                one.step(loss, None, len(batch) + len(other))
         one.seconds += time.perf_counter() - started
         if self.timed:
             one.forward_seconds = sum(forward)
