@@ -29,6 +29,7 @@ from fedrank.studies.results import compared, fairness, verdicts
 from fedrank.studies.runs import best, late, reached
 from fedrank.studies.statistics import holm, paired, ratio, spread
 from fedrank.studies.study import Range, Study, read
+from fedrank.units import factor, within
 
 BASE = {"data": {"name": "docstrings"}, "rounds": {"count": 4, "cohort": 2}}
 
@@ -450,7 +451,8 @@ def test_several_settings_stand_side_by_side_first() -> None:
     asked = study(settings={"one": {}, "two": {}})
     mine = runs()["all"]
     other = {arm: {seed: run(0.1, 0.3, 0.5, 0.5) for seed in seeds} for arm, seeds in mine.items() if arm != "ffa_lora"}
-    found = {"study": asked.model_dump(mode="json"), "results": compared(asked, {"one": mine, "two": other}, True)}
+    results = compared(asked, {"one": mine, "two": other}, True)
+    found = {"study": asked.model_dump(mode="json"), "results": results, "fair": {"verdict": True, "notes": []}}
     title, rows = tables.all_of(found)[0]
     assert title == "accuracy, by setting"
     assert rows[0] == ["", "one", "two", "mean"]
@@ -473,9 +475,43 @@ def test_a_narrow_terminal_cuts_no_number_off(width: int) -> None:
     assert all(cell in text for cell in told)
 
 
+def test_what_only_some_seeds_reach_is_no_ratio() -> None:
+    """Those that do are the lucky ones."""
+    found = compared(study(target=0.436), runs(), True)["all"]
+    assert [row[:2] for row in tables.to_target(found)[1:]] == [
+        ["fedavg", "3 of 3"],
+        ["fedara", "3 of 3"],
+        ["ffa_lora", "2 of 3"],
+    ]
+    assert "to_target.bytes" in found["differences"]["fedara"]
+    assert not [name for name in found["differences"]["ffa_lora"] if name.startswith("to_target.")]
+
+
+def test_a_difference_that_is_the_same_in_every_seed_is_not_called_none() -> None:
+    mine = runs()
+    for arm, top in (("fedavg", 0.5), ("fedara", 0.55)):
+        mine["all"][arm] = {str(seed): run(0.1, top, top, top) for seed in (1, 2, 3)}
+    found = compared(study(), mine, True)["all"]
+    assert found["differences"]["fedara"]["accuracy"]["p"] is None
+    assert "As far from it in every seed, of which no test can be made: fedara (+5.0 points)." in found["conclusion"]
+    assert "fedara" not in found["conclusion"].partition("Not told apart")[2]
+
+
+def test_a_small_ratio_keeps_its_digits() -> None:
+    mine = runs()
+    mine["all"]["fedara"] = {str(s): run(0.1, 0.4, 0.6, 0.6, factor=0.003 + 0.0001 * s) for s in (1, 2, 3)}
+    one = compared(study(), mine, True)["all"]["differences"]["fedara"]["bytes_up"]
+    assert within(one["mean"], one["interval"], False).startswith("0.00320 times (0.0029")
+    assert [factor(x) for x in (0.55, 1.0, 12.34, 123.4, 1234.5)] == ["0.550", "1.00", "12.3", "123", "1,234"]
+
+
 def test_an_unfair_comparison_concludes_nothing() -> None:
+    """And no table has a test in it, whatever its form."""
     found = whole(seeds=4)
     said = " ".join(tables.said(found))
+    assert not [text for text in (tables.markdown(found), tables.latex(found)) if ", p " in text]
+    assert ", p " in tables.latex(whole())
+    assert tables.latex(found).startswith("% Not a fair comparison, so nothing is concluded: all: fedavg has no run of")
     assert said.startswith("Not a fair comparison, so nothing is concluded: all: fedavg has no run of seed 4")
     assert "Better" not in said
 

@@ -56,14 +56,19 @@ def points(share: float) -> str:
     return f"{100 * share:.1f} points"
 
 
+def factor(value: float) -> str:
+    """A ratio for people, with three digits: 0.530."""
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:#.3g}".removesuffix(".")
+
+
 def ratio(value: float | None) -> str:
-    """A factor for people: 0.53 times."""
+    """A factor for people, in a sentence: 0.53 times."""
     return "–" if value is None else f"{value:.3g} times"
 
 
 def within(mean: float, interval: Sequence[float], in_points: bool) -> str:
-    """A difference in points, or a ratio, with its interval: +1.2 points (+0.3 to +2.1), 0.55 times (0.51 to 0.59)."""
+    """A difference in points, or a ratio, with its interval: +1.2 points (+0.3 to +2.1), 0.550 times (0.512 to 0.590)."""
     low, high = interval
     if in_points:
         return f"{mean:+.1f} points ({low:+.1f} to {high:+.1f})"
-    return f"{mean:.2f} times ({low:.2f} to {high:.2f})"
+    return f"{factor(mean)} times ({factor(low)} to {factor(high)})"

@@ -31,7 +31,7 @@ def setting(found: Comparison, name: str, id: str, before: str) -> list[Section]
     result = found.part("results").get(name) or {}
     runs = {arm: mine for arm in found.arms if (mine := found.runs(name, arm))}
     parts: list[tuple[str, str, Sequence[Block | None]]] = [
-        ("results", "Results", results(result, found.reference)),
+        ("results", "Results", results(found, result)),
         ("progress", "Accuracy along the way", [curves(found, id, runs, score) for score in MEANT]),
         ("seeds", "Seeds and differences", [*seeds(found, id, result), *differences(found, id, result)]),
         ("clients", "Clients", [clients(found, id, runs)]),
@@ -44,22 +44,26 @@ def setting(found: Comparison, name: str, id: str, before: str) -> list[Section]
     return there or [Section(f"{id}-results", f"{before}Results", [Text("No run of this setting has ended yet.")])]
 
 
-def results(result: Row, reference: str) -> list[Block]:
+def results(found: Comparison, result: Row) -> list[Block]:
     """What was reached and what it took, in the end and up to a common target; in the words of the comparison's own tables."""
     if not result:
         return []
+    reached = tables.to_target(result)
     parts = (
         ("In the end: mean ± standard deviation over the seeds", tables.final(result)),
-        (f"Up to a common target: {share((result.get('target') or {}).get('value'))}", tables.to_target(result)),
-        (f"Costs as multiples of {reference}'s, paired over seeds", tables.ratios(result, reference)),
+        (f"Up to a common target: {reached[0][0].removeprefix('to ') if reached else ''}", reached),
+        (
+            f"Costs as multiples of {found.reference}'s, paired over seeds: mean, 95 % interval, p corrected",
+            tables.ratios(result, found.reference, found.fair),
+        ),
     )
     meant = "; ".join(f"{tables.NAMES[name]} is {words}" for name, (words, _) in MEANT.items())
-    found = [
+    made = [
         Table(["Arm", *(f"{name[0].upper()}{name[1:]}" for name in rows[0][1:])], rows[1:], title=title)
         for title, rows in parts
         if rows and rows[0][1:]
     ]
-    return [*found[:1], Text(f"In the end, {meant}.", "note"), *found[1:]] if found else []
+    return [*made[:1], Text(f"In the end, {meant}.", "note"), *made[1:]] if made else []
 
 
 def curves(found: Comparison, id: str, runs: Mapping[str, Mapping[str, Row]], score: str) -> Chart | None:
@@ -170,7 +174,7 @@ def differences(found: Comparison, id: str, result: Row) -> list[Block]:
     said = "A dot for each seed, a bar for the mean, a line for its 95 % interval. "
     if found.fair:
         said += f"Told apart from 0 by the corrected test at 5 %: {', '.join(clear) or 'none'}."
-    head, *lines = tables.differences(result, found.reference)
+    head, *lines = tables.differences(result, found.reference, found.fair)
     table = Table(["Points, 95 % interval, p corrected", *head[1:]], lines)
     return [Chart(f"{id}-differences", f"Against {found.reference}", said, spec, table)]
 

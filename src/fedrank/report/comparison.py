@@ -62,7 +62,9 @@ def conclusions(found: Comparison) -> Section:
         tone: Literal["strong", "bad"] = "strong" if fair["verdict"] else "bad"
         blocks += [Text(line, tone) for line in lines[: len(lines) - notes]]
         if fair["verdict"]:
-            blocks.append(Text("A fair comparison: the arms had the same data, seeds, work and tuning.", "good"))
+            apart = f", but for {', '.join(varied)}, which it is about" if (varied := found.study.get("varies")) else ""
+            same = "the arms were given the same data, seeds, work and number of trials"
+            blocks.append(Text(f"A fair comparison: {same}{apart}.", "good"))
         blocks += [Text(line, "note") for line in lines[len(lines) - notes :]]
         open = "" if fair["verdict"] else "nothing is concluded"
     if found.study.get("claims"):

@@ -81,13 +81,16 @@ def _differences(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Arm -> measure -> its difference from the reference over the seeds that both have; of costs the ratio.
 
-    Costs up to the target have "to_target." before their names. Each p is corrected for the number of arms.
+    Costs up to the target have "to_target." before their names, and are compared where every seed of both gets there: those
+    that do are the lucky ones. Each p is corrected for the number of arms.
     """
     found: dict[str, dict[str, dict[str, Any]]] = {arm: {} for arm in study.arms if arm != study.baseline}
     for prefix, sides, names in (("", arms, (*SCORES, *COSTS)), ("to_target.", to_target, TO_TARGET)):
         for name in names:
             theirs = _by_seed(sides[study.baseline], name)
             for arm, mine in found.items():
+                if prefix and any(sides[one]["reached"] < sides[one]["played"] for one in (arm, study.baseline)):
+                    continue
                 ours = _by_seed(sides[arm], name)
                 seeds = [seed for seed in ours if seed in theirs]
                 compare = paired if name in SCORES else ratio
@@ -174,7 +177,7 @@ def conclusion(study: Study, arms: Mapping[str, Any], differences: Mapping[str, 
     compared = {arm: one[name] for arm, one in differences.items() if name in one}
     if not compared:
         return f"No other arm has a {what} over the same seeds."
-    above, below, level = list[str](), list[str](), list[str]()
+    above, below, level, same = list[str](), list[str](), list[str](), list[str]()
     for arm, one in sorted(compared.items(), key=lambda item: -item[1]["mean"]):
         if one.get("p_corrected") is not None and one["p_corrected"] < LEVEL:
             low, high = sorted(100 * abs(end) for end in one["interval"])
@@ -182,6 +185,8 @@ def conclusion(study: Study, arms: Mapping[str, Any], differences: Mapping[str, 
             bytes_up = f", {times(factor['mean'])} the bytes up" if factor else ""
             text = f"{arm} by {points(abs(one['mean']))} (95 % interval {low:.1f} to {high:.1f}{bytes_up})"
             (above if one["mean"] > 0 else below).append(text)
+        elif one["p"] is None and len(one["values"]) > 1:
+            same.append(f"{arm} ({100 * one['mean']:+.1f} points)")
         else:
             level.append(arm)
     start = f"{study.baseline} has {what} {share(base['mean'])} over {len(base['values'])} seed{'s' * (len(base['values']) != 1)}."
@@ -190,6 +195,8 @@ def conclusion(study: Study, arms: Mapping[str, Any], differences: Mapping[str, 
         said.append(f"Better: {'; '.join(above)}.")
     if below:
         said.append(f"Worse: {'; '.join(below)}.")
+    if same:
+        said.append(f"As far from it in every seed, of which no test can be made: {', '.join(same)}.")
     if level and len(base["values"]) > 1:
         said.append(
             f"Not told apart from it at 5 %, corrected for {len(compared)} comparisons: {', '.join(level)}; that is no proof of being equal."

@@ -12,7 +12,7 @@ from rich.table import Table
 from fedrank.store import write
 from fedrank.studies.claims import SCORES
 from fedrank.studies.results import TO_TARGET
-from fedrank.units import duration, energy, memory, share, size
+from fedrank.units import duration, energy, factor, memory, share, size
 from fedrank.views import TEXTS
 
 FORMS: dict[str, Callable[[Any], str]] = {
@@ -37,6 +37,8 @@ SHOWN = (
     "device_joules",
     "peak_memory_bytes",
 )
+
+WRITTEN = ("perplexity", "personal_perplexity")  # which runs of task generate alone have
 
 
 def told(name: str, one: Mapping[str, Any]) -> str:
@@ -63,52 +65,62 @@ def to_target(result: Mapping[str, Any]) -> list[list[str]]:
     if target["value"] is None:
         return []
     names = [name for name in TO_TARGET if name in ("round", *SHOWN)]
-    head = f"to {target['score'].replace('_', ' ')} {share(target['value'])}"
+    whose = " of a round's clients" if target["score"] == "personal_accuracy" else ""
+    head = f"to {target['score'].replace('_', ' ')}{whose} {share(target['value'])}"
     return [[head, "seeds", *(NAMES[name] for name in names)]] + [
-        [arm, str(mine["reached"]), *(told(name, mine[name]) for name in names)] for arm, mine in target["arms"].items()
+        [arm, f"{mine['reached']} of {mine['played']}", *(told(name, mine[name]) for name in names)]
+        for arm, mine in target["arms"].items()
     ]
 
 
-def differences(result: Mapping[str, Any], baseline: str) -> list[list[str]]:
-    """Arms by how many points their scores lie above the reference's, a head line first; empty where there are none."""
+def differences(result: Mapping[str, Any], baseline: str, fair: bool) -> list[list[str]]:
+    """Arms by how many points their scores lie above the reference's, a head line first; empty where there are none.
+
+    fair: whether tests are told, too.
+    """
     found = result["differences"]
     names = [name for name in SCORES if any(name in one for one in found.values())]
     if not names:
         return []
     head = [f"points above {baseline}", *(NAMES[name] for name in names)]
-    return [head] + [[arm, *(_difference(one.get(name)) for name in names)] for arm, one in found.items()]
+    return [head] + [[arm, *(_difference(one.get(name), fair) for name in names)] for arm, one in found.items()]
 
 
-def ratios(result: Mapping[str, Any], baseline: str) -> list[list[str]]:
-    """Arms by their costs as parts of the reference's, a head line first; empty where there are none."""
+def ratios(result: Mapping[str, Any], baseline: str, fair: bool) -> list[list[str]]:
+    """Arms by their costs as parts of the reference's, a head line first; empty where there are none. fair: as above."""
     found = result["differences"]
-    costs = [f"{prefix}{name}" for prefix in ("", "to_target.") for name in ("bytes", "clock_seconds", "device_joules")]
+    names = ("bytes", "clock_seconds", "device_joules", "peak_memory_bytes")
+    costs = [*names, *(f"to_target.{name}" for name in names[:-1])]
     if not (costs := [name for name in costs if any(name in one for one in found.values())]):
         return []
     head = [f"times {baseline}'s"]
     head += [NAMES[n.removeprefix("to_target.")] + ", to target" * n.startswith("to_target.") for n in costs]
-    return [head] + [[arm, *(_ratio(one.get(name)) for name in costs)] for arm, one in found.items()]
+    return [head] + [[arm, *(_ratio(one.get(name), fair) for name in costs)] for arm, one in found.items()]
 
 
-def _difference(one: Mapping[str, Any] | None) -> str:
+def _difference(one: Mapping[str, Any] | None, fair: bool) -> str:
     if one is None:
         return "–"
     text = f"{100 * one['mean']:+.1f}"
     if one["interval"] is not None:
         text += f" ({100 * one['interval'][0]:+.1f} to {100 * one['interval'][1]:+.1f})"
-    return text if one.get("p_corrected") is None else f"{text}, p {_p(one['p_corrected'])}"
+    return text + _p(one, fair)
 
 
-def _ratio(one: Mapping[str, Any] | None) -> str:
+def _ratio(one: Mapping[str, Any] | None, fair: bool) -> str:
     if one is None:
         return "–"
-    if one["interval"] is None or one["interval"][1] - one["interval"][0] < 0.01:
-        return f"{one['mean']:.2f}"
-    return f"{one['mean']:.2f} ({one['interval'][0]:.2f} to {one['interval'][1]:.2f})"
+    mean, interval = one["mean"], one["interval"]
+    if interval is None or interval[1] - interval[0] < 0.01 * mean:
+        return factor(mean)
+    return f"{factor(mean)} ({factor(interval[0])} to {factor(interval[1])}){_p(one, fair)}"
 
 
-def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+def _p(one: Mapping[str, Any], fair: bool) -> str:
+    """What the corrected test says, if anything may be concluded from it."""
+    if not fair or one.get("p_corrected") is None:
+        return ""
+    return ", p < 0.001" if one["p_corrected"] < 0.001 else f", p {one['p_corrected']:.3f}"
 
 
 def across(found: Mapping[str, Any]) -> list[list[str]]:
@@ -129,7 +141,7 @@ def across(found: Mapping[str, Any]) -> list[list[str]]:
 def all_of(found: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
     """Every table of a comparison with what it is of."""
     baseline = found["study"]["reference"] or next(iter(found["study"]["arms"]))
-    several, result = len(found["results"]) > 1, []
+    several, fair, result = len(found["results"]) > 1, found["fair"]["verdict"], []
     if rows := across(found):
         result.append((f"{NAMES[found['study']['score']]}, by setting", rows))
     for setting, one in found["results"].items():
@@ -137,8 +149,8 @@ def all_of(found: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
         parts = (
             ("in the end", final(one)),
             ("to a common target", to_target(one)),
-            ("scores, paired over seeds", differences(one, baseline)),
-            ("costs, paired over seeds", ratios(one, baseline)),
+            ("scores, paired over seeds", differences(one, baseline, fair)),
+            ("costs, paired over seeds", ratios(one, baseline, fair)),
         )
         result += [(f"{where}{what}", rows) for what, rows in parts if rows]
     return result
@@ -188,10 +200,10 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 
 def latex(found: Mapping[str, Any]) -> str:
-    """Tables for the package booktabs."""
+    """Tables for the package booktabs; what may be concluded, in comments before them."""
     from tabulate import tabulate
 
-    parts = []
+    parts = ["\n".join(f"% {line}" for line in said(found))]
     for title, (head, *rows) in all_of(found):
         parts.append(
             f"% {title}\n" + tabulate(rows, head, "latex_booktabs", disable_numparse=True).replace("±", r"$\pm$")
@@ -221,6 +233,11 @@ def said(found: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{setting}: {one['conclusion']}" if several else one["conclusion"] for setting, one in found["results"].items()
     ]
+    perplexities = (
+        arm[n]["mean"] for one in found["results"].values() for arm in one["arms"].values() for n in WRITTEN
+    )
+    if any(one is not None for one in perplexities):
+        lines.append("Accuracy is the share of the answers' tokens that are the likeliest after those before them.")
     return [*lines, *_notes(fair)]
 
 
