@@ -32,6 +32,7 @@ from fedrank.studies.study import Range, Study, read
 from fedrank.units import factor, within
 
 BASE = {"data": {"name": "docstrings"}, "rounds": {"count": 4, "cohort": 2}}
+CLAIM = {"claim": "c", "arm": "fedara", "of": "accuracy", "confirmed": {"above": 0}, "refuted": {"below": 0}}
 
 
 def study(**more: Any) -> Study:
@@ -59,10 +60,13 @@ def test_methods_on_a_runs_config(tmp_path: Path) -> None:
     file = write(tmp_path / "run.yaml", {**BASE, "method": {"name": "fedara", "target_rank": 2}})
     found = read(file, ["tuning.trials=2"], ["fedavg", "rolora"], 2)
     assert [*found.arms] == ["fedavg", "rolora"]
-    assert "method" not in found.base
+    assert found.resolved()["all"]["rolora"].method == {"name": "rolora"}
     assert found.seeds == (1, 2)
     assert found.tuning is not None
     assert found.tuning.trials == 2
+    both = read(file, names=["fedavg", "fedara"]).resolved()["all"]
+    assert both["fedavg"].method == {"name": "fedavg"}
+    assert both["fedara"].method == {"name": "fedara", "target_rank": 2}  # as the config has it
     with pytest.raises(ConfigError, match=r"a study has arms or methods; .* --methods fedavg,fedara"):
         read(file)
     with pytest.raises(ConfigError, match="methods: each once, got fedavg, fedavg"):
@@ -99,6 +103,14 @@ def test_methods_on_a_runs_config(tmp_path: Path) -> None:
         ({"rounds": {"count": 3}}, "'rounds' is a key of runs: what they share goes below base, such as base.rounds"),
         ({"tuning": {"search": {"local.lr": 0.01}}}, "local.lr: a list of values, or {low, high, log}, got 0.01"),
         ({"tuning": {"search": {"seed": [1, 2]}}}, "seed is no knob of a method"),
+        ({"tuning": {"search": {"local.steps": [1, 9]}}}, "tuning of arm 'fedavg': local.steps is no knob, as arms that differ in it are not compared fairly; leave it out, or name it in varies"),
+        ({"tuning": {"own": {"fedara": {"wire.dtype": ["f32", "f16"]}}}}, "tuning of arm 'fedara': wire.dtype is no knob"),
+        ({"varies": ["local.steps"], "tuning": {"search": {"local.batch_size": [8, 16]}}}, "local.batch_size is no knob"),
+        ({"claims": {"x": {**CLAIM, "against": "fedara"}}}, "claims.x: fedara is compared with itself; against is another arm"),
+        ({"reference": "fedara", "claims": {"x": CLAIM}}, "claims.x: fedara is compared with itself; against is another arm, and the reference, fedara, where"),
+        ({"claims": {"x": {**CLAIM, "confirmed": {"above": -1}, "refuted": {"below": 5}}}}, "claims.x: confirmed, refuted: an interval could lie in both"),
+        ({"claims": {"x": {**CLAIM, "confirmed": {"below": 5}, "refuted": {"above": -1}}}}, "an interval could lie in both"),
+        ({"claims": {"x": {**CLAIM, "confirmed": {"above": 1}, "refuted": {"above": 5}}}}, "one is above a number, the other below the same or a lower one"),
     ],
 )  # fmt: skip
 def test_a_mistake_says_where_and_what_would_be_right(tmp_path: Path, change: dict[str, Any], words: str) -> None:
@@ -143,6 +155,11 @@ def test_arms_that_differ_in_more_than_their_method() -> None:
     arms = {"a": {}, "b": {"local": {"epochs": 3}, "adapter": {"rank": 4}}}
     assert study(methods=..., arms=arms).differing() == ["local.epochs is 1 in a and 3 in b"]
     assert study(methods=..., arms=arms, varies=["local"]).differing() == []
+
+
+def test_what_arms_may_differ_in_may_be_tuned() -> None:
+    knobs = {"method.target_rank": [2, 4], "adapter.rank": [4, 8], "server.tau": [0.001, 0.01], "local.steps": [5, 10]}
+    assert study(methods=["fedara"], varies=["local"], tuning={"search": knobs}).resolved()
 
 
 # ---- tuning
@@ -339,7 +356,7 @@ def test_a_comparison_with_unequal_budgets_is_not_called_fair() -> None:
     del short["all"]["fedara"]["2"]
     assert fairness(study(), {"runs": short}) == {
         "verdict": False, "why": ["all: fedara has no run of seed 2"],
-        "notes": ["no knob was searched: learning rates are each method's default or as the arms set them"],
+        "notes": ["no knob was searched: learning rates are each method's default or as the study sets them"],
     }  # fmt: skip
     other = runs()
     other["all"]["fedara"]["1"]["facts"] = other["all"]["fedara"]["1"]["facts"] | {"data": {"train": "e"}}
@@ -360,6 +377,7 @@ def test_a_comparison_with_unequal_budgets_is_not_called_fair() -> None:
     assert fairness(own, {"runs": runs(), "tuning": trials})["why"] == [
         "all: tuned with unequal effort, trials: fedavg 2, fedara 4, ffa_lora 2"
     ]
+    assert "with as many trials, knobs or values of their own were searched for fedara (method.target_rank)" in fairness(own, {})["notes"]  # fmt: skip
     half = runs()
     half["all"]["fedara"]["1"]["facts"] = {**half["all"]["fedara"]["1"]["facts"], "numerics": {"compute": "bfloat16"}}
     half["all"]["fedara"]["1"]["rows_seen"] = 400.0
@@ -374,8 +392,7 @@ def test_a_comparison_with_unequal_budgets_is_not_called_fair() -> None:
 
 
 def claim(**more: Any) -> Claim:
-    given = {"claim": "c", "arm": "fedara", "of": "accuracy", "confirmed": {"above": 0}, "refuted": {"below": 0}}
-    return Claim.model_validate({**given, **more})
+    return Claim.model_validate({**CLAIM, **more})
 
 
 def verdict(one: Claim, found: dict[str, Any], **more: Any) -> dict[str, Any]:

@@ -30,6 +30,11 @@ class Bound(BaseModel, extra="forbid", frozen=True):
     def holds(self, low: float, high: float) -> bool:
         return low > self.above if self.above is not None else high < (self.below or 0.0)
 
+    def overlaps(self, other: "Bound") -> bool:
+        """Whether an interval could lie in both."""
+        above, below = (self.above, other.below) if self.above is not None else (other.above, self.below)
+        return above is None or below is None or above < below
+
 
 class Claim(BaseModel, extra="forbid", frozen=True):
     """One claim about two arms, in each setting.
@@ -60,6 +65,11 @@ class Claim(BaseModel, extra="forbid", frozen=True):
             raise ValueError(f"of: {self.of} up to a target is the target itself; a cost")
         if self.of == "round" and not self.to_target:
             raise ValueError("of: all arms play the same rounds; with to_target they differ")
+        if self.confirmed.overlaps(self.refuted):
+            raise ValueError(
+                "confirmed, refuted: an interval could lie in both; "
+                "one is above a number, the other below the same or a lower one"
+            )
         return self
 
 

@@ -159,9 +159,9 @@ def fairness(study: Study, found: Mapping[str, Any]) -> dict[str, Any]:
     if len(sizes) > 1:
         notes.append("arms begin with adapters of different ranks or targets")
     if study.tuning is None:
-        notes.append("no knob was searched: learning rates are each method's default or as the arms set them")
-    elif study.tuning.own:
-        notes.append(f"with as many trials, {', '.join(study.tuning.own)} searched more knobs than the others")
+        notes.append("no knob was searched: learning rates are each method's default or as the study sets them")
+    elif own := [f"{arm} ({', '.join(knobs)})" for arm, knobs in study.tuning.own.items() if knobs]:
+        notes.append(f"with as many trials, knobs or values of their own were searched for {', '.join(own)}")
     if len(study.seeds) < 3:
         notes.append(f"{len(study.seeds)} seed{'s' * (len(study.seeds) > 1)}: the spread is hardly known")
     return {"verdict": not why, "why": why, "notes": notes}

@@ -42,9 +42,9 @@ Knob = Range | Annotated[tuple[bool | int | float | str, ...], Field(min_length=
 class Tuning(BaseModel, extra="forbid", frozen=True):
     """The search for every arm's knobs on the validation share of the training rows, before any run.
 
-    search: dotted key -> the values to try, a range or a list. own: arm -> knobs that it has beside these. trials: of each
-    arm, however many knobs it has. config: laid over the config of a trial, such as fewer rounds. seed: of all trials, and
-    none of the study's. every_setting: search in each setting; else in the first, for all.
+    search: dotted key -> the values to try, a range or a list. own: arm -> knobs that it has beside these, or in their
+    place. trials: of each arm, however many knobs it has. config: laid over the config of a trial, such as fewer rounds.
+    seed: of all trials, and none of the study's. every_setting: search in each setting; else in the first, for all.
     """
 
     search: dict[str, Knob] = {"local.lr": Range(low=1e-3, high=3e-2, log=True)}
@@ -146,18 +146,27 @@ class Study(BaseModel, extra="forbid", frozen=True):
                 raise ValueError(
                     f"claims.{name}.settings: there is no setting {odd[0]!r}{settings.hint(odd[0], self.settings)}"
                 )
+            if one.arm == (one.against or self.baseline):
+                raise ValueError(
+                    f"claims.{name}: {one.arm} is compared with itself; against is another arm, and the reference, "
+                    f"{self.baseline}, where it is left out"
+                )
         return self
 
     @property
     def baseline(self) -> str:
         return self.reference or next(iter(self.arms))
 
+    def free(self, key: str) -> bool:
+        """Whether arms that differ in it are compared fairly: it is the method's own, or what the study is about."""
+        return any(key == one or key.startswith(f"{one}.") for one in (*OWN, *self.varies))
+
     def config(self, setting: str, arm: str, *more: Part) -> Part:
         """The config of a run, as YAML holds it. more: laid over it, the last on top."""
         return merged(APART, self.base, self.settings[setting] or {}, self.arms[arm] or {}, *more)
 
     def resolved(self) -> dict[str, dict[str, Config]]:
-        """Setting -> arm -> its config. ConfigError names the arm whose config, or whose trials' one, cannot be used."""
+        """Setting -> arm -> its config. ConfigError names the arm whose config, or whose tuning, cannot be used."""
         found: dict[str, dict[str, Config]] = {}
         for setting in self.settings:
             for arm in self.arms:
@@ -167,6 +176,11 @@ class Study(BaseModel, extra="forbid", frozen=True):
                 for knobs in _ends(self.tuning.knobs(arm)) if self.tuning else ():
                     config = self.config(setting, arm, self.tuning.config if self.tuning else {}, dotted(knobs))
                     _checked(config, f"tuning of arm {arm!r} in setting {setting!r}")
+                    if odd := [key for key in knobs if not self.free(key)]:
+                        raise ConfigError(
+                            f"tuning of arm {arm!r}: {odd[0]} is no knob, as arms that differ in it are not compared "
+                            "fairly; leave it out, or name it in varies where the study is about it"
+                        )
         return found
 
     def differing(self) -> list[str]:
@@ -177,7 +191,7 @@ class Study(BaseModel, extra="forbid", frozen=True):
             for one, other in combinations(flat, 2):
                 for key in {**flat[one], **flat[other]}:
                     a, b = flat[one].get(key), flat[other].get(key)
-                    if a != b and not any(key == free or key.startswith(f"{free}.") for free in (*OWN, *self.varies)):
+                    if a != b and not self.free(key):
                         found.setdefault(key, f"{key} is {a} in {one} and {b} in {other}")
         return list(found.values())
 
@@ -193,7 +207,7 @@ def read(
     if (names := [name.strip() for name in names]) and raw.keys() & {"arms", "methods", "base"}:
         raise ConfigError(f"{where}: a study says itself what it compares; --methods goes with a run's config")
     if names:
-        raw = {"base": {key: value for key, value in raw.items() if key != "method"}, "methods": names}
+        raw = {"base": raw, "methods": names}  # the config's own method keeps its hyper-parameters: see `merged`
     elif not raw.keys() & {"arms", "methods"}:
         raise ConfigError(f"{where}: a study has arms or methods; to compare methods on a run's config name them: --methods fedavg,fedara")  # fmt: skip
     if seeds is not None:
