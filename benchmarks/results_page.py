@@ -19,23 +19,25 @@ REPRODUCED = ("fedara", "legend", "fed_plora", "pf2lora")
 
 def page() -> str:
     found = {name: read(f"reproduce/{name}") for name in REPRODUCED}
-    whys = yaml.safe_load((HERE / "whys.yaml").read_text()) or {}
+    said = yaml.safe_load((HERE / "whys.yaml").read_text())
     parts = [
         "<!-- Written by benchmarks/results_page.py from benchmarks/results; change those. -->",
         "# Results",
-        "Everything here was played on two cores without a GPU, from plans that were written down before the first run; the "
+        "Everything here was played on two cores without a GPU, from plans that were written down before; the "
         "numbers of every run are in `benchmarks/results/`. What is ± is a standard deviation over five seeds. Studies of "
         "other questions: [performance](performance.md), [hostile clients](hostile.md), [privacy](privacy.md), "
         "[generation](generation.md).",
         "## All methods on one set",
-        *study(read("methods"), "methods"),
+        *study(read("methods"), "methods", said),
         "## The papers' claims at our scale",
         "What four papers say, asked of MiniLM and public sets. Three of the papers' bodies were not available "
         "(reconstructed), and none of their settings is ours: a claim that is not confirmed here may well hold there. A claim "
-        "is confirmed or refuted where the whole 95 % interval of the paired difference over five seeds lies on that side, in "
-        "every setting; partly, where it is confirmed in some; else it is not shown.",
-        "\n".join(claims(found, whys)),
-        *(part for name in REPRODUCED for part in (f"### {title(name, found[name])}", *study(found[name], f"reproduce/{name}"))),
+        "is confirmed or refuted in a setting where the whole 95 % interval of the paired difference over five seeds lies on that side. "
+        "Of all settings together it is confirmed or refuted where it is so in each; mixed, where it is each in some; partly or "
+        "refuted in part, where it is so in some and neither in the others; else it is not shown.",
+        "\n".join(claims(found, said["claims"])),
+        *(part for name in REPRODUCED
+          for part in (f"### {title(name, found[name])}", *study(found[name], f"reproduce/{name}", said))),
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
@@ -56,8 +58,8 @@ def unfinished(found: dict[str, Any]) -> int:
     return all_ - sum(len(seeds) for arms in found["runs"].values() for seeds in arms.values())
 
 
-def study(found: dict[str, Any] | None, name: str) -> list[str]:
-    """A study's plan, tables and conclusions."""
+def study(found: dict[str, Any] | None, name: str, said: dict[str, Any]) -> list[str]:
+    """A study's plan, tables, conclusions and remarks."""
     command = f"`fedrank compare benchmarks/{name}.yaml --out benchmarks/results/{name}`"
     if found is None:
         return [f"Not played yet: {command}."]
@@ -74,6 +76,7 @@ def study(found: dict[str, Any] | None, name: str) -> list[str]:
     return [
         "\n".join(about),
         tables.markdown(found).strip(),
+        *said["remarks"].get(name.removeprefix("reproduce/"), []),
         f"Found by tuning on the validation share: {chosen}.",
         f"{command}: {duration(trials)} of trials and {duration(spent)} of runs, on one core each; that is "
         "wall time, on a machine that did other work beside, and with some pauses.",
@@ -92,6 +95,11 @@ def claims(found: dict[str, dict[str, Any] | None], whys: dict[str, dict[str, st
             lines.append(f"| {title(name, one)} | | | not finished | | |")
             continue
         for key, claim in one["study"]["claims"].items():
+            if not one["fair"]["verdict"]:
+                lines.append(
+                    f"| {title(name, one)} | {claim['claim']} | {claim['paper']} | | not a fair comparison | |"
+                )
+                continue
             judged = one["claims"][key]
             ours = "; ".join(f"{setting} {_ours(claim['of'], said)}" for setting, said in judged["settings"].items())
             why = whys.get(name, {}).get(key, "")

@@ -18,6 +18,7 @@ from fedrank.methods.fedsa_lora import FedSALoRA
 from fedrank.methods.ffa_lora import FFALoRA
 from fedrank.methods.hetlora import HetLoRA
 from fedrank.methods.local_only import LocalOnly
+from fedrank.methods.lora_a2 import LoRAA2
 from fedrank.methods.rolora import RoLoRA
 from fedrank.protocol import Device, Job, State, Update
 from test_contract import build
@@ -235,6 +236,16 @@ def test_rolora_clients_start_from_the_servers_factors_however_long_they_were_aw
 
 def test_mu_zero_is_fedavg_to_the_bit(tmp_path):
     runs = [toy.federation(m, tmp_path / str(i), rounds=2) for i, m in enumerate((FedProx(mu=0.0), FedAvg()))]
+    for run in runs:
+        run.play()
+    assert toy.equal(runs[0].last, runs[1].last)
+
+
+def test_where_nothing_is_to_be_chosen_lora_a2_is_rolora_to_the_bit(tmp_path):
+    def whole(site):
+        return replace(site, device=replace(site.device, rank=4))
+
+    runs = [toy.federation(m, tmp_path / str(i), alter=whole) for i, m in enumerate((LoRAA2(), RoLoRA()))]
     for run in runs:
         run.play()
     assert toy.equal(runs[0].last, runs[1].last)

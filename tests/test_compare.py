@@ -391,6 +391,14 @@ def test_a_comparison_with_unequal_budgets_is_not_called_fair() -> None:
 # ---- claims
 
 
+def test_arms_that_are_one_are_told() -> None:
+    mine = runs()
+    mine["all"]["ffa_lora"] = mine["all"]["fedavg"]
+    told = "all: fedavg and ffa_lora came to the same scores with every seed, as if they were one"
+    assert told in fairness(study(), {"runs": mine})["notes"]
+    assert not [note for note in fairness(study(), {"runs": runs()})["notes"] if "as if they were one" in note]
+
+
 def claim(**more: Any) -> Claim:
     return Claim.model_validate({**CLAIM, **more})
 

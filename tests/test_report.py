@@ -137,7 +137,7 @@ def test_each_clients_device_is_dealt_out_once_more_and_checked(pruned: Path, tm
 
 def test_a_worst_tenth_and_clients_below_their_majority_class() -> None:
     scored = [{"client": str(n), "accuracy": n / 20, "majority": 0.1, "rows": 5} for n in range(20)]
-    facts, chart = clients.served(scored)
+    facts, chart = clients.served(scored, "Accuracy")
     assert isinstance(facts, Facts)
     assert isinstance(chart, Chart)
     assert {name: value for name, value, _ in facts.figures} == {

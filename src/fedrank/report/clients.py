@@ -25,7 +25,7 @@ def clients(run: Played) -> Section | None:
     scored = [row for row in run.personal if row.get("accuracy") is not None]
     blocks: list[Block] = []
     if scored:
-        blocks += served(scored)
+        blocks += served(scored, run.accuracy)
         if run.devices:
             blocks.append(by_kind(run, scored))
         if run.holders:
@@ -41,8 +41,8 @@ def clients(run: Played) -> Section | None:
     return Section("clients", "Clients and fairness", blocks) if blocks else None
 
 
-def served(scored: Sequence[Row]) -> list[Block]:
-    """The distribution of clients' own accuracy, and what sums up how even it is."""
+def served(scored: Sequence[Row], word: str) -> list[Block]:
+    """The distribution of clients' own accuracy, and what sums up how even it is. word: what it is called."""
     values = sorted(known(scored, "accuracy"))
     worst = statistics.fmean(values[: math.ceil(len(values) / 10)])
     best = statistics.fmean(values[-math.ceil(len(values) / 10) :])
@@ -51,7 +51,7 @@ def served(scored: Sequence[Row]) -> list[Block]:
     marks = [("mean", mean), ("worst tenth", worst)]
     if majority:
         marks.append(("mean of majority classes", statistics.fmean(one for _, one in majority)))
-    spec = plots.distribution(plots.histogram(values), marks, "Accuracy on the client's own test rows", "Clients")
+    spec = plots.distribution(plots.histogram(values), marks, f"{word} on the client's own test rows", "Clients")
     below = sum(accuracy < one for accuracy, one in majority)
     lost = (
         f" {below} of {len(majority)} {'is' if below == 1 else 'are'} below what their most frequent class alone would give."
@@ -62,7 +62,7 @@ def served(scored: Sequence[Row]) -> list[Block]:
     said += f"from {share(values[0])} to {share(values[-1])}.{lost}"
     order = sorted(scored, key=lambda row: row["accuracy"])
     table = Table(
-        ["Client", "Accuracy", "Majority class", "Test rows"],
+        ["Client", word, "Majority class", "Test rows"],
         [[str(row["client"]), share(row["accuracy"]), share(row.get("majority")), f"{row.get('rows') or 0:.0f}"] for row in order],
     )  # fmt: skip
     return [
@@ -70,7 +70,7 @@ def served(scored: Sequence[Row]) -> list[Block]:
             ("Mean of clients", share(mean), ""), ("Standard deviation", share(deviation), "between clients"),
             ("Worst tenth", share(worst), "mean"), ("Best tenth", share(best), "mean"),
         ]),
-        Chart("served", "Accuracy of each client in the end", said, spec, table),
+        Chart("served", f"{word} of each client in the end", said, spec, table),
     ]  # fmt: skip
 
 

@@ -48,6 +48,11 @@ class Played:
         return self.config.privacy.kind != "none"
 
     @property
+    def accuracy(self) -> str:
+        """What accuracy is called in this task."""
+        return "Token accuracy" if self.config.task == "generate" else "Accuracy"
+
+    @property
     def finished(self) -> bool:
         return bool(self.summary) and self.summary.get("rounds") == self.config.rounds.count
 

@@ -99,8 +99,7 @@ def glance(run: Played) -> Section:
         if value is not None:
             shown.append((title, write(value), more))
 
-    word = "Token accuracy" if run.config.task == "generate" else "Accuracy"
-    majority, (who, _, on) = run.summary.get("majority"), scored_on(run).partition(", ")
+    word, majority, (who, _, on) = run.accuracy, run.summary.get("majority"), scored_on(run).partition(", ")
     figure(
         f"{word}, {'clients' if who == 'clients' else 'global'}",
         end.get("accuracy"),
@@ -164,7 +163,7 @@ def scores(
 
 
 def progress(run: Played, rows: Sequence[Row]) -> Section | None:
-    word, common = "Token accuracy" if run.config.task == "generate" else "Accuracy", scored_on(run)
+    word, common = run.accuracy, scored_on(run)
     charts = [
         scores("accuracy", word, rows, [(common, "accuracy"), (OWN, "personal_accuracy")], plots.SHARE, share),
         *(

@@ -1,5 +1,6 @@
 """What a study's runs come to: spread, costs up to a common target, paired differences, fairness, and a plain sentence."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from statistics import fmean
 from typing import Any
@@ -143,6 +144,15 @@ def fairness(study: Study, found: Mapping[str, Any]) -> dict[str, Any]:
         least = min((rows for rows in seen.values() if rows), default=0.0)
         if more := [f"{arm} {rows / least:.2g}" for arm, rows in seen.items() if rows > 1.01 * least > 0]:
             notes.append(f"{setting}: rows seen in training, times the least: {', '.join(more)}")
+        alike = defaultdict[str, list[str]](list)
+        for arm, mine in arms.items():
+            rows = [[row.get(name) for name in SCORES] for seed in sorted(mine) for row in mine[seed]["curve"]]
+            alike[str(rows)].append(arm)
+        for same in alike.values():
+            if len(same) > 1:
+                notes.append(
+                    f"{setting}: {' and '.join(same)} came to the same scores with every seed, as if they were one"
+                )
     for setting, arms in found.get("tuning", {}).items():
         if study.tuning is None:
             continue
