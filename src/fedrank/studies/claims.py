@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, FiniteFloat, model_validator
 
 from fedrank.config import hint
 from fedrank.studies.statistics import paired, ratio
@@ -18,8 +18,8 @@ MEASURES = (*SCORES, *COSTS, "round")
 class Bound(BaseModel, extra="forbid", frozen=True):
     """Where the whole 95 % interval has to lie: above a number, or below it. Points of scores, factors of costs."""
 
-    above: float | None = None
-    below: float | None = None
+    above: FiniteFloat | None = None
+    below: FiniteFloat | None = None
 
     @model_validator(mode="after")
     def _one(self) -> "Bound":

@@ -63,6 +63,8 @@ class Tuning(BaseModel, extra="forbid", frozen=True):
                 raise ValueError(f"{key}: a list of values, or {{low, high, log}}, got {knob!r}")
             if key.partition(".")[0] in ("seed", "data", "clients", "rounds", "engine", "task", "model", "observe"):
                 raise ValueError(f"{key} is no knob of a method: all arms have the same")
+            if key in ("method", "method.name", "method.object"):
+                raise ValueError(f"{key} is no knob: an arm is one method; name an arm for each")
         return given
 
     @field_validator("own", mode="before")
@@ -132,6 +134,9 @@ class Study(BaseModel, extra="forbid", frozen=True):
             named += [("tuning.own", arm) for arm in self.tuning.own]
             if self.tuning.seed in self.seeds:
                 raise ValueError(f"tuning.seed: {self.tuning.seed} is one of the study's seeds; take another")
+        for place, parts in (("settings", self.settings), ("arms", self.arms)):
+            if odd := [name for name, part in parts.items() if part and "seed" in part]:
+                raise ValueError(f"{place}.{odd[0]}.seed: every arm is played with the same seeds, which `seeds` names")
         for key, arm in named:
             if arm not in self.arms:
                 raise ValueError(
