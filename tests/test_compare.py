@@ -148,6 +148,32 @@ def test_a_run_is_known_again_by_what_its_rows_are(tmp_path: Path) -> None:
         digest({"data": {"path": str(tmp_path / "nothing.csv")}})
 
 
+def test_a_run_is_known_again_by_what_its_model_and_devices_are(tmp_path: Path) -> None:
+    """A hub name counts whole; a folder by what is read of it, and devices by what is written, wherever they are."""
+    for folder, weights, watts in (("a", "1", 5), ("b", "1", 5), ("c", "2", 6)):
+        (model := tmp_path / folder / "m").mkdir(parents=True)
+        (model / "config.json").write_text("{}")
+        (model / "model.safetensors").write_text(weights)
+        (model / "README.md").write_text(folder)
+        (tmp_path / folder / "devices.csv").write_text(f"kind,idle_watts\nmine,{watts}\n")
+    for key, name in (("model", "m"), ("engine", "devices.csv")):
+        places = [str(tmp_path / folder / name) for folder in "abc"]
+        configs = ({key: {"name": place} if key == "model" else {"fleet": {"csv": place}}} for place in places)
+        one, moved, other = (digest(merged(BASE, config)) for config in configs)
+        assert one == moved != other
+    assert digest({**BASE, "model": {"name": "a/bert"}}) != digest({**BASE, "model": {"name": "b/bert"}})
+    with pytest.raises(ConfigError, match=r"model.name: .*nothing: No such file"):
+        digest({**BASE, "model": {"name": str(tmp_path / "nothing")}})
+    with pytest.raises(ConfigError, match=r"engine.fleet.csv: .*nothing.csv: No such file"):
+        digest({**BASE, "engine": {"fleet": {"csv": str(tmp_path / "nothing.csv")}}})
+
+
+def test_results_of_before_are_known_again() -> None:
+    """These are in benchmarks/results: another digest would have all of it played anew."""
+    assert digest(BASE) == "4b76a39250d18f05"
+    assert digest({**BASE, "model": {"name": "minilm"}}) == "287e6cf4086d58ba"
+
+
 def test_another_methods_knobs_go_with_its_name() -> None:
     assert merged({"method": {"name": "fedara", "target_rank": 2}}, {"method": {"name": "fedavg"}}) == {"method": {"name": "fedavg"}}  # fmt: skip
     assert merged({"method": {"name": "fedara", "target_rank": 2}}, {"method": {"score": "random"}}) == {

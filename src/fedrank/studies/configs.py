@@ -14,6 +14,8 @@ from fedrank import config as settings
 from fedrank.config import ConfigError
 
 Part = dict[str, Any]  # of a config, as it stands in YAML
+# What is read of a model's folder: no weights in other formats, no checkpoints below it.
+MODEL = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "1_Pooling/config.json")
 
 
 def merged(*parts: Part) -> Part:
@@ -65,20 +67,32 @@ def located(config: Part) -> Part:
 
 
 def digest(config: Part) -> str:
-    """What a run's result hangs on by its config, less what is as by default: of rows what they are, and not where."""
+    """What a run's result hangs on by its config, less what is as by default.
+
+    Of rows, a local model and a file of devices what they are, and not where.
+    """
     found = settings.load(located(config)).model_dump(mode="json", exclude_defaults=True)
     if path := found.get("data", {}).get("path"):
-        found["data"]["path"] = _content(Path(path))
-    if name := found.get("model", {}).get("name"):
-        found["model"]["name"] = Path(name).name
+        found["data"]["path"] = _content("data.path", Path(path))
+    name = found.get("model", {}).get("name")
+    if name and name not in settings.OWN_MODELS and (Path(name).is_dir() or name.startswith((".", "/"))):
+        found["model"]["name"] = _content("model.name", Path(name), MODEL)
+    if csv := found.get("engine", {}).get("fleet", {}).get("csv"):
+        found["engine"]["fleet"]["csv"] = _content("engine.fleet.csv", Path(csv).expanduser())
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 
 
-@cache
-def _content(path: Path) -> str:
+@cache  # a model may be gigabytes: it is read whole, as every run reads it, and once
+def _content(key: str, path: Path, patterns: tuple[str, ...] = ("**/*",)) -> str:
     """The hash of a file, or of a folder's, by their names. ConfigError where there is none."""
-    files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+    found = {one for pattern in patterns for one in path.glob(pattern) if one.is_file()}
+    state = xxhash.xxh3_64()
     try:
-        return xxhash.xxh3_64_hexdigest(b"".join(one.name.encode() + one.read_bytes() for one in files))
+        for one in sorted(found) if path.is_dir() else [path]:
+            state.update(one.name.encode())
+            with one.open("rb") as file:
+                while part := file.read(1 << 20):
+                    state.update(part)
     except OSError as error:
-        raise ConfigError(f"data.path: {path}: {error.strerror}") from None
+        raise ConfigError(f"{key}: {path}: {error.strerror}") from None
+    return state.hexdigest()
