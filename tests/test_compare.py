@@ -426,7 +426,8 @@ def test_arms_that_are_one_are_told() -> None:
     mine["all"]["ffa_lora"] = mine["all"]["fedavg"]
     told = "all: fedavg and ffa_lora came to the same scores with every seed, as if they were one"
     assert told in fairness(study(), {"runs": mine})["notes"]
-    assert not [note for note in fairness(study(), {"runs": runs()})["notes"] if "as if they were one" in note]
+    for others in (runs(), {"all": {arm: {} for arm in runs()["all"]}}):
+        assert not [note for note in fairness(study(), {"runs": others})["notes"] if "as if they were one" in note]
 
 
 def claim(**more: Any) -> Claim:

@@ -147,7 +147,8 @@ def fairness(study: Study, found: Mapping[str, Any]) -> dict[str, Any]:
         alike = defaultdict[str, list[str]](list)
         for arm, mine in arms.items():
             rows = [[row.get(name) for name in SCORES] for seed in sorted(mine) for row in mine[seed]["curve"]]
-            alike[str(rows)].append(arm)
+            if rows:
+                alike[str(rows)].append(arm)
         for same in alike.values():
             if len(same) > 1:
                 notes.append(
