@@ -414,6 +414,12 @@ def test_a_comparison_with_unequal_budgets_is_not_called_fair() -> None:
     found = fairness(study(), {"runs": half})
     assert found["why"] == ["all: some runs were computed in bfloat16 and some in float32 (engine.compute)"]
     assert "all: rows seen in training, times the least: fedara 2" in found["notes"]
+    for codes, words in (
+        ("c+d", "not all runs were played with the same version of this program's code"),
+        (None, "it is not known of all runs which version of this program's code played them"),
+    ):
+        half["all"]["fedara"]["1"]["facts"]["code"] = codes
+        assert f"all: {words}" in fairness(study(), {"runs": half})["notes"]
     longer = study(methods=..., arms={"fedavg": {}, "fedara": {"rounds": {"count": 9}}, "ffa_lora": {}})
     assert "rounds.count is 4 in fedavg and 9 in fedara" in fairness(longer, {"runs": runs()})["why"]
 

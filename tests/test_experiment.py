@@ -76,6 +76,19 @@ def test_a_run_in_few_lines(texts: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert fedrank.run(run.config, out="again").summary["accuracy"] == run.summary["accuracy"]
 
 
+def test_a_run_says_by_which_code_it_was_played(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that another version went on with names both; where the first is not known, nothing is claimed."""
+    run = fedrank.run(settings(texts, "rounds.count=1", "rounds.personal=0"), out=tmp_path / "run")
+    first = experiment.code()
+    assert run.summary["code"] == first
+    assert fedrank.resume(run.path, "rounds.count=+1").summary["code"] == first
+    monkeypatch.setattr(experiment, "code", lambda: "another")
+    assert fedrank.resume(run.path, "rounds.count=+1").summary["code"] == f"{first}+another"
+    facts = json.loads((run.path / "data.json").read_text())
+    (run.path / "data.json").write_text(json.dumps({k: v for k, v in facts.items() if k != "code"}))
+    assert fedrank.resume(run.path, "rounds.count=+1").summary["code"] is None
+
+
 def test_the_directory_is_complete(played: Any) -> None:
     run, _ = played
     names = {p.name for p in run.path.iterdir()}

@@ -8,9 +8,11 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from safetensors.numpy import save
 
 import fedrank
@@ -127,6 +129,7 @@ def start(
             parts = replace(parts, begin=adopt(parts.method, parts.begin, found))
         facts = parts.facts | ({} if imported is None else {"imported": origin(imported)})
         facts |= {"pairs": True} if parts.machine.population.test.text_b is not None else {}
+        facts |= {"code": code()}
         store = Store.create(path)
         with store.locked():
             store.save_state(parts.begin, parts.numerics)
@@ -194,6 +197,9 @@ def go_on(
             for name in ("summary.json", "texts.jsonl", PERSONAL):
                 (path / name).unlink(missing_ok=True)
             shutil.rmtree(path / "adapter", ignore_errors=True)
+            if then.get("code"):  # of a run that began before it was written down, it stays unknown
+                codes = dict.fromkeys([*then["code"].split("+"), code()])
+                store.write("data.json", json.dumps({**then, "code": "+".join(codes)}, indent=1))
         state = replace(state, rounds=config.rounds.count)
         store.save_state(state, numerics)  # and older ones go, which a kill may have left
         yield told({"event": "resume", "path": str(path), "round": state.round, **parts.about})
@@ -240,10 +246,11 @@ def _changed(config: Config, overrides: Iterable[str]) -> Config:
 def _contents(facts: dict[str, Any]) -> dict[str, Any]:
     """What data and model are, less where they are: a run may move to another folder or environment.
 
-    Nor what the run started from, which is in its first state, and whether rows are pairs, which is in their hash.
+    Nor what the run started from, which is in its first state, whether rows are pairs, which is in their hash, and which code
+    played it.
     """
     model = {key: value for key, value in facts["model"].items() if key not in ("name", "source")}
-    return {**facts, "data": None, "model": model, "fleet": None, "imported": None, "pairs": None}
+    return {**facts, "data": None, "model": model, "fleet": None, "imported": None, "pairs": None, "code": None}
 
 
 def _same(path: Path, then: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
@@ -253,8 +260,19 @@ def _same(path: Path, then: Mapping[str, Any], now: Mapping[str, Any], what: str
         raise StoreError(f"{path} cannot go on to the same bits, its {what} differ here: {short}")
 
 
+@cache
+def code() -> str:
+    """The hash of this package's own source, as it was when a run of this process first began."""
+    root = Path(fedrank.__file__).parent
+    files = sorted(path for path in root.rglob("*") if path.suffix in (".py", ".yaml"))
+    return xxhash.xxh3_64_hexdigest(b"".join(path.read_bytes() for path in files))
+
+
 def summarise(path: Path, parts: Parts, end: Event) -> dict[str, Any]:
-    """What the run came to: the last scores and the sums of the ledger."""
+    """What the run came to: the last scores and the sums of the ledger.
+
+    code: the hash of the code that played it, of several with + between them; None where it is not known of all rounds.
+    """
     rows, baselines = ledger.read(path / "rounds.jsonl"), path / "baselines.json"
     scored = [row for row in rows if row.get("accuracy") is not None or row.get("personal_accuracy") is not None]
     last = scored[-1] if scored else {}
@@ -269,7 +287,8 @@ def summarise(path: Path, parts: Parts, end: Event) -> dict[str, Any]:
         return None if found is None else round(found, 4)
 
     return {
-        "path": str(path), "version": fedrank.__version__, "method": parts.config.method["name"],
+        "path": str(path), "version": fedrank.__version__,
+        "code": json.loads((path / "data.json").read_text()).get("code"), "method": parts.config.method["name"],
         "rounds": rows[-1]["round"] if rows else 0,
         "accuracy": last.get("accuracy"), "loss": last.get("loss"),
         "personal_accuracy": end.get("personal_accuracy"), "personal_majority": end.get("personal_majority"),

@@ -137,9 +137,13 @@ def fairness(study: Study, found: Mapping[str, Any]) -> dict[str, Any]:
                 why.append(f"{setting}: runs of a seed had not the same {what}")
         if len({one["numerics"]["compute"] for _, one in facts}) > 1:
             why.append(f"{setting}: some runs were computed in bfloat16 and some in float32 (engine.compute)")
-        for what, words in (("code", "this program's code"), ("numerics", "numerics")):
-            if len({str(one[what]) for _, one in facts}) > 1:
-                notes.append(f"{setting}: not all runs were played with the same {words}")
+        codes = {code for _, one in facts for code in (one["code"] or "").split("+")}
+        if "" in codes:  # of a run of before it was written down
+            notes.append(f"{setting}: it is not known of all runs which version of this program's code played them")
+        elif len(codes) > 1:
+            notes.append(f"{setting}: not all runs were played with the same version of this program's code")
+        if len({str(one["numerics"]) for _, one in facts}) > 1:
+            notes.append(f"{setting}: not all runs were played with the same numerics")
         seen = {arm: fmean(run["rows_seen"] for run in mine.values()) for arm, mine in arms.items() if mine}
         least = min((rows for rows in seen.values() if rows), default=0.0)
         if more := [f"{arm} {rows / least:.2g}" for arm, rows in seen.items() if rows > 1.01 * least > 0]:

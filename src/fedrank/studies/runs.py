@@ -9,15 +9,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any, BinaryIO
 
-import xxhash
 import yaml
 
-import fedrank
 from fedrank import ledger
 from fedrank.server import OF_TEXTS, PERSONAL
 from fedrank.studies.configs import Part, located
@@ -130,16 +127,8 @@ def measured(folder: Path) -> dict[str, Any]:
         "seconds": round(sum(row["wall_seconds"] or 0.0 for row in rounds), 1),
         "rows_seen": sum(row.get("rows_seen", 0.0) for row in asked if row["ok"]),
         "facts": {"data": facts["hash"], "model": facts["model"]["fingerprint"], "numerics": summary["numerics"],
-                  "code": code()},
+                  "code": summary.get("code")},
     }  # fmt: skip
-
-
-@cache
-def code() -> str:
-    """The hash of this package's own source."""
-    root = Path(fedrank.__file__).parent
-    files = sorted(path for path in root.rglob("*") if path.suffix in (".py", ".yaml"))
-    return xxhash.xxh3_64_hexdigest(b"".join(path.read_bytes() for path in files))
 
 
 def late(curve: list[dict[str, Any]], score: str) -> float | None:
