@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,17 @@ from scipy import stats
 from typer.testing import CliRunner
 
 import fedrank
+from fedrank import views
 from fedrank.cli import app
+from fedrank.client import STAYS
 from fedrank.config import ConfigError
 from fedrank.store import StoreError
 from fedrank.studies import comparison, record, tables, tuning
 from fedrank.studies.claims import Claim
 from fedrank.studies.configs import digest, merged
+from fedrank.studies.play import play
 from fedrank.studies.results import compared, fairness, verdicts
-from fedrank.studies.runs import best, late, reached
+from fedrank.studies.runs import Processes, best, late, measured, reached
 from fedrank.studies.statistics import holm, paired, ratio, spread
 from fedrank.studies.study import Range, Study, read
 from fedrank.units import factor, within
@@ -628,6 +632,138 @@ def test_the_record_is_in_the_order_of_the_study(small: Path, tmp_path: Path) ->
     assert (tmp_path / "comparison.json").read_bytes() == before
 
 
+def ended(folder: Path, accuracy: float | None, error: str = "TrainingError: the loss became nan") -> None:
+    """What a finished run leaves; without a score no client's update was merged."""
+    answered = 0 if accuracy is None else 2
+    summary = {"accuracy": accuracy or 0.1, "clients_ok": answered, "numerics": {"compute": "float32"}, "code": "c"}
+    facts = {"hash": {"train": "d"}, "model": {"fingerprint": "m"}}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "data.json").write_text(json.dumps(facts))
+    rows = [{**point, "wall_seconds": 1.0} for point in curve(accuracy or 0.1)]
+    (folder / "rounds.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    failed = {"round": 1, "client": "c1", "ok": False, "error": error}
+    (folder / "clients.jsonl").write_text("" if answered else json.dumps(failed) + "\n")
+
+
+@dataclass
+class Stage:
+    """In the place of a run's process. ends: learning rate -> the score it ends with, the error of its clients, or the
+    signal that kills it. asked: what was begun or gone on with, of which rate; the forecast's are not known."""
+
+    ends: dict[float, float | str | signal.Signals]
+    asked: list[tuple[str, float]] = field(default_factory=list)
+
+    def call(self, words: list[str], log: Any) -> int:
+        verb, folder = words[3], Path(words[-3])
+        config = yaml.safe_load(folder.with_name(f"{folder.name}.yaml").read_text())
+        if (lr := config["local"].get("lr")) is None:
+            return 1
+        self.asked.append((verb, lr))
+        match self.ends[lr]:
+            case signal.Signals() as killed:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "config.yaml").touch()
+                return -killed
+            case str(error):
+                ended(folder, None, error)
+                return 1
+            case score:
+                ended(folder, score)
+                return 0
+
+
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
+    found = Stage({0.003: 0.5, 0.03: 0.6})
+    monkeypatch.setattr(Processes, "call", lambda _, words, log: found.call(words, log))
+    return found
+
+
+ONE = ["methods=[fedavg]", "seeds=1"]
+
+
+def test_a_trial_that_is_killed_is_no_result(small: Path, tmp_path: Path, stage: Stage, capsys: Any) -> None:
+    """It is told as a run's failure is, and gone on with when the study is; no run is played with half a tuning."""
+    stage.ends[0.03] = signal.SIGKILL
+    for event in play(read(small, ONE), tmp_path):
+        views.study(event)
+    told, found = " ".join(capsys.readouterr().out.split()), record.read(tmp_path)
+    error = "its trial of local.lr=0.03: it was ended by SIGKILL, as when memory runs out"
+    assert found["failures"] == [{"setting": "all", "arm": "fedavg", "seed": None, "error": error}]
+    assert f"failed: all fedavg tuning: {error}" in told
+    assert "all: fedavg has no run of seed 1; all: the tuning of fedavg has not come to its end." in told
+    assert "What failed is played again when the study is started again." in told
+    assert "error" not in str(found["tuning"])
+    assert found["runs"] == {"all": {"fedavg": {}}}
+
+    stage.ends[0.03] = 0.6
+    stage.asked.clear()
+    *_, end = play(read(small, ONE), tmp_path)
+    assert ("resume", 0.03) in stage.asked
+    assert end["comparison"]["tuning"]["all"]["fedavg"]["best"] == {"local.lr": 0.03}
+    assert end["comparison"]["fair"]["verdict"]
+    assert not end["comparison"]["failures"]
+
+
+def test_a_trial_whose_clients_ran_out_of_memory_is_no_result(small: Path, tmp_path: Path, stage: Stage) -> None:
+    """Nothing was merged, and not for what was learnt; it is played from its start when the study goes on."""
+    stage.ends[0.03] = f"OutOfMemoryError: {STAYS}"
+    *_, failed, _ = play(read(small, ONE), tmp_path)
+    assert failed["event"] == "failed"
+    assert f"client c1 in round 1: OutOfMemoryError: {STAYS}; see all-fedavg-trial-" in failed["error"]
+    stage.ends[0.03] = 0.6
+    *_, end = play(read(small, ONE), tmp_path)
+    assert end["comparison"]["fair"]["verdict"]
+    assert stage.asked.count(("run", 0.03)) == 3  # and the seed's
+
+
+def test_a_trial_that_came_to_nothing_counts_and_is_told(
+    small: Path, tmp_path: Path, stage: Stage, capsys: Any
+) -> None:
+    stage.ends[0.03] = f"Error: {STAYS}"  # as clients say that protect themselves
+    for event in play(read(small, ONE), tmp_path):
+        views.study(event)
+    told, found = capsys.readouterr().out, record.read(tmp_path)
+    assert "local.lr=0.03  counts as the worst: no client's update was merged in any round; see all-fedavg-" in told
+    assert found["tuning"]["all"]["fedavg"]["best"] == {"local.lr": 0.003}
+    assert found["fair"]["verdict"]
+    assert "all: trials that came to nothing and count as the worst: fedavg 1" in found["fair"]["notes"]
+
+
+def test_an_arm_without_a_single_score_is_tuned_again(small: Path, tmp_path: Path, stage: Stage) -> None:
+    """Once in a start; where a trial has a score, the others are known."""
+    stage.ends = dict.fromkeys(stage.ends, "TrainingError: the loss became nan")
+    for _ in range(2):
+        stage.asked.clear()
+        forecast, *_, end = play(read(small, ONE), tmp_path)
+        assert forecast["trials"] == 2
+        assert sorted(stage.asked) == [("run", 0.003), ("run", 0.03)]
+        assert "all: no trial of fedavg has a score" in end["comparison"]["fair"]["why"]
+        assert end["comparison"]["failures"][0]["error"].startswith("none of its trials has a score, the last with: no")
+    stage.ends[0.03] = 0.6
+    *_, end = play(read(small, ONE), tmp_path)
+    assert end["comparison"]["fair"]["verdict"]
+    stage.asked.clear()
+    forecast, _ = play(read(small, ONE), tmp_path)
+    assert (forecast["trials"], forecast["runs"], stage.asked) == (0, 0, [])
+
+
+def test_the_code_is_that_of_who_played(tmp_path: Path) -> None:
+    ended(tmp_path / "run", 0.5)
+    assert measured(tmp_path / "run")["facts"]["code"] == "c"
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    (tmp_path / "run" / "summary.json").write_text(json.dumps({k: v for k, v in summary.items() if k != "code"}))
+    assert measured(tmp_path / "run")["facts"]["code"] is None
+
+
+def test_the_name_of_another_folder_of_runs_is_kept(small: Path, tmp_path: Path, stage: Stage) -> None:
+    *_, end = play(read(small, ONE), tmp_path / "out", tmp_path / "elsewhere")
+    assert end["comparison"]["runs_folder"] == "elsewhere"
+    *_, end = play(read(small, ONE), tmp_path / "out", tmp_path / "out" / "runs")
+    assert "runs_folder" not in end["comparison"]
+
+
 @pytest.mark.slow
 def test_a_study_is_killed_and_goes_on(small: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -682,6 +818,7 @@ def test_a_trial_that_diverges_is_tried_and_counts_as_the_worst(small: Path, tmp
     )
     assert found["tuning"]["all"]["fedavg"]["best"] == {"local.lr": 0.01}
     assert found["fair"]["verdict"]
+    assert "all: trials that came to nothing and count as the worst: fedavg 1" in found["fair"]["notes"]
     words[2] = "tuning.search={local.lr: [0.01, 0.02]}"
     again = comparison.opened(read(small, words), out, out / "runs", 1)
     assert again.trials_left("all", "fedavg") == 1

@@ -550,9 +550,26 @@ def test_a_comparison_is_run_again_from_its_own_folder(tmp_path: Path) -> None:
     }
     text = page.html(comparison.page(compared.read(study.write(tmp_path / "pruning", found))))
     assert "fedrank compare pruning/study.yaml --out pruning" in text
+    assert "--runs" not in text
     assert "path: rows" in text
     for secret in ("s3cret", "/home/alice", str(tmp_path)):
         assert secret not in text
+    found["runs_folder"] = "its runs"
+    text = page.html(comparison.page(compared.read(study.write(tmp_path / "pruning", found))))
+    assert "fedrank compare pruning/study.yaml --out pruning --runs &#39;its runs&#39;" in text
+
+
+def test_a_trial_that_came_to_nothing_says_why(tmp_path: Path) -> None:
+    found = study.comparison()
+    every = found["tuning"]["clinc150"]["fedara"]["trials"]
+    every[3] |= {"score": None, "error": "no client's update was merged in any round"}
+    made = comparison.page(compared.read(study.write(tmp_path, found)))
+    blocks = next(section for section in made.sections if section.title == "Tuning").blocks
+    table = next(block for block in blocks if isinstance(block, Table) and block.title == "Every trial")
+    assert table.columns == ["Arm", "Knobs", "Error", "Score", "Took", "Chosen"]
+    row = ["fedara", "local.lr=0.03", "no client's update was merged in any round", "–", "12 s", "no"]
+    assert row in table.rows
+    assert [row[2] for row in table.rows].count("–") == len(table.rows) - 1
 
 
 @pytest.mark.parametrize("text", ['{"schema": 2}', "[]", "{", '{"runs": {}}'])

@@ -23,6 +23,7 @@ from fedrank.wire import Request, Wire
 log = logging.getLogger(__name__)
 
 MIN_TEST_ROWS = 5  # fewer say nothing about a client
+STAYS = "the message stays with the client"
 
 
 class Late(Exception):
@@ -91,7 +92,7 @@ def handle(frame: bytes, site: Site, deadline: float | None = None) -> bytes:
             lost = isinstance(error, StoreError)  # the server then begins anew with this client
             kind = "Error" if site.withholds and not lost else type(error).__name__
             said = str(error).replace(str(site.private.root), "the client's store")  # where that is stays here too
-            text = f"{kind}: {said if ours else 'the message stays with the client'}"
+            text = f"{kind}: {said if ours else STAYS}"
             return site.wire.error(request, text)
 
 

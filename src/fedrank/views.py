@@ -113,17 +113,21 @@ def study(event: dict[str, Any]) -> None:
                 f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}"
                 for key, value in event["knobs"].items()
             )
+            score = f"score {share(event['score'])}"
+            if "error" in event:
+                score = f"counts as the worst: {event['error']}"
             lines = [
-                f"{event['at']}/{event['of']}  {event['setting']}  {event['arm']}  {what}  {knobs}  score {share(event['score'])}  "
+                f"{event['at']}/{event['of']}  {event['setting']}  {event['arm']}  {what}  {knobs}  {score}  "
                 f"{duration(event['wall_seconds'])}, about {duration(event['seconds_left'])} left"
             ]
         case "failed":
-            what = "its tuning" if event["seed"] is None else f"seed {event['seed']}"
-            lines = [f"failed: {event['setting']}  {event['arm']}  {what}: {event['error']}"]
+            lines = [_said(event)]
         case "end":
             for table in tables.terminal(event["comparison"], console.width):
                 console.print(table, "")
             lines = [*tables.said(event["comparison"]), f"comparison: {event['path']}"]
+            if event["comparison"]["failures"]:
+                lines.append("What failed is played again when the study is started again.")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -134,7 +138,12 @@ def _line(event: dict[str, Any]) -> None:
 
 def _failed(event: dict[str, Any]) -> None:
     if event["event"] == "failed":
-        print(f"failed: {event['setting']}  {event['arm']}  seed {event['seed']}: {event['error']}", file=sys.stderr)
+        print(_said(event), file=sys.stderr)
+
+
+def _said(event: dict[str, Any]) -> str:
+    what = "tuning" if event["seed"] is None else f"seed {event['seed']}"
+    return f"failed: {event['setting']}  {event['arm']}  {what}: {event['error']}"
 
 
 STUDIES: dict[Output, Callable[[dict[str, Any]], None]] = {

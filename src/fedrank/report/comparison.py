@@ -113,15 +113,16 @@ def tuning(found: Comparison) -> Section | None:
     for at, knob in enumerate(knobs):
         if (chart := _tried(found, trials, knob, at)) is not None:
             blocks.append(chart)
-    rows = []
+    rows, failed = list[list[str]](), any("error" in trial for _, _, trial, _ in trials)
     for s, arm, trial, mine in trials:
         best = "yes" if trial.get("knobs") == mine.get("best") else "no"
         rows.append([
-            *([s] if several else []), arm, _knobs(trial.get("knobs") or {}), _score(trial.get("score")),
+            *([s] if several else []), arm, _knobs(trial.get("knobs") or {}),
+            *([str(trial.get("error", "–"))[:300]] if failed else []), _score(trial.get("score")),
             duration(trial.get("seconds")), best,
         ])  # fmt: skip
-    columns = [*(["Setting"] if several else []), "Arm", "Knobs", "Score", "Took", "Chosen"]
-    blocks.append(Table(columns, rows, left=3 if several else 2, title="Every trial"))
+    words = [*(["Setting"] if several else []), "Arm", "Knobs", *(["Error"] if failed else [])]
+    blocks.append(Table([*words, "Score", "Took", "Chosen"], rows, left=len(words), title="Every trial"))
     edges = [
         f"{arm} ({', '.join(mine['edge'])})"
         for arms in found.part("tuning").values()
@@ -168,7 +169,8 @@ def failures(found: Comparison) -> Section | None:
     if not failed:
         return None
     rows = [
-        [str(one.get(name, "–")) for name in ("setting", "arm", "seed")] + [str(one.get("error", ""))[:300]]
+        ["–" if (value := one.get(name)) is None else str(value) for name in ("setting", "arm", "seed")]
+        + [str(one.get("error", ""))[:300]]
         for one in failed
     ]
     return Section("failures", "Failures", [Table(["Setting", "Arm", "Seed", "Error"], rows, left=4)])
@@ -178,6 +180,8 @@ def again(found: Comparison) -> Section:
     """The study, the command, the machine and what was forecast."""
     folder = shlex.quote(found.path.resolve().name)
     command = f"fedrank compare {folder}/study.yaml --out {folder}"
+    if runs := found.found.get("runs_folder"):
+        command += f" --runs {shlex.quote(str(runs))}"
     walls = [
         run.get("seconds") or 0.0 for s in found.settings for arm in found.arms for run in found.runs(s, arm).values()
     ]

@@ -118,14 +118,15 @@ class Comparison:
         self.told.put({"event": "run", **who, "wall_seconds": wall, "run": run})
 
     def attempt(self, setting: str, arm: str, config: Part, knobs: dict[str, Any]) -> dict[str, Any]:
-        """Play a trial and tell of it; one that fails, as where training diverges, has no score but an error."""
+        """Play a trial and tell of it; one that diverges has an error, no score. RunFailed where it fails otherwise."""
         folder, wall = self.runs / f"{setting}-{arm}-trial-{digest(config)}", 0.0
         trial = {"knobs": knobs, "score": None, "seconds": 0.0, "digest": digest(config)}
         try:
             wall = played.play(folder, config, self.processes)
         except RunFailed as error:
-            if self.processes.stopped:
-                raise
+            if not error.diverged:
+                tried = ", ".join(f"{key}={value}" for key, value in knobs.items())
+                raise RunFailed(f"its trial of {tried}: {error}") from None
             trial["error"] = str(error)
         else:
             run = played.measured(folder)
@@ -135,7 +136,8 @@ class Comparison:
                     f"a trial has no {self.study.score}; methods without a global model have personal_accuracy"
                 )
         who = {"setting": setting, "arm": arm, "seed": None, "knobs": knobs, "score": trial["score"]}
-        self.told.put({"event": "run", **who, "wall_seconds": wall, "run": trial})
+        failed = {"error": trial["error"]} if "error" in trial else {}
+        self.told.put({"event": "run", **who, **failed, "wall_seconds": wall, "run": trial})
         return trial
 
     def tune(self, setting: str, arm: str) -> None:
@@ -152,7 +154,7 @@ class Comparison:
         knobs = tuning.knobs(arm)
         search(knobs, tuning.trials, tuning.seed, score)
         if not (there := [trial for trial in trials if trial["score"] is not None]):
-            raise RunFailed(f"every trial failed, the last with: {trials[-1]['error']}")
+            raise RunFailed(f"none of its trials has a score, the last with: {trials[-1]['error']}")
         best = chosen(there)
         found = {"asked": self.asked(arm), "trials": trials, "best": best, "edge": edges(knobs, best)}
         self.told.put({"event": "tuned", "setting": setting, "arm": arm, "found": found})
@@ -229,6 +231,8 @@ def opened(study: Study, out: Path, runs: Path, workers: int) -> Comparison:
         "schema": SCHEMA, "version": fedrank.__version__, "study": study.model_dump(mode="json"), "forecast": before.get("forecast"),
         "machine": {"processor": processor(), "cores": cores(), "workers": workers}, "tuning": {}, "runs": {}, "failures": [],
     }  # fmt: skip
+    if runs.resolve() != (out / "runs").resolve():
+        found["runs_folder"] = runs.resolve().name  # where that is, is of one machine
     self = Comparison(study, out, runs, workers, found)
     for setting, arm in self.searched:
         mine = before.get("tuning", {}).get(setting, {}).get(arm, {"trials": []})
@@ -242,6 +246,8 @@ def opened(study: Study, out: Path, runs: Path, workers: int) -> Comparison:
             self.tuned(setting, arm)["trials"] = same
             if asked == self.asked(arm) and len(same) == len(mine["trials"]):
                 found["tuning"][setting][arm] = mine
+            if not self.trials_left(setting, arm) and all("error" in one for one in same):
+                self.tuned(setting, arm)["trials"] = []  # none to go on with: tried again
     there = {
         (s, arm, seed) for s, arms in before.get("runs", {}).items() for arm, mine in arms.items() for seed in mine
     }

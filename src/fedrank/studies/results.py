@@ -158,24 +158,32 @@ def fairness(study: Study, found: Mapping[str, Any]) -> dict[str, Any]:
                 notes.append(
                     f"{setting}: {' and '.join(same)} came to the same scores with every seed, as if they were one"
                 )
-    for setting, arms in found.get("tuning", {}).items():
-        if study.tuning is None:
-            continue
-        counts = {arm: len(arms.get(arm, {}).get("trials", [])) for arm in study.arms}
-        if short := [arm for arm, n in counts.items() if n != count(study.tuning.knobs(arm), study.tuning.trials)]:
+    tuning = study.tuning
+    for at, setting in enumerate(study.settings):
+        if tuning is None or (at and not tuning.every_setting):
+            break
+        arms = found.get("tuning", {}).get(setting, {})
+        trials = {arm: arms.get(arm, {}).get("trials", []) for arm in study.arms}
+        counts = {arm: len(mine) for arm, mine in trials.items()}
+        if short := [arm for arm, n in counts.items() if n != count(tuning.knobs(arm), tuning.trials)]:
             why.append(f"{setting}: the tuning of {', '.join(short)} has not come to its end")
         elif len(set(counts.values())) > 1:
             why.append(
                 f"{setting}: tuned with unequal effort, trials: {', '.join(f'{arm} {n}' for arm, n in counts.items())}"
             )
+        failed = {arm: sum("error" in trial for trial in mine) for arm, mine in trials.items()}
+        if nothing := [f"{arm} {n}" for arm, n in failed.items() if n]:
+            notes.append(f"{setting}: trials that came to nothing and count as the worst: {', '.join(nothing)}")
+        if none := [arm for arm, n in failed.items() if n == counts[arm] > 0]:
+            why.append(f"{setting}: no trial of {', '.join(none)} has a score")
         if edged := [f"{arm} ({', '.join(mine['edge'])})" for arm, mine in arms.items() if mine.get("edge")]:
             notes.append(f"{setting}: the best value that was tried is at an edge for {', '.join(edged)}")
     sizes = {(c.adapter.rank, str(c.adapter.targets)) for arms in study.resolved().values() for c in arms.values()}
     if len(sizes) > 1:
         notes.append("arms begin with adapters of different ranks or targets")
-    if study.tuning is None:
+    if tuning is None:
         notes.append("no knob was searched: learning rates are each method's default or as the study sets them")
-    elif own := [f"{arm} ({', '.join(knobs)})" for arm, knobs in study.tuning.own.items() if knobs]:
+    elif own := [f"{arm} ({', '.join(knobs)})" for arm, knobs in tuning.own.items() if knobs]:
         notes.append(f"with as many trials, knobs or values of their own were searched for {', '.join(own)}")
     if len(study.seeds) < 3:
         notes.append(f"{len(study.seeds)} seed{'s' * (len(study.seeds) > 1)}: the spread is hardly known")

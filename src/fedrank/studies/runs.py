@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO
 import yaml
 
 from fedrank import ledger
+from fedrank.client import STAYS
 from fedrank.server import OF_TEXTS, PERSONAL
 from fedrank.studies.configs import Part, located
 
@@ -30,7 +32,14 @@ CLOSING = ("accuracy", "loss", "personal_accuracy", "personal_majority", "person
 
 
 class RunFailed(RuntimeError):
-    """A run that ended otherwise than with a summary; the message is its own last word."""
+    """A run that is of no use; the message is its own last word.
+
+    diverged: it was played to its end, and its training came to nothing, which is a result, if no good one.
+    """
+
+    def __init__(self, said: str, diverged: bool = False) -> None:
+        super().__init__(said)
+        self.diverged = diverged
 
 
 @dataclass
@@ -79,11 +88,14 @@ class Processes:
 def play(folder: Path, config: Part, processes: Processes) -> float:
     """Play a run, or go on with it where it stopped; a finished one is left as it is. The seconds that it took just now.
 
-    RunFailed with its last word where it fails, or where no client's update was merged in any round.
+    RunFailed with its last word where it fails, or where no client's update was merged in any round; such a one is played
+    anew when it is asked for again.
     """
     command, started = [sys.executable, "-m", "fedrank.cli"], time.monotonic()
     file, log = (folder.with_name(f"{folder.name}.{kind}") for kind in ("yaml", "log"))
     with processes.alone(log) as told:
+        if _nothing(folder):
+            shutil.rmtree(folder)
         if not (folder / "summary.json").exists():
             if (folder / "config.yaml").exists():
                 words = ["resume", str(folder)]
@@ -93,9 +105,20 @@ def play(folder: Path, config: Part, processes: Processes) -> float:
             code = processes.call([*command, *words, "--output", "quiet"], told)
             if code and not (folder / "summary.json").exists():
                 raise RunFailed(_last_word(log, code).replace(f"{folder.parent}/", ""))  # it is kept, and no place is
-    if json.loads((folder / "summary.json").read_text())["clients_ok"] == 0:
-        raise RunFailed(f"no client's update was merged in any round; see {folder.name}/clients.jsonl")
+    if _nothing(folder):
+        see = f"; see {folder.name}/clients.jsonl"
+        for row in ledger.read(folder / "clients.jsonl"):
+            said = row.get("error", "")  # of another library, it is of this machine, such as of its memory
+            if said.endswith(STAYS) and not said.startswith("Error:"):  # which is all that a private client says
+                raise RunFailed(f"client {row['client']} in round {row['round']}: {said}{see}")
+        raise RunFailed(f"no client's update was merged in any round{see}", diverged=True)
     return time.monotonic() - started
+
+
+def _nothing(folder: Path) -> bool:
+    """Whether it is a finished run without a single update; a private one does not tell."""
+    end = folder / "summary.json"
+    return end.exists() and json.loads(end.read_text())["clients_ok"] == 0
 
 
 def _last_word(log: Path, code: int) -> str:
