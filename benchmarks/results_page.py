@@ -1,6 +1,7 @@
-"""docs/results.md from what lies in benchmarks/results: the comparison of all methods, and the papers' claims at our scale.
+"""docs/results.md from what lies in benchmarks/results: the comparison of all methods, and the papers' claims at our scale;
+and what each method's page says of its own in that comparison.
 
-python benchmarks/results_page.py          # writes the page
+python benchmarks/results_page.py          # writes the pages
 """
 
 from pathlib import Path
@@ -10,11 +11,39 @@ import yaml
 
 from fedrank.studies import record, tables
 from fedrank.studies.claims import SCORES
-from fedrank.units import duration, within
+from fedrank.units import duration, factor, within
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "results.md"
+DOCS = HERE.parent / "docs"
+BEGIN, END = "<!-- of all methods, by benchmarks/results_page.py -->\n\n", "\n\n<!-- until here -->"
+COSTS = {"bytes": "bytes", "clock_seconds": "device time", "device_joules": "energy", "peak_memory_bytes": "memory"}
 REPRODUCED = ("fedara", "legend", "fed_plora", "pf2lora")
+
+
+def pages() -> dict[Path, str]:
+    """All that is to be written."""
+    found = read("methods")
+    written = {DOCS / "results.md": page()}
+    if found is not None and not unfinished(found) and found["fair"]["verdict"]:
+        for arm in found["study"]["arms"]:
+            path = DOCS / "methods" / f"{arm}.md"
+            before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+            written[path] = f"{before}{BEGIN}{own(found, arm)}{END}{rest.partition(END)[2]}"
+    return written
+
+
+def own(found: dict[str, Any], arm: str) -> str:
+    """What an arm came to beside all others."""
+    (one,) = found["results"].values()
+    said = "[Beside all other methods](../results.md#all-methods-on-one-set) on clinc150, five seeds, rates from one search: "
+    said += f"personal accuracy {tables.told('personal_accuracy', one['arms'][arm]['personal_accuracy'])}"
+    if arm not in one["differences"]:
+        return f"{said}; the others are held against it."
+    against = one["differences"][arm]
+    gap, costs = against["personal_accuracy"], ((of, against.get(name)) for name, of in COSTS.items())
+    low, high = (100 * end for end in gap["interval"])
+    said += f", {100 * gap['mean']:+.1f} points against FedAvg ({low:+.1f} to {high:+.1f}; p {gap['p_corrected']:.3f} after correction), at "
+    return said + ", ".join(f"{factor(cost['mean'])} times its {of}" for of, cost in costs if cost) + "."
 
 
 def page() -> str:
@@ -114,4 +143,5 @@ def _ours(of: str, said: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
