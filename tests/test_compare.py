@@ -807,6 +807,7 @@ def test_a_study_is_killed_and_goes_on(small: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # what a study makes of it is tested without processes, too
 def test_a_trial_that_diverges_is_tried_and_counts_as_the_worst(small: Path, tmp_path: Path) -> None:
     """And what was tuned for another search, or by another score, is tuned again; runs of before are kept beside."""
     out, words = tmp_path / "out", ["methods=[fedavg]", "seeds=1", "tuning.search={local.lr: [0.01, 1.0e+38]}"]

@@ -658,7 +658,10 @@ def test_keys_are_registered_once_the_superlink_takes_orders(tmp_path: Path, con
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("what", ["deploy gate", "flower-superlink", "server.sh"])
+@pytest.mark.parametrize(
+    "what",
+    ["server.sh", *(pytest.param(one, marks=pytest.mark.exhaustive) for one in ("deploy gate", "flower-superlink"))],
+)
 def test_superlink_and_gate_end_together(what: str, tmp_path: Path, config: str) -> None:
     """In plain text; where the SuperLink is killed, or the script is stopped. The gate is started again."""
     pytest.importorskip("flwr")
