@@ -3,6 +3,7 @@
 import inspect
 import os
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,9 @@ import torch  # noqa: E402
 import fedrank  # noqa: E402, F401
 
 torch.set_num_threads(1)
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell's job in the background ignores it, and so would what tests stop
 
 SHARED = Path(os.environ.get("FEDRANK_DATA", Path(__file__).parents[1] / ".." / "shared" / "data")).resolve()
 
