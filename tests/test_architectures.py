@@ -89,7 +89,7 @@ MARKS = (
 )
 
 
-@pytest.fixture(scope="module", params=[pytest.param(family, marks=marks) for family, marks in MARKS.items()])
+@pytest.fixture(scope="module", params=toy.grouped(pytest.param(name, marks=marks) for name, marks in MARKS.items()))
 def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Played:
     place = tmp_path_factory.mktemp(request.param)
     folder = saved(request.param, place / "model")

@@ -42,7 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pf2lora-finite": {"derivative": "finite"}, "pf2lora-first": {"derivative": "first"},
 }  # fmt: skip
 core = pytest.mark.parametrize(
-    "method", [*toy.EVERY, *(pytest.param(name, marks=toy.EXHAUSTIVE) for name in VARIANTS)],
+    "method", toy.grouped([*toy.EVERY, *(pytest.param(name, marks=toy.EXHAUSTIVE) for name in VARIANTS)]),
     indirect=True, scope="module",
 )  # fmt: skip
 
@@ -116,7 +116,7 @@ class Watched:
         return self._pure("adapt", job) if hasattr(self.inner, "adapt") else job.adapter
 
 
-@pytest.fixture(scope="module", params=toy.EVERY)
+@pytest.fixture(scope="module", params=toy.grouped(toy.EVERY))
 def method(request: pytest.FixtureRequest) -> Any:
     return build(request.param)
 

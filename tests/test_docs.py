@@ -57,6 +57,7 @@ def _read_once() -> Iterator[None]:
     docstrings.labelled = kept
 
 
+@pytest.mark.xdist_group("docs")  # in one process, which reads once
 @pytest.mark.usefixtures("_read_once")
 @pytest.mark.parametrize("page", [pytest.param(page, marks=pytest.mark.slow if page in SLOW else ()) for page in PAGES])
 def test_every_command_of_a_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

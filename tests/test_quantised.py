@@ -95,7 +95,7 @@ class Pair:
         return {**found, "model": {"name": str(self.folder), "quantise": self.kind}}, found
 
 
-@pytest.fixture(scope="module", params=["llama int8", "llama nf4", "gpt2 nf4"])
+@pytest.fixture(scope="module", params=toy.grouped(["llama int8", "llama nf4", "gpt2 nf4"]))
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     family, kind = request.param.split()
     return made(family, kind, tmp_path_factory.mktemp("pair"))

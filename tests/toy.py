@@ -46,6 +46,14 @@ SHARES = {
 QUICK = ("fedara", "fedavg")  # the methods whose contract `make test-fast` runs
 EXHAUSTIVE = (pytest.mark.slow, pytest.mark.exhaustive)  # the marks of what `make test-all` alone runs
 EVERY = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in methods.names()]
+
+
+def grouped(params: Iterable[Any]) -> list[Any]:
+    """The same, in one process by each: what a module's fixtures make of one is then made once."""
+    found = ((one.values[0], one.marks) if hasattr(one, "marks") else (one, ()) for one in params)
+    return [pytest.param(name, marks=[*marks, pytest.mark.xdist_group(name)]) for name, marks in found]
+
+
 # Between them they have every kind of plan, part and merge; what is tried with every method is tried with these in CI.
 UNLIKE = (
     *QUICK,
