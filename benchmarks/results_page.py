@@ -23,7 +23,7 @@ REPRODUCED = ("fedara", "legend", "fed_plora", "pf2lora")
 def pages() -> dict[Path, str]:
     """All that is to be written."""
     found = read("methods")
-    written = {DOCS / "results.md": page()}
+    written = {DOCS / "results.md": page(found)}
     if found is not None and not unfinished(found) and found["fair"]["verdict"]:
         for arm in found["study"]["arms"]:
             path = DOCS / "methods" / f"{arm}.md"
@@ -39,14 +39,14 @@ def own(found: dict[str, Any], arm: str) -> str:
     said += f"personal accuracy {tables.told('personal_accuracy', one['arms'][arm]['personal_accuracy'])}"
     if arm not in one["differences"]:
         return f"{said}; the others are held against it."
-    against = one["differences"][arm]
-    gap, costs = against["personal_accuracy"], ((of, against.get(name)) for name, of in COSTS.items())
-    low, high = (100 * end for end in gap["interval"])
-    said += f", {100 * gap['mean']:+.1f} points against FedAvg ({low:+.1f} to {high:+.1f}; p {gap['p_corrected']:.3f} after correction), at "
-    return said + ", ".join(f"{factor(cost['mean'])} times its {of}" for of, cost in costs if cost) + "."
+    head, *rows = tables.differences(one, "FedAvg", fair=True)
+    (gap,) = (row[head.index(tables.NAMES["personal_accuracy"])] for row in rows if row[0] == arm)
+    costs = ((of, one["differences"][arm].get(name)) for name, of in COSTS.items())
+    factors = ", ".join(f"{factor(cost['mean'])} times its {of}" for of, cost in costs if cost)
+    return f"{said}; points above FedAvg {gap} after correction; {factors}."
 
 
-def page() -> str:
+def page(methods: dict[str, Any] | None) -> str:
     found = {name: read(f"reproduce/{name}") for name in REPRODUCED}
     said = yaml.safe_load((HERE / "whys.yaml").read_text())
     parts = [
@@ -57,7 +57,7 @@ def page() -> str:
         "other questions: [performance](performance.md), [hostile clients](hostile.md), [privacy](privacy.md), "
         "[generation](generation.md).",
         "## All methods on one set",
-        *study(read("methods"), "methods", said),
+        *study(methods, "methods", said),
         "## The papers' claims at our scale",
         "What four papers say, asked of MiniLM and public sets. Three of the papers' bodies were not available "
         "(reconstructed), and none of their settings is ours: a claim that is not confirmed here may well hold there. A claim "

@@ -54,9 +54,8 @@ import torch  # noqa: E402
 import fedrank  # noqa: E402, F401
 
 torch.set_num_threads(1)
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell's job in the background ignores it, and so would what tests stop
+# A shell's job in the background ignores Ctrl-C, and so would the programs that tests stop by it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED = Path(os.environ.get("FEDRANK_DATA", Path(__file__).parents[1] / ".." / "shared" / "data")).resolve()
 
