@@ -27,7 +27,7 @@ from fedrank.config import ConfigError
 from fedrank.store import StoreError
 from fedrank.studies import comparison, record, tables, tuning
 from fedrank.studies.claims import Claim
-from fedrank.studies.configs import digest, merged
+from fedrank.studies.configs import digest, located, merged
 from fedrank.studies.play import play
 from fedrank.studies.results import compared, fairness, verdicts
 from fedrank.studies.runs import Processes, best, late, measured, reached
@@ -136,6 +136,10 @@ def test_a_path_is_told_by_the_environment(tmp_path: Path, monkeypatch: pytest.M
         read(file)
     monkeypatch.setenv("SETS", str(tmp_path))
     assert read(file).resolved()["all"]["fedavg"].data.path == f"{tmp_path}/mine"
+    assert (
+        located({"engine": {"fleet": {"csv": "$SETS/boards.csv"}}})["engine"]["fleet"]["csv"]
+        == f"{tmp_path}/boards.csv"
+    )
 
 
 def test_a_run_is_known_again_by_what_its_rows_are(tmp_path: Path) -> None:

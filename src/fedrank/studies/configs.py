@@ -53,17 +53,16 @@ def flattened(config: Mapping[str, Any], prefix: str = "") -> Part:
 
 
 def located(config: Part) -> Part:
-    """The config with $NAME and ~ in the paths of its data and model as they are on this machine."""
-    found = dict(config)
-    for section, key in (("data", "path"), ("model", "name")):
-        if isinstance(mine := config.get(section), dict) and isinstance(value := mine.get(key), str):
-            here = os.path.expanduser(os.path.expandvars(value))
-            if "$" in here:
+    """The config with $NAME and ~ in the paths of its data, model and devices as they are on this machine."""
+    flat, here = flattened(config), {}
+    for key in ("data.path", "model.name", "engine.fleet.csv"):
+        if isinstance(value := flat.get(key), str):
+            here[key] = os.path.expanduser(os.path.expandvars(value))
+            if "$" in here[key]:
                 raise ConfigError(
-                    f"{section}.{key}: {value}: the environment has no such variable; set it to the folder that is meant"
+                    f"{key}: {value}: the environment has no such variable; set it to where what is meant lies"
                 )
-            found[section] = {**mine, key: here}
-    return found
+    return merged(config, dotted(here))
 
 
 def digest(config: Part) -> str:
@@ -78,7 +77,7 @@ def digest(config: Part) -> str:
     if name and name not in settings.OWN_MODELS and (Path(name).is_dir() or name.startswith((".", "/"))):
         found["model"]["name"] = _content("model.name", Path(name), MODEL)
     if csv := found.get("engine", {}).get("fleet", {}).get("csv"):
-        found["engine"]["fleet"]["csv"] = _content("engine.fleet.csv", Path(csv).expanduser())
+        found["engine"]["fleet"]["csv"] = _content("engine.fleet.csv", Path(csv))
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 
 
