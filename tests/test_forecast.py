@@ -17,13 +17,13 @@ import fedrank
 import toy
 from fedrank import cli, cost, forecast, methods, units
 from fedrank.config import Local, load
+from fedrank.ledger import BYTES
 from fedrank.methods.fedavg import FedAvg
 from fedrank.methods.legend import LEGEND
 from fedrank.methods.lora_a2 import LoRAA2
 from fedrank.methods.rolora import RoLoRA
 from fedrank.parts import prepare
 from fedrank.protocol import Device, Job, Passes, Plan, State, Update
-from fedrank.server import BYTES
 from fedrank.training import local, models, workload
 from fedrank.training.scoring import Scorer
 

@@ -24,12 +24,12 @@ from fedrank.aggregation import average, vote
 from fedrank.config import ConfigError, PrivacySettings, load
 from fedrank.forecast import forecast
 from fedrank.frame import unpack
+from fedrank.ledger import BYTES
 from fedrank.methods.fedara import FedARA
 from fedrank.methods.fedavg import FedAvg
 from fedrank.methods.fedsa_lora import FedSALoRA
 from fedrank.privacy import Noised, PrivacyError
 from fedrank.protocol import Job, Plan, State, Update
-from fedrank.server import BYTES
 from fedrank.store import StoreError
 from fedrank.training import tasks
 from fedrank.training.data import Rows

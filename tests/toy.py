@@ -27,8 +27,9 @@ from fedrank.devices import Mode
 from fedrank.engines import local as engine
 from fedrank.fleet import Fleet
 from fedrank.frame import CHECKSUM, pack
+from fedrank.ledger import Event
 from fedrank.protocol import Device, Job, Load, ModelSpec, Module, Plan, State, Total, Update, rng
-from fedrank.server import Event, Server
+from fedrank.server import Server
 from fedrank.store import Store
 from fedrank.training import local, models, tasks, workload
 from fedrank.training.data import Rows

@@ -15,7 +15,7 @@ from fedrank.client import Late, handle
 from fedrank.engines import flower
 from fedrank.engines.workers import quieten
 from fedrank.frame import Refused
-from fedrank.server import Event
+from fedrank.ledger import Event
 from fedrank.store import Store
 from fedrank.wire import Wire
 

@@ -20,10 +20,11 @@ from fedrank import config as settings
 from fedrank import ledger, remote
 from fedrank.config import Config, ConfigError
 from fedrank.export import adopt, export, obstacle, origin, read_peft
+from fedrank.ledger import ASKED, OF_TEXTS, PERSONAL, Event
 from fedrank.observe.watching import watching
 from fedrank.parts import Parts, prepare
 from fedrank.protocol import Method, State
-from fedrank.server import ASKED, OF_TEXTS, PERSONAL, Event, Server
+from fedrank.server import Server
 from fedrank.store import Store, StoreError
 from fedrank.told import total as added
 from fedrank.trace import span

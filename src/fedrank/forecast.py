@@ -13,9 +13,10 @@ from fedrank import privacy
 from fedrank.client import Site
 from fedrank.config import Config, ConfigError, PrivacySettings
 from fedrank.cost import Cost
+from fedrank.ledger import Event
 from fedrank.parts import Parts, here, prepare
 from fedrank.protocol import ClientId, Device, Method, Plan, State
-from fedrank.server import Event, Server
+from fedrank.server import Server
 from fedrank.store import Store
 from fedrank.training.data import ClientData
 from fedrank.wire import Wire

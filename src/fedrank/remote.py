@@ -23,7 +23,7 @@ import fedrank
 from fedrank import config as settings
 from fedrank import resolve
 from fedrank.config import Config, ConfigError
-from fedrank.server import Event
+from fedrank.ledger import Event
 from fedrank.store import Store, StoreError
 
 APP = Path("fedrank_app", "app.py")

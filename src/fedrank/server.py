@@ -18,6 +18,7 @@ from fedrank.adapter import Adapter
 from fedrank.config import PrivacySettings, Rounds, ServerSettings
 from fedrank.cost import Cost
 from fedrank.frame import EXACT, Refused, Sizes
+from fedrank.ledger import Event
 from fedrank.protocol import ClientId, Device, Engine, Method, Plan, Silence, State, Update, Updates, rng
 from fedrank.selection import everything
 from fedrank.store import Spool, Store, StoreError
@@ -25,7 +26,6 @@ from fedrank.trace import span
 from fedrank.wire import Kind, Reply, Wire
 
 log = logging.getLogger(__name__)
-Event = dict[str, Any]
 Evaluate = Callable[[Adapter, tuple[Adapter, ...], bool], Mapping[str, Any]]
 
 
@@ -69,7 +69,7 @@ class Server:
             fleet = self.engine.fleet()
             cohort = self._drawn(state.round + 1, fleet)
             if self.privacy.kind == "local":  # before they are asked: who answers a killed round has told of itself
-                ledger.append(self.store.path / ASKED, [{"round": state.round + 1, "clients": list(cohort)}])
+                ledger.append(self.store.path / ledger.ASKED, [{"round": state.round + 1, "clients": list(cohort)}])
             state, row, rows, ranks = yield from self.train(state, clock, cohort)
             clock = row["clock_seconds"]
             trained = time.perf_counter()
@@ -79,7 +79,7 @@ class Server:
             row |= {"wall_seconds": round(ended - started, 4), "evaluation_seconds": round(ended - trained, 4)}
             if self.privacy.kind != "none":
                 row = self._released([*played, row], {*state.metrics, *scores})
-                rows = [{name: row[name] for name in (*privacy.WHO, *BYTES) if name in row} for row in rows]
+                rows = [{name: row[name] for name in (*privacy.WHO, *ledger.BYTES) if name in row} for row in rows]
             ledger.append(self.store.path / "clients.jsonl", rows)
             ledger.append(self.store.path / "ranks.jsonl", ranks())
             ledger.append(self.store.path / "rounds.jsonl", [row])
@@ -96,10 +96,14 @@ class Server:
         if self.rounds.personal is not None:
             everyone = sample(everyone, self.rounds.personal, self.seed, 0)
         rows = self._scored(state, fleet, everyone)
-        told = [{name: value for name, value in row.items() if name not in UNTOLD} for row in rows if row["ok"]]
-        if told:
-            self.store.write(PERSONAL, "".join(f"{json.dumps(row)}\n" for row in told))
-        yield {"event": "end", "round": state.round, **_personal(rows), "personal_worst_decile": _lowest(told)}
+        if told := ledger.each(rows):
+            self.store.write(ledger.PERSONAL, "".join(f"{json.dumps(row)}\n" for row in told))
+        yield {
+            "event": "end",
+            "round": state.round,
+            **ledger.personal(rows),
+            "personal_worst_decile": ledger.worst_decile(told),
+        }
 
     def train(
         self, state: State, clock: float, cohort: Mapping[ClientId, Device]
@@ -117,7 +121,7 @@ class Server:
                 row |= self._unanswered(row, plans[row["client"]])
             rows.append(row)
             yield {**row, "event": "client"}
-        clocked = self._clock(rows, clock)  # a client that is refused was waited for
+        clocked = ledger.clocked(rows, clock, self.rounds.deadline)  # a client that is refused was waited for
         arrived = tuple(sorted(row["client"] for row in rows if row["ok"]))
         refused = robust.screen(self._spooled(state, plans, arrived), state.adapter, self.optimizer)
         yield from _drop(rows, "refused", refused)
@@ -137,7 +141,7 @@ class Server:
             log.warning("client %s has lost what it kept, and begins anew", client)
         seen = {client: round for client, round in merged.seen.items() if client not in lost}
         after = replace(merged, round=t, seen={**seen, **dict.fromkeys(arrived, t)})
-        row = self._row(t, rows, after) | clocked | {"clients_out": len(cohort) - len(plans)}
+        row = ledger.of_round(rows, after, self.wire.spec.modules) | clocked | {"clients_out": len(cohort) - len(plans)}
         if self.privacy.kind != "none":
             row["noise_multiplier"] = privacy.multiplier(self.privacy, self._common(state))
         return after, row, rows, partial(self._ranks, state, plans, arrived, after)
@@ -317,31 +321,17 @@ class Server:
         """
         asked = defaultdict[int, set[ClientId]](set)
         if self.privacy.kind == "local":
-            known = {*known, *BYTES, "clients_ok", "clients_failed", "clients_out"}
-            for one in ledger.read(self.store.path / ASKED):
+            known = {*known, *ledger.BYTES, "clients_ok", "clients_failed", "clients_out"}
+            for one in ledger.read(self.store.path / ledger.ASKED):
                 asked[one["round"]].update(one["clients"])
             if lost := [row["round"] for row in rows if row["round"] not in asked]:
                 raise StoreError(
-                    f"{self.store.path / ASKED} does not say who was asked in round {lost[0]}, so epsilon is not known"
+                    f"{self.store.path / ledger.ASKED} does not say who was asked in round {lost[0]}, so epsilon is not known"
                 )
         told = [(row["noise_multiplier"], asked[row["round"]]) for row in rows]
         spent = privacy.epsilon(self.privacy, self._expected / self.clients, told)
         found = {"epsilon": spent if math.isfinite(spent) else None, "delta": self.privacy.delta}
         return privacy.released(rows[-1], known) | found
-
-    def _row(self, t: int, rows: list[dict[str, Any]], after: State) -> dict[str, Any]:
-        ok = [row for row in rows if row["ok"]]
-        sums = {name: sum(row.get(name, 0) for row in rows) for name in BYTES}
-        examples = sum(row["examples"] for row in ok)
-        adapter = after.adapter
-        alive = {m.block for m in self.wire.spec.modules if m.name in adapter.blocks}
-        return {
-            **after.metrics, "round": t, "accuracy": None, "loss": None, "personal_accuracy": None,
-            "train_loss": math.fsum(row["loss"] * row["examples"] for row in ok if "loss" in row) / examples if ok else None,
-            **sums, "clients_ok": len(ok), "clients_failed": len(rows) - len(ok), "components": adapter.components,
-            "modules_alive": len(adapter.blocks), "lowest_active_block": min(alive, default=None),
-            "train_seconds": round(sum(row.get("seconds", 0.0) for row in ok), 4),
-        }  # fmt: skip
 
     def _unanswered(self, row: Event, plan: Plan) -> dict[str, float]:
         """What the round would have taken a client that was late or lacks the memory, and the joules it did take.
@@ -354,28 +344,6 @@ class Server:
         cost = self.cost(row["client"], self.wire.start, row["round"], plan, row["bytes_down"])
         stop = cost.stop(self.rounds.deadline)
         return {} if stop is None else cost.metrics | {"device_joules": cost.joules_by(stop)}
-
-    def _clock(self, rows: list[dict[str, Any]], clock: float) -> dict[str, Any]:
-        """The round on the simulated clock, in which the server's own work takes no time; clients' waits go into rows.
-
-        It lasts as long as the slowest that answered, or until the deadline where one is set and someone did not.
-        Joules are those of all clients, as far as known; waits and memory are of those that answered.
-        """
-        timed = [row for row in rows if row["ok"] and "device_seconds" in row]
-        lengths = [row["device_seconds"] for row in timed]
-        if self.rounds.deadline is not None and any("bytes_up" not in row for row in rows):
-            lengths.append(self.rounds.deadline)
-        seconds = max(lengths, default=0.0)
-        for row in timed:
-            row["waiting_seconds"] = seconds - row["device_seconds"]
-        # fsum: the same in whatever order the answers came.
-        waits = [row["waiting_seconds"] for row in timed]
-        return {
-            "round_seconds": seconds, "clock_seconds": clock + seconds,
-            "waiting_seconds": math.fsum(waits) / len(waits) if waits else None,
-            "device_joules": math.fsum(row.get("device_joules", 0.0) for row in rows),
-            "peak_memory_bytes": max((row.get("peak_memory_bytes", 0.0) for row in timed), default=0.0),
-        }  # fmt: skip
 
     @span("evaluation")
     def _scores(self, after: State, cohort: Mapping[ClientId, Device]) -> dict[str, Any]:
@@ -390,7 +358,7 @@ class Server:
             scores.pop("rows", None)
             if (texts := scores.pop("texts", None)) is not None:
                 self.store.write("texts.jsonl", "".join(f"{json.dumps(one)}\n" for one in texts))
-        personal = _personal(self._scored(after, cohort, tuple(cohort)[: self.rounds.personal]))
+        personal = ledger.personal(self._scored(after, cohort, tuple(cohort)[: self.rounds.personal]))
         if self.evaluate is None and not mine:
             scores = {"accuracy": personal.pop("mean_accuracy"), "loss": personal.pop("mean_loss")}
         return scores | {k: v for k, v in personal.items() if not k.startswith("mean_")}
@@ -407,33 +375,6 @@ class Server:
             plans = {c: replace(p, train=ids, frozen=present, up="", returns={}) for c, p in plans.items()}
             rows += self._exchange("evaluate", state, plans, fleet)
         return rows
-
-
-def _personal(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Clients' scores on their own test rows: the unweighted mean accuracy, and that of their majority classes."""
-    frames = sum(row.get("bytes_down", 0) + row.get("bytes_up", 0) for row in rows)
-    scored = [row for row in rows if row["ok"] and row.get("rows", 0) > 0 and {"accuracy", "loss"} <= row.keys()]
-    result: dict[str, Any] = {"personal_accuracy": None, "personal_majority": None, "personal_clients": len(scored)}
-    result |= {"evaluation_bytes": frames, "mean_accuracy": None, "mean_loss": None}
-    if scored:
-        total = sum(row["rows"] for row in scored)
-        most = [row["majority"] for row in scored if "majority" in row]
-        result |= {
-            "personal_accuracy": _mean([row["accuracy"] for row in scored]),
-            "personal_majority": _mean(most) if most else None,
-            "mean_accuracy": math.fsum(row["accuracy"] * row["rows"] for row in scored) / total,
-            "mean_loss": math.fsum(row["loss"] * row["rows"] for row in scored) / total,
-        }
-    for name in OF_TEXTS:
-        if values := [row[name] for row in scored if name in row]:
-            result[f"personal_{name}"] = _mean(values)
-    return result
-
-
-def _lowest(scored: Sequence[Mapping[str, Any]]) -> float | None:
-    """The mean accuracy of the tenth of the clients, at least one, that are served worst."""
-    found = sorted(row["accuracy"] for row in scored if "accuracy" in row)
-    return _mean(found[: math.ceil(len(found) / 10)]) if found else None
 
 
 def _counts(ids: Mapping[str, np.ndarray]) -> dict[str, int]:
@@ -457,16 +398,3 @@ def _odd(merged: State) -> list[str]:
     return [name for part in parts for name in part.odd()] + [
         name for name, array in merged.arrays.items() if not np.isfinite(array).all()
     ]
-
-
-def _mean(values: Sequence[float]) -> float:
-    """The same in whatever order the answers came."""
-    return math.fsum(values) / len(values)
-
-
-# What clients may score beside accuracy and loss, in task generate.
-OF_TEXTS = ("perplexity", "choice_accuracy", "choice_accuracy_per_byte", "exact_match", "bleu", "rouge_l")
-BYTES = tuple(f"{part}bytes_{way}" for way in ("up", "down") for part in ("", "adapter_", "head_"))
-PERSONAL = "personal.jsonl"  # of the end: each client's scores on its own test rows
-UNTOLD = ("round", "ok", *BYTES, "seconds")
-ASKED = "asked.jsonl"  # a ledger of every time that clients who protect themselves were asked, of killed rounds too

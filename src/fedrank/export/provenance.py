@@ -14,8 +14,8 @@ import fedrank
 from fedrank import ledger, methods
 from fedrank.adapter import Adapter
 from fedrank.config import TINY_MODELS, ConfigError
+from fedrank.ledger import BYTES, OF_TEXTS, PERSONAL
 from fedrank.protocol import ClientId, State
-from fedrank.server import BYTES, OF_TEXTS, PERSONAL
 from fedrank.store import CLIENT, StoreError, write
 from fedrank.told import computed, counted, last, portable, tested, total
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from pydantic_core import to_json
 
 from fedrank.config import Observe
+from fedrank.ledger import Event
 from fedrank.observe.rows import Watch
-from fedrank.server import Event
 
 
 class Lines(logging.Formatter):

@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 import fedrank
 from fedrank import config as settings
 from fedrank.config import ConfigError, Observe
+from fedrank.ledger import Event
 from fedrank.observe.rows import GROWN, Watch, added, numbers, timed
-from fedrank.server import Event
 from fedrank.store import write
 
 # By itself it tells its makers how it is used, prints among a run's events, and waits minutes for a server that is gone.

@@ -8,8 +8,8 @@ from typing import Any
 import fedrank
 from fedrank import config as settings
 from fedrank.config import ConfigError, Observe
+from fedrank.ledger import Event
 from fedrank.observe.rows import GROWN, Row, Watch, added
-from fedrank.server import Event
 
 GAUGES = {
     "train_loss": "Mean training loss of the last round, over examples.",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedrank.server import Event
+from fedrank.ledger import Event
 
 Row = dict[str, Any]
 Watch = Callable[[Event], None]

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fedrank.config import ConfigError, Observe
+from fedrank.ledger import Event
 from fedrank.observe.rows import GROWN, Watch, added, numbers, timed
-from fedrank.server import Event
 
 
 @contextmanager

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fedrank.config import ConfigError, Observe
+from fedrank.ledger import Event
 from fedrank.observe import lines, mlflow, prometheus, tensorboard
 from fedrank.observe.rows import Watch
-from fedrank.server import Event
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ import numpy as np
 from fedrank import config as settings
 from fedrank import fleet
 from fedrank.config import Config, ConfigError
+from fedrank.ledger import PERSONAL
 from fedrank.report.page import Row, finite
-from fedrank.server import PERSONAL
 from fedrank.store import Store, StoreError
 
 One = TypeVar("One")

@@ -10,12 +10,12 @@ from typing import Any, Literal
 import yaml
 
 from fedrank import config as settings
+from fedrank.ledger import OF_TEXTS
 from fedrank.report import plots
 from fedrank.report.adapters import ranks
 from fedrank.report.clients import clients, failures, fleet
 from fedrank.report.page import WHENCE, Block, Chart, Code, Facts, Page, Row, Section, Table, Text
 from fedrank.report.played import Played, known, thinned
-from fedrank.server import OF_TEXTS
 from fedrank.studies.configs import flattened
 from fedrank.told import CLIENTS, UNPROTECTED, computed, counted, last, portable, tested, total
 from fedrank.units import duration, energy, memory, number, share, size

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from statistics import fmean
 from typing import Any
 
-from fedrank.server import OF_TEXTS
+from fedrank.ledger import OF_TEXTS
 from fedrank.studies.claims import COSTS, SCORES, judged
 from fedrank.studies.runs import best, late, reached
 from fedrank.studies.statistics import LEVEL, holm, paired, ratio, spread

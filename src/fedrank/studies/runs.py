@@ -18,7 +18,7 @@ import yaml
 
 from fedrank import ledger
 from fedrank.client import STAYS
-from fedrank.server import OF_TEXTS, PERSONAL
+from fedrank.ledger import OF_TEXTS, PERSONAL
 from fedrank.studies.configs import Part, located
 
 # What grows from round to round is told as the sum up to a round of the curve, the largest memory as the largest yet.
