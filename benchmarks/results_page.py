@@ -56,6 +56,8 @@ def page(methods: dict[str, Any] | None) -> str:
         "numbers of every run are in `benchmarks/results/`. What is ± is a standard deviation over five seeds. Studies of "
         "other questions: [performance](performance.md), [hostile clients](hostile.md), [privacy](privacy.md), "
         "[generation](generation.md).",
+        "To play one again, have the public sets in folders of their names, each with `train.*`, `test.*`, perhaps `dev.*`, and "
+        "`labels.txt` ([data](data.md#files)), and `FEDRANK_DATA` name the folder of these; the commands are below.",
         "## All methods on one set",
         *study(methods, "methods", said),
         "## The papers' claims at our scale",
@@ -63,7 +65,10 @@ def page(methods: dict[str, Any] | None) -> str:
         "(reconstructed), and none of their settings is ours: a claim that is not confirmed here may well hold there. A claim "
         "is confirmed or refuted in a setting where the whole 95 % interval of the paired difference over five seeds lies on that side. "
         "Of all settings together it is confirmed or refuted where it is so in each; mixed, where it is each in some; partly or "
-        "refuted in part, where it is so in some and neither in the others; else it is not shown.",
+        "refuted in part, where it is so in some and neither in the others; less than claimed, where the interval lies between what "
+        "would confirm and what would refute it; else it is not shown. These intervals are not corrected for how many claims there "
+        "are, as the p values in the tables below are for the number of arms: a claim may be confirmed where a table does not tell its "
+        "arms apart. Nor do they hold how lucky an arm's tuning was, which is done once, with one seed.",
         "\n".join(claims(found, said["claims"])),
         *(part for name in REPRODUCED
           for part in (f"### {title(name, found[name])}", *study(found[name], f"reproduce/{name}", said))),
@@ -89,7 +94,7 @@ def unfinished(found: dict[str, Any]) -> int:
 
 def study(found: dict[str, Any] | None, name: str, said: dict[str, Any]) -> list[str]:
     """A study's plan, tables, conclusions and remarks."""
-    command = f"`fedrank compare benchmarks/{name}.yaml --out benchmarks/results/{name}`"
+    command = f"`fedrank compare benchmarks/{name}.yaml --out benchmarks/results/{name} --runs runs/{Path(name).name}`"
     if found is None:
         return [f"Not played yet: {command}."]
     if left := unfinished(found):
@@ -101,6 +106,7 @@ def study(found: dict[str, Any] | None, name: str, said: dict[str, Any]) -> list
         + ", ".join(f"{arm} {_knobs(one['best'])}" for arm, one in arms.items())
         for setting, arms in found["tuning"].items()
     )
+    forecast = found["forecast"]
     about = [f"- {key.replace('_', ' ')}: {words}" for key, words in found["study"]["about"].items()]
     return [
         "\n".join(about),
@@ -108,7 +114,8 @@ def study(found: dict[str, Any] | None, name: str, said: dict[str, Any]) -> list
         *said["remarks"].get(name.removeprefix("reproduce/"), []),
         f"Found by tuning on the validation share: {chosen}.",
         f"{command}: {duration(trials)} of trials and {duration(spent)} of runs, on one core each; that is "
-        "wall time, on a machine that did other work beside, and with some pauses.",
+        "wall time, on a machine that did other work beside, and with some pauses. The forecast at its start was "
+        f"{duration(3600 * forecast['hours'])} with {forecast['workers']} at once.",
     ]
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,10 @@ def test_lists_are_tried_through_and_ranges_as_often_as_there_are_trials() -> No
     tuning.search(lists, 4, 0, score)
     assert tuning.count(lists, 9) == 4
     assert sorted((one["a"], one["b"]) for one in tried) == [(1, "x"), (1, "y"), (2, "x"), (2, "y")]
+    for seed in range(20):  # of more, as many as there are trials, and each is another
+        tried.clear()
+        tuning.search({"a": (1, 2, 3, 4, 5), "b": ("x", "y")}, 5, seed, score)
+        assert len({(one["a"], one["b"]) for one in tried}) == len(tried) == 5
     knobs = {"lr": Range(low=1e-3, high=1e-1, log=True)}
     tried.clear()
     tuning.search(knobs, 6, 0, lambda one: -abs(math.log10(tried.append(one) or one["lr"]) + 2))  # type: ignore[func-returns-value]
@@ -236,6 +241,7 @@ def test_a_best_value_at_the_edge_is_told() -> None:
     assert tuning.edges({"lr": Range(low=0.001, high=0.1, log=True)}, {"lr": 0.0011}) == ["lr"]
     assert tuning.edges({"lr": Range(low=0.001, high=0.1, log=True)}, {"lr": 0.01}) == []
     assert tuning.edges({"kind": ("a", "b")}, {"kind": "a"}) == []
+    assert tuning.edges({"rate": (0.1, 1.0)}, {"rate": 1.0}) == []  # it has nothing else
 
 
 # ---- statistics
@@ -413,7 +419,7 @@ def test_a_comparison_with_unequal_budgets_is_not_called_fair() -> None:
     own = study(tuning={**two, "trials": 4, "own": {"fedara": {"method.target_rank": [1, 2]}}})
     trials["all"] = {arm: {"trials": [{}] * (4 if arm == "fedara" else 2)} for arm in ("fedavg", "fedara", "ffa_lora")}
     assert fairness(own, {"runs": runs(), "tuning": trials})["why"] == [
-        "all: tuned with unequal effort, trials: fedavg 2, fedara 4, ffa_lora 2"
+        "tuned with unequal effort, trials: fedavg 2, fedara 4, ffa_lora 2"
     ]
     assert "with as many trials, knobs or values of their own were searched for fedara (method.target_rank)" in fairness(own, {})["notes"]  # fmt: skip
     half = runs()
@@ -423,11 +429,16 @@ def test_a_comparison_with_unequal_budgets_is_not_called_fair() -> None:
     assert found["why"] == ["all: some runs were computed in bfloat16 and some in float32 (engine.compute)"]
     assert "all: rows seen in training, times the least: fedara 2" in found["notes"]
     for codes, words in (
-        ("c+d", "not all runs were played with the same version of this program's code"),
+        ("c+d", "not all runs and trials were played with the same version of this program's code"),
         (None, "it is not known of all runs which version of this program's code played them"),
     ):
         half["all"]["fedara"]["1"]["facts"]["code"] = codes
         assert f"all: {words}" in fairness(study(), {"runs": half})["notes"]
+    tried = {"all": {"fedavg": {"trials": [{"code": "c"}, {}], "edge": []}}}
+    there = "all: not all runs and trials were played with the same version of this program's code"
+    assert there not in fairness(study(), {"runs": runs(), "tuning": tried})["notes"]
+    tried["all"]["fedavg"]["trials"] = [{"code": "d"}]
+    assert there in fairness(study(), {"runs": runs(), "tuning": tried})["notes"]
     longer = study(methods=..., arms={"fedavg": {}, "fedara": {"rounds": {"count": 9}}, "ffa_lora": {}})
     assert "rounds.count is 4 in fedavg and 9 in fedara" in fairness(longer, {"runs": runs()})["why"]
 
@@ -457,7 +468,16 @@ def test_claims_are_judged_by_the_whole_interval() -> None:
     assert verdict(claim(), runs())["verdict"] == "confirmed"
     assert verdict(claim(arm="fedavg", against="fedara"), runs())["verdict"] == "refuted"
     assert verdict(claim(arm="ffa_lora"), runs())["verdict"] == "not shown"
-    assert verdict(claim(confirmed={"above": 20}), runs())["verdict"] == "not shown"
+    assert verdict(claim(confirmed={"above": 20}), runs())["verdict"] == "less than claimed"
+    assert verdict(claim(confirmed={"above": 10.2}, refuted={"below": 10.2}), runs())["verdict"] == "not shown"
+    same = {
+        "all": {
+            arm: {str(s): run(*[top] * 4) for s in (1, 2, 3)}
+            for arm, top in (("fedavg", 0.5), ("fedara", 0.6), ("ffa_lora", 0.5))
+        }
+    }
+    assert verdict(claim(), same)["settings"]["all"]["why"].startswith("the same in every seed")
+    assert verdict(claim(of="bytes", confirmed={"below": 1.1}, refuted={"above": 1.1}), same)["verdict"] == "confirmed"
     costs = verdict(claim(of="bytes_up", confirmed={"below": 0.6}, refuted={"above": 0.6}), runs())
     assert costs["verdict"] == "confirmed"
     assert costs["settings"]["all"]["mean"] == pytest.approx(0.5)
@@ -471,6 +491,9 @@ def test_the_verdict_of_several_settings_hides_none() -> None:
     assert verdict(claim(), {"one": there, "two": turned})["verdict"] == "mixed"
     assert verdict(claim(), {"one": level, "two": turned})["verdict"] == "refuted in part"
     assert verdict(claim(settings=["one"]), {"one": there, "two": turned})["verdict"] == "confirmed"
+    more = claim(confirmed={"above": 20})
+    assert verdict(more, {"one": there, "two": level})["verdict"] == "less than claimed in part"
+    assert verdict(more, {"one": there, "two": turned})["verdict"] == "refuted in part"
 
 
 def test_claims_up_to_a_target_need_it_reached_by_all() -> None:
@@ -509,11 +532,30 @@ def test_tables_for_people_and_programs() -> None:
     assert text.endswith(".\n")
     assert r"ffa\_lora" in tables.latex(found)
     assert r"$\pm$" in tables.latex(found)
+    one = found["results"]["all"]["differences"]["fedara"]["accuracy"]
+    lines = list(csv.DictReader(io.StringIO(tables.summaries(found))))
+    (line,) = (r for r in lines if (r["arm"], r["measure"], r["to_target"]) == ("fedara", "accuracy", "False"))
+    assert [float(line[n]) for n in ("seeds", "mean", "difference", "low", "high", "p_corrected")] == pytest.approx(
+        [3, 0.612, 0.102, *one["interval"], one["p_corrected"]]
+    )
+    assert all(r["difference"] == r["p"] == "" for r in lines if r["arm"] == "fedavg")
     rows = list(csv.DictReader(io.StringIO(tables.values(found))))
     mine = [r for r in rows if (r["arm"], r["measure"], r["to_target"]) == ("fedara", "accuracy", "False")]
     assert [(r["seed"], float(r["value"])) for r in mine] == [("1", 0.606), ("2", 0.612), ("3", pytest.approx(0.618))]
     assert {r["to_target"] for r in rows} == {"True", "False"}
     assert len(tables.terminal(found, 1000)) == 4
+
+
+def test_how_private_and_how_long_waited_for_are_in_the_tables() -> None:
+    found = runs()
+    for seeds in found["all"].values():
+        for one in seeds.values():
+            one["summary"] |= {"epsilon": 2.5, "waiting_seconds": 30.0}
+    head, *rows = tables.final(compared(study(), found, True)["all"])
+    assert [[row[head.index(name)] for name in ("epsilon", "mean wait")] for row in rows] == [["2.5", "30 s"]] * 3
+    assert not {"epsilon", "mean wait"} & set(tables.final(compared(study(), runs(), True)["all"])[0])
+    ratios = tables.ratios(compared(study(), runs(), True)["all"], "fedavg", True)
+    assert "adapter bytes" in ratios[0]
 
 
 def test_several_settings_stand_side_by_side_first() -> None:
@@ -580,6 +622,7 @@ def test_an_unfair_comparison_concludes_nothing() -> None:
     found = whole(seeds=4)
     said = " ".join(tables.said(found))
     assert not [text for text in (tables.markdown(found), tables.latex(found)) if ", p " in text]
+    assert {r["p"] for r in csv.DictReader(io.StringIO(tables.summaries(found)))} == {""}
     assert ", p " in tables.latex(whole())
     assert tables.latex(found).startswith("% Not a fair comparison, so nothing is concluded: all: fedavg has no run of")
     assert said.startswith("Not a fair comparison, so nothing is concluded: all: fedavg has no run of seed 4")
@@ -685,6 +728,21 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
 
 
 ONE = ["methods=[fedavg]", "seeds=1"]
+
+
+def test_methods_by_the_command_line(small: Path, tmp_path: Path, stage: Stage) -> None:
+    """As the README has it, on a run's config: the forecast alone, then all of it, one at once."""
+    config = write(tmp_path / "mine.yaml", yaml.safe_load(small.read_text())["base"])
+    stage.ends = defaultdict(lambda: 0.5)
+    words = ["compare", str(config), "--methods", "fedavg,ffa_lora", "--seeds", "2", "--workers", "1"]
+    for more, runs in ((["--forecast"], 0), ([], 2 * 4 + 2 * 2)):
+        done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out"), *more])
+        assert done.exit_code == 0, done.output
+        assert len(stage.asked) == runs
+        assert "8 trials and 4 runs, 1 at once" in done.output
+    assert list(record.read(tmp_path / "out")["study"]["arms"]) == ["fedavg", "ffa_lora"]
+    assert "Not told apart" in done.output or "As far from it" in done.output
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"comparison.json", "comparison.csv", "seeds.csv"}
 
 
 def test_a_trial_that_is_killed_is_no_result(small: Path, tmp_path: Path, stage: Stage, capsys: Any) -> None:
@@ -906,3 +964,15 @@ def test_the_page_of_results_is_what_the_results_say() -> None:
     ).stdout
     for path, text in json.loads(written).items():
         assert Path(path).read_text(encoding="utf-8") == text, path
+
+
+def test_every_verdict_says_why() -> None:
+    """And nothing is explained that was not asked."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    said = yaml.safe_load((folder / "whys.yaml").read_text())["claims"]
+    for file in sorted((folder / "reproduce").glob("*.yaml")):
+        claims = yaml.safe_load(file.read_text())["claims"]
+        assert said.get(file.stem, {}).keys() <= claims.keys()
+        there = folder / "results" / "reproduce" / file.stem
+        if (there / record.FILE).exists() and record.read(there)["claims"]:  # else it is still being played
+            assert said.get(file.stem, {}).keys() == claims.keys(), f"write into whys.yaml why {file.stem} came out so"

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedrank.training.data import Dataset, Rows, load, stratified, validation
+from fedrank import config
+from fedrank.training.data import Dataset, Rows, configured, load, stratified, validation
 from fedrank.training.sources import DataError
 
 GOOD = [{"text": "a film", "label": 0}, {"text": "a good film", "label": 1}, {"text": "so so", "label": 0}]
@@ -198,15 +199,27 @@ def test_generate(tmp_path: Path) -> None:
 def test_a_single_file_is_cut_in_two(tmp_path: Path) -> None:
     file = tmp_path / "all.csv"
     file.write_text("text,label\n" + "".join(f"t{i},{'ab'[i % 4 == 0]}\n" for i in range(100)))
-    data = get(file, seed=3)
+    data = get(file)
     assert data.train.label is not None
     assert data.test.label is not None
     assert sorted(data.train.text + data.test.text) == sorted(f"t{i}" for i in range(100))
     assert np.bincount(data.test.label).tolist() == [15, 5]
-    assert get(file, seed=3).test.digest() == data.test.digest() != get(file, seed=4).test.digest()
     file.write_text("text,label\nt,a\n")
     with pytest.raises(DataError, match=r"all\.csv: 1 rows are too few"):
         get(file)
+
+
+def test_what_is_tuned_with_one_seed_is_not_tested_with_another(tmp_path: Path) -> None:
+    (file := tmp_path / "all.csv").write_text(
+        "text,label,client\n" + "".join(f"t{i},{'ab'[i % 2]},c{i % 5}\n" for i in range(100))
+    )
+    base = {"data": {"path": str(file)}}
+    trial = configured(config.load(base, ["seed=100", "data.split=validation"]))
+    tried = {*trial.train.text, *trial.test.text}
+    assert [tried & {*configured(config.load(base, [f"seed={seed}"])).test.text} for seed in (1, 2)] == [set(), set()]
+    natural = ["data.partition.kind=natural", "data.train_limit=60"]  # the partition cuts tests from what is left
+    one, other = (configured(config.load(base, [f"seed={seed}", *natural])).train.text for seed in (1, 100))
+    assert one == other
 
 
 def test_limits_keep_the_order(tmp_path: Path) -> None:

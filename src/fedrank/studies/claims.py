@@ -1,4 +1,4 @@
-"""Claims that were written down before the runs, and what the runs say of each: confirmed, partly, refuted, not shown."""
+"""Claims that were written down before the runs, and what the runs say of each: confirmed, partly, refuted, or neither."""
 
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
@@ -13,6 +13,8 @@ COSTS = ("bytes", "bytes_up", "bytes_down", "adapter_bytes", "adapter_bytes_up",
          "device_joules", "peak_memory_bytes")  # fmt: skip
 Targets = Callable[[str, str, str], Mapping[str, Any]]
 MEASURES = (*SCORES, *COSTS, "round")
+# What one setting says -> the verdict where others say nothing of the kind.
+PARTLY = {"confirmed": "partly", "refuted": "refuted in part", "less than claimed": "less than claimed in part"}
 
 
 class Bound(BaseModel, extra="forbid", frozen=True):
@@ -29,6 +31,10 @@ class Bound(BaseModel, extra="forbid", frozen=True):
 
     def holds(self, low: float, high: float) -> bool:
         return low > self.above if self.above is not None else high < (self.below or 0.0)
+
+    def excluded(self, low: float, high: float) -> bool:
+        """Whether the whole interval lies on the other side."""
+        return high < self.above if self.above is not None else low > (self.below or 0.0)
 
     def overlaps(self, other: "Bound") -> bool:
         """Whether an interval could lie in both."""
@@ -76,8 +82,9 @@ class Claim(BaseModel, extra="forbid", frozen=True):
 def judged(claim: Claim, baseline: str, results: Mapping[str, Any], targets: Targets) -> dict[str, Any]:
     """What the settings say of a claim, and the verdict of all. targets: setting and two arms -> their costs to what both reach.
 
-    confirmed, refuted: in every setting; mixed: each in some; partly, refuted in part: in some, and the other in none; not
-    shown: neither in any. The intervals are each claim's own, not corrected for how many claims there are.
+    confirmed, refuted: in every setting; mixed: each in some; partly, refuted in part: in some, and the other in none; less
+    than claimed: shown to lie between the two bounds, in every setting or in part; not shown: nothing of these in any. The
+    intervals are each claim's own, not corrected for how many claims there are.
     """
     against = claim.against or baseline
     settings = {
@@ -91,7 +98,7 @@ def judged(claim: Claim, baseline: str, results: Mapping[str, Any], targets: Tar
     elif len(said) == 1:
         (verdict,) = said
     else:
-        verdict = "partly" if "confirmed" in said else "refuted in part"
+        verdict = next(partly for says, partly in PARTLY.items() if says in said)
     return {"verdict": verdict, "against": against, "settings": settings}
 
 
@@ -111,11 +118,12 @@ def _in_setting(claim: Claim, against: str, arms: Mapping[str, Any]) -> dict[str
     else:
         return {"seeds": len(seeds), "says": "not shown", "why": "a cost of 0 has no ratio"}
     low, high = found["interval"]
-    says = (
-        "confirmed"
-        if claim.confirmed.holds(low, high)
-        else "refuted"
-        if claim.refuted.holds(low, high)
-        else "not shown"
-    )
-    return {"seeds": len(seeds), "mean": found["mean"], "interval": [low, high], "says": says}
+    told = {"seeds": len(seeds), "mean": found["mean"], "interval": [low, high]}
+    if found["p"] is None and claim.of not in COSTS:  # traffic may well be the same with every seed, by design
+        return told | {"says": "not shown", "why": "the same in every seed, so that chance is not known"}
+    if claim.confirmed.holds(low, high):
+        return told | {"says": "confirmed"}
+    if claim.refuted.holds(low, high):
+        return told | {"says": "refuted"}
+    between = claim.confirmed.excluded(low, high) and claim.refuted.excluded(low, high)
+    return told | {"says": "less than claimed" if between else "not shown"}

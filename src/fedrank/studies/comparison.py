@@ -130,7 +130,7 @@ class Comparison:
             trial["error"] = str(error)
         else:
             run = played.measured(folder)
-            trial |= {"score": scored(run, self.study.score), "seconds": run["seconds"]}
+            trial |= {"score": scored(run, self.study.score), "seconds": run["seconds"], "code": run["facts"]["code"]}
             if trial["score"] is None:
                 raise RunFailed(
                     f"a trial has no {self.study.score}; methods without a global model have personal_accuracy"

@@ -16,7 +16,8 @@ from fedrank.units import points, share
 from fedrank.units import ratio as times
 
 Run = Mapping[str, Any]  # as `runs.measured` gives it
-OTHERS = ("last_accuracy", "personal_majority", "rows_seen", *OF_TEXTS, *(f"personal_{name}" for name in OF_TEXTS))
+OTHERS = ("last_accuracy", "personal_majority", "rows_seen", "waiting_seconds", "epsilon", *OF_TEXTS,
+          *(f"personal_{name}" for name in OF_TEXTS))  # fmt: skip
 BOTH_WAYS = {"bytes": ("bytes_up", "bytes_down"), "adapter_bytes": ("adapter_bytes_up", "adapter_bytes_down")}
 TO_TARGET = ("round", *COSTS)
 
@@ -137,11 +138,13 @@ def fairness(study: Study, found: Mapping[str, Any]) -> dict[str, Any]:
                 why.append(f"{setting}: runs of a seed had not the same {what}")
         if len({one["numerics"]["compute"] for _, one in facts}) > 1:
             why.append(f"{setting}: some runs were computed in bfloat16 and some in float32 (engine.compute)")
-        codes = {code for _, one in facts for code in (one["code"] or "").split("+")}
+        tried = (trial for one in found.get("tuning", {}).get(setting, {}).values() for trial in one.get("trials", []))
+        versions = [*(one["code"] or "" for _, one in facts), *(trial["code"] for trial in tried if trial.get("code"))]
+        codes = {code for version in versions for code in version.split("+")}
         if "" in codes:  # of a run of before it was written down
             notes.append(f"{setting}: it is not known of all runs which version of this program's code played them")
         elif len(codes) > 1:
-            notes.append(f"{setting}: not all runs were played with the same version of this program's code")
+            notes.append(f"{setting}: not all runs and trials were played with the same version of this program's code")
         if len({str(one["numerics"]) for _, one in facts}) > 1:
             notes.append(f"{setting}: not all runs were played with the same numerics")
         seen = {arm: fmean(run["rows_seen"] for run in mine.values()) for arm, mine in arms.items() if mine}
@@ -159,18 +162,17 @@ def fairness(study: Study, found: Mapping[str, Any]) -> dict[str, Any]:
                     f"{setting}: {' and '.join(same)} came to the same scores with every seed, as if they were one"
                 )
     tuning = study.tuning
+    effort = {arm: count(tuning.knobs(arm), tuning.trials) for arm in study.arms} if tuning else {}
+    if len(set(effort.values())) > 1:
+        why.append(f"tuned with unequal effort, trials: {', '.join(f'{arm} {n}' for arm, n in effort.items())}")
     for at, setting in enumerate(study.settings):
         if tuning is None or (at and not tuning.every_setting):
             break
         arms = found.get("tuning", {}).get(setting, {})
         trials = {arm: arms.get(arm, {}).get("trials", []) for arm in study.arms}
         counts = {arm: len(mine) for arm, mine in trials.items()}
-        if short := [arm for arm, n in counts.items() if n != count(tuning.knobs(arm), tuning.trials)]:
+        if short := [arm for arm, n in counts.items() if n != effort[arm]]:
             why.append(f"{setting}: the tuning of {', '.join(short)} has not come to its end")
-        elif len(set(counts.values())) > 1:
-            why.append(
-                f"{setting}: tuned with unequal effort, trials: {', '.join(f'{arm} {n}' for arm, n in counts.items())}"
-            )
         failed = {arm: sum("error" in trial for trial in mine) for arm, mine in trials.items()}
         if nothing := [f"{arm} {n}" for arm, n in failed.items() if n]:
             notes.append(f"{setting}: trials that came to nothing and count as the worst: {', '.join(nothing)}")
@@ -201,6 +203,7 @@ def conclusion(study: Study, arms: Mapping[str, Any], differences: Mapping[str, 
     if not compared:
         return f"No other arm has a {what} over the same seeds."
     above, below, level, same = list[str](), list[str](), list[str](), list[str]()
+    tests = sum(one["p"] is not None for one in compared.values())
     for arm, one in sorted(compared.items(), key=lambda item: -item[1]["mean"]):
         if one.get("p_corrected") is not None and one["p_corrected"] < LEVEL:
             low, high = sorted(100 * abs(end) for end in one["interval"])
@@ -220,9 +223,9 @@ def conclusion(study: Study, arms: Mapping[str, Any], differences: Mapping[str, 
         said.append(f"Worse: {'; '.join(below)}.")
     if same:
         said.append(f"As far from it in every seed, of which no test can be made: {', '.join(same)}.")
-    if level and len(base["values"]) > 1:
+    if level and tests:
         said.append(
-            f"Not told apart from it at 5 %, corrected for {len(compared)} comparisons: {', '.join(level)}; that is no proof of being equal."
+            f"Not told apart from it at 5 %, corrected for {tests} comparison{'s' * (tests != 1)}: {', '.join(level)}; that is no proof of being equal."
         )
     elif level:
         said.append("One seed tells no difference from chance.")

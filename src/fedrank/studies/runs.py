@@ -2,12 +2,13 @@
 
 import fcntl
 import json
+import math
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,6 +144,7 @@ def measured(folder: Path) -> dict[str, Any]:
         if row["accuracy"] is not None or row["personal_accuracy"] is not None:
             curve.append({name: row[name] for name in AT if name in row} | sums | {"peak_memory_bytes": peak or None})
     clients, asked = ledger.read(folder / PERSONAL), ledger.read(folder / "clients.jsonl")
+    curve, summary = ([_finite(one) for one in curve], _finite(summary))
     whole = [row for row in ledger.read(folder / "ranks.jsonl") if row["client"] is None]
     return {
         "summary": {name: summary[name] for name in CLOSING if name in summary}, "curve": curve,
@@ -152,6 +154,13 @@ def measured(folder: Path) -> dict[str, Any]:
         "facts": {"data": facts["hash"], "model": facts["model"]["fingerprint"], "numerics": summary["numerics"],
                   "code": summary.get("code")},
     }  # fmt: skip
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, with None in the place of NaN and infinity, of which no mean can be taken."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+    }
 
 
 def late(curve: list[dict[str, Any]], score: str) -> float | None:

@@ -15,25 +15,32 @@ from fedrank.studies.results import TO_TARGET
 from fedrank.units import duration, energy, factor, memory, share, size
 from fedrank.views import TEXTS
 
+
+def _epsilon(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
 FORMS: dict[str, Callable[[Any], str]] = {
     "accuracy": share, "personal_accuracy": share, "personal_worst_decile": share, "last_accuracy": share, "bytes_up": size,
     "bytes_down": size, "adapter_bytes_up": size, "adapter_bytes_down": size, "clock_seconds": duration, "device_joules": energy,
-    "peak_memory_bytes": memory, "personal_majority": share, "rows_seen": lambda value: "–" if value is None else f"{value:.0f}",
+    "peak_memory_bytes": memory, "waiting_seconds": duration, "epsilon": _epsilon, "personal_majority": share, "rows_seen": lambda value: "–" if value is None else f"{value:.0f}",
     **{name: form for text, _, form in TEXTS for name in (text, f"personal_{text}")}, "round": lambda value: "–" if value is None else f"{value:.0f}",
 }  # fmt: skip
 NAMES = {
     "accuracy": "accuracy", "personal_accuracy": "personal", "personal_worst_decile": "worst decile", "bytes_up": "up",
-    "bytes_down": "down", "bytes": "bytes", "adapter_bytes_up": "adapter up", "adapter_bytes_down": "adapter down", "clock_seconds": "device time",
-    "device_joules": "energy", "peak_memory_bytes": "memory", "round": "rounds", "last_accuracy": "last round", "personal_majority": "majority",
+    "bytes_down": "down", "bytes": "bytes", "adapter_bytes": "adapter bytes", "adapter_bytes_up": "adapter up", "adapter_bytes_down": "adapter down", "clock_seconds": "device time",
+    "device_joules": "energy", "peak_memory_bytes": "memory", "waiting_seconds": "mean wait", "epsilon": "epsilon", "round": "rounds", "last_accuracy": "last round", "personal_majority": "majority",
     **{name: words if name == text else f"personal {words}" for text, words, _ in TEXTS for name in (text, f"personal_{text}")},
 }  # fmt: skip
 SHOWN = (
     *SCORES,
     "personal_majority",
     *(f"{whose}{name}" for name, _, _ in TEXTS for whose in ("", "personal_")),
+    "epsilon",
     "bytes_up",
     "bytes_down",
     "clock_seconds",
+    "waiting_seconds",
     "device_joules",
     "peak_memory_bytes",
 )
@@ -53,9 +60,11 @@ def told(name: str, one: Mapping[str, Any]) -> str:
 
 def final(result: Mapping[str, Any]) -> list[list[str]]:
     """Arms by what they came to in the end, a head line first."""
-    names = [name for name in SHOWN if any(arm[name]["mean"] is not None for arm in result["arms"].values())]
+    unknown = {"mean": None, "deviation": None}  # to a comparison of before it was recorded
+    arms = {arm: {name: mine.get(name, unknown) for name in SHOWN} for arm, mine in result["arms"].items()}
+    names = [name for name in SHOWN if any(mine[name]["mean"] is not None for mine in arms.values())]
     return [["", *(NAMES[name] for name in names)]] + [
-        [arm, *(told(name, mine[name]) for name in names)] for arm, mine in result["arms"].items()
+        [arm, *(told(name, mine[name]) for name in names)] for arm, mine in arms.items()
     ]
 
 
@@ -89,7 +98,7 @@ def differences(result: Mapping[str, Any], baseline: str, fair: bool) -> list[li
 def ratios(result: Mapping[str, Any], baseline: str, fair: bool) -> list[list[str]]:
     """Arms by their costs as parts of the reference's, a head line first; empty where there are none. fair: as above."""
     found = result["differences"]
-    names = ("bytes", "clock_seconds", "device_joules", "peak_memory_bytes")
+    names = ("bytes", "adapter_bytes", "clock_seconds", "device_joules", "peak_memory_bytes")
     costs = [*names, *(f"to_target.{name}" for name in names[:-1])]
     if not (costs := [name for name in costs if any(name in one for one in found.values())]):
         return []
@@ -142,15 +151,16 @@ def all_of(found: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
     """Every table of a comparison with what it is of."""
     baseline = found["study"]["reference"] or next(iter(found["study"]["arms"]))
     several, fair, result = len(found["results"]) > 1, found["fair"]["verdict"], []
+    tested = ", 95 % interval" + ", p corrected for the number of arms" * fair
     if rows := across(found):
         result.append((f"{NAMES[found['study']['score']]}, by setting", rows))
     for setting, one in found["results"].items():
         where = f"{setting}: " if several else ""
         parts = (
-            ("in the end", final(one)),
-            ("to a common target", to_target(one)),
-            ("scores, paired over seeds", differences(one, baseline, fair)),
-            ("costs, paired over seeds", ratios(one, baseline, fair)),
+            ("in the end: mean ± standard deviation over the seeds; accuracy of the last five evaluations", final(one)),
+            ("up to a common target: mean ± standard deviation over the seeds that reach it", to_target(one)),
+            (f"scores, paired over the seeds: mean{tested}", differences(one, baseline, fair)),
+            (f"costs, paired over the seeds: geometric mean{tested}", ratios(one, baseline, fair)),
         )
         result += [(f"{where}{what}", rows) for what, rows in parts if rows]
     return result
@@ -211,6 +221,43 @@ def latex(found: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def summaries(found: Mapping[str, Any]) -> str:
+    """CSV for a spreadsheet: a line for each setting, arm and measure, with its spread and how far it is from the reference.
+
+    difference: of scores ours - theirs, of costs ours / theirs; empty for the reference itself. p only where a comparison is fair.
+    """
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["setting", "arm", "measure", "to_target", "seeds", "mean", "deviation", "difference", "low", "high",
+                    "p", "p_corrected"])  # fmt: skip
+    for setting, one in found["results"].items():
+        for arm, mine in one["arms"].items():
+            for part, before in ((mine, ""), (one["target"]["arms"][arm], "to_target.")):
+                for name, its in ((name, its) for name, its in part.items() if isinstance(its, dict)):
+                    if its["mean"] is None:
+                        continue
+                    there = one["differences"].get(arm, {}).get(before + name) or {}
+                    low, high = there.get("interval") or (None, None)
+                    tests = [there.get("p"), there.get("p_corrected")] if found["fair"]["verdict"] else [None, None]
+                    seeds = sum(value is not None for value in its["values"])
+                    lines.writerow(
+                        [
+                            setting,
+                            arm,
+                            name,
+                            bool(before),
+                            seeds,
+                            its["mean"],
+                            its["deviation"],
+                            there.get("mean"),
+                            low,
+                            high,
+                            *tests,
+                        ]
+                    )
+    return text.getvalue()
+
+
 def values(found: Mapping[str, Any]) -> str:
     """CSV of every run's own numbers, for a program to read: a line for each setting, arm, seed and measure."""
     text = io.StringIO()
@@ -247,5 +294,7 @@ def _notes(fair: Mapping[str, Any]) -> list[str]:
 
 def save(found: Mapping[str, Any], out: Path) -> None:
     """The tables beside comparison.json."""
-    for kind, text in (("csv", values(found)), ("md", markdown(found)), ("tex", latex(found))):
-        write(out / f"comparison.{kind}", text.encode())
+    written = {"comparison.csv": summaries(found), "seeds.csv": values(found), "comparison.md": markdown(found),
+               "comparison.tex": latex(found)}  # fmt: skip
+    for name, text in written.items():
+        write(out / name, text.encode())

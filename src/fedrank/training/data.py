@@ -146,7 +146,7 @@ def load(
         dataset = built_in(task)
     else:
         source = from_hub(name, columns) if name is not None else from_path(Path(str(path)))
-        dataset = assemble(source, task, columns, seed, form)
+        dataset = assemble(source, task, columns, form)
     return replace(dataset, train=limit(dataset.train, train_limit, seed, "train"))
 
 
@@ -154,7 +154,9 @@ def configured(settings: Config) -> Dataset:
     """The dataset that a config names, with the split it is scored on in the place of test."""
     d = settings.data
     columns = d.columns.model_dump()
-    dataset = load(d.name, d.path, settings.task, columns, d.train_limit, settings.seed, d.instructions)
+    # Natural clients' tests are of their own rows, and so of those that there are: the same ones with every seed.
+    seed = 0 if d.partition.kind == "natural" else settings.seed
+    dataset = load(d.name, d.path, settings.task, columns, d.train_limit, seed, d.instructions)
     if d.split == "validation" and (dataset.dev is not None or d.partition.kind != "natural"):
         dataset = validation(dataset, settings.seed)  # natural clients hold their own out
     return replace(dataset, test=limit(dataset.test, d.test_limit, settings.seed, "test"))
@@ -227,9 +229,7 @@ def built_in(task: str) -> Dataset:
     return Dataset(BUILT_IN, rows.take(train), rows.take(test), None, docstrings.LABELS)
 
 
-def assemble(
-    source: Source, task: str, columns: Mapping[str, str], seed: int, form: Instructions = AS_THEY_ARE
-) -> Dataset:
+def assemble(source: Source, task: str, columns: Mapping[str, str], form: Instructions = AS_THEY_ARE) -> Dataset:
     read = {split: collect(*place, task, columns, form) for split, place in source.splits.items()}
     splits = {split: rows for split, (rows, _) in read.items()}
     labels: tuple[str, ...] = ()
@@ -241,16 +241,19 @@ def assemble(
             for split, (rows, written) in read.items()
         }
     if "all" in splits:
-        splits = cut(splits["all"], source.name, seed)
+        splits = cut(splits["all"], source.name)
     for split, rows in splits.items():
         if (rows.text_b is None) != (splits["train"].text_b is None):
             raise DataError(f"{source.name}: train and {split} must both have the column text_b, or neither")
     return Dataset(source.name, splits["train"], splits["test"], splits.get("dev"), labels, source.notices)
 
 
-def cut(rows: Rows, name: str, seed: int) -> dict[str, Rows]:
-    """Train and test from one file. Rows of one prompt stay together: the test must not repeat the train."""
-    random = rng(seed, "data", "split")
+def cut(rows: Rows, name: str) -> dict[str, Rows]:
+    """Train and test from one file, the same whatever the run's seed: what is tuned with one is tested with another.
+
+    Rows of one prompt stay together: the test must not repeat the train.
+    """
+    random = rng(0, "data", "split")
     if rows.label is not None:
         train, test = stratified(rows.label, HELD_OUT, random)
     else:
