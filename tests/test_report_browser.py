@@ -1,6 +1,7 @@
 """Pages in a browser: every chart drawn, no word on the console, nothing asked of the network, for keyboards, screen readers and phones."""
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -39,7 +40,9 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run on three kinds of devices whose clients fail and train depths of their own; a private one; a comparison."""
+    """A run on three kinds of devices whose clients fail and train depths of their own; a private one; one with private
+    adapters; one that writes texts; a comparison.
+    """
     folder = tmp_path_factory.mktemp("browser")
     (folder / "texts").mkdir()
     toy.write(folder / "texts", train=toy.texts(64, 0), test=toy.texts(48, 1))
@@ -48,11 +51,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "rounds": {"count": 3, "cohort": 4, "evaluate_every": 1}, "adapter": {"rank": 4, "targets": ["query", "value"]},
         "local": {"batch_size": 8, "max_length": 16}, "engine": {"workers": 1, "compute": "float32", "products": "torch"},
     }  # fmt: skip
-    devices = "engine.fleet.devices={jetson-tx2: 1, jetson-xavier-nx: 1, jetson-agx-xavier: 1}"
+    devices = "engine.fleet={devices: {jetson-tx2: 1, jetson-xavier-nx: 1, jetson-agx-xavier: 1}, jitter: 0.5}"
     run = fedrank.run(base, "method.name=legend", "engine.failure_rate=0.25", devices, out=folder / "run").path
     private = "privacy={kind: central, clip: 1.0, noise: 0.8, delta: 0.01}"
     private_ = fedrank.run(base, private, "rounds.personal=0", out=folder / "private").path
-    return {"run": run, "private": private_, "comparison": study.write(folder / "study", study.comparison())}
+    own = fedrank.run(base, "method.name=pf2lora", "rounds.count=2", out=folder / "own").path
+    pairs = [
+        json.dumps({"prompt": f"{word} {at}:", "completion": word[::-1]})
+        for word in ("red", "blue")
+        for at in range(20)
+    ]
+    (folder / "pairs.jsonl").write_text("\n".join(pairs))
+    pairs_ = ("task=generate", "model.name=tiny-decoder", f"data.path={folder / 'pairs.jsonl'}", "adapter.targets=all",
+              "generation={when: always, max_tokens: 4}", "rounds.count=2")  # fmt: skip
+    texts = fedrank.run(base, *pairs_, out=folder / "generate").path
+    found = {"run": run, "private": private_, "own": own, "texts": texts}
+    return found | {"comparison": study.write(folder / "study", study.comparison())}
 
 
 @contextmanager
@@ -93,7 +107,7 @@ def redrawn(shown: Any, act: Callable[[], object]) -> None:
     until(shown, f"Number(document.documentElement.dataset.drawn) > {before}")
 
 
-@pytest.mark.parametrize("what", ["run", "private", "comparison"])
+@pytest.mark.parametrize("what", ["run", "private", "own", "texts", "comparison"])
 def test_a_page_draws_all_and_asks_nobody(what: str, runs: dict[str, Path], chromium: Any, tmp_path: Path) -> None:
     file = pages.report(runs[what], tmp_path / "page.html")
     made = pages.page_of(runs[what])
@@ -107,6 +121,18 @@ def test_a_page_draws_all_and_asks_nobody(what: str, runs: dict[str, Path], chro
         shown.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
         assert violations(shown) == []
         assert (said, asked) == ([], [file.as_uri()])
+
+
+def test_between_them_these_pages_have_every_chart(runs: dict[str, Path]) -> None:
+    there = {name for path in runs.values() for name in pages.page_of(path).charts}
+    source = "".join(file.read_text() for file in sorted(Path(pages.__file__).parent.glob("*.py")))
+    named = re.findall(r'''\bChart\(\s*(f?)"([^"]+)"''', source)
+    assert len(named) > 12
+    for formatted, name in named:
+        pattern = re.sub(r"\{[^}]+\}", ".+", name) if formatted else re.escape(name)
+        assert any(re.fullmatch(pattern, one) for one in there), f"no page here has the chart {name}"
+    scores = {"perplexity", "accuracy", "exact_match", "bleu", "rouge_l", "effective"}
+    assert scores <= {name.replace("-", "_") for name in there}
 
 
 @pytest.mark.parametrize("what", ["run", "comparison"])
