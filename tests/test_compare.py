@@ -369,6 +369,12 @@ def test_what_runs_come_to() -> None:
     assert "Not told apart from it at 5 %, corrected for 2 comparisons: ffa_lora" in found["conclusion"]
 
 
+def test_as_many_bytes_are_told_so() -> None:
+    found = runs()
+    found["all"]["fedara"] = {str(s): run(0.1, 0.4, 0.6, 0.60 + 0.012 * s) for s in (1, 2, 3)}
+    assert "10.0 to 10.4, as many bytes up)" in compared(study(), found, True)["all"]["conclusion"]
+
+
 def test_a_given_target_that_some_never_reach() -> None:
     found = compared(study(target=0.56), runs(), True)["all"]["target"]
     assert found["given"]

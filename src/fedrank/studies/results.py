@@ -207,9 +207,7 @@ def conclusion(study: Study, arms: Mapping[str, Any], differences: Mapping[str, 
     for arm, one in sorted(compared.items(), key=lambda item: -item[1]["mean"]):
         if one.get("p_corrected") is not None and one["p_corrected"] < LEVEL:
             low, high = sorted(100 * abs(end) for end in one["interval"])
-            factor = differences[arm].get("bytes_up")
-            bytes_up = f", {times(factor['mean'])} the bytes up" if factor else ""
-            text = f"{arm} by {points(abs(one['mean']))} (95 % interval {low:.1f} to {high:.1f}{bytes_up})"
+            text = f"{arm} by {points(abs(one['mean']))} (95 % interval {low:.1f} to {high:.1f}{_bytes_up(differences[arm])})"
             (above if one["mean"] > 0 else below).append(text)
         elif one["p"] is None and len(one["values"]) > 1:
             same.append(f"{arm} ({100 * one['mean']:+.1f} points)")
@@ -230,3 +228,10 @@ def conclusion(study: Study, arms: Mapping[str, Any], differences: Mapping[str, 
     elif level:
         said.append("One seed tells no difference from chance.")
     return " ".join(said)
+
+
+def _bytes_up(differences: Mapping[str, Any]) -> str:
+    """What an arm sends beside the reference, in a sentence."""
+    if (factor := differences.get("bytes_up")) is None:
+        return ""
+    return ", as many bytes up" if abs(factor["mean"] - 1) < 0.005 else f", {times(factor['mean'])} the bytes up"
