@@ -23,7 +23,7 @@ BESIDE = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 SLOW = ("README.md", "docs/quickstart.md", "docs/observe.md", "docs/export.md", "docs/report.md")
 LONG = [page for page in PAGES if any(fence.how == "long" for fence in pages.fences(page))]
 INSTALLS, SITES = (
-    "not run: it installs packages; CI does the same by make",
+    "not run: it installs packages; make installs the same, in place, in CI",
     "long: server and sites on one machine, minutes",
 )
 # All that is not run in the normal tests, or not everywhere: page, mark, the first command. A new one is written down here.
