@@ -177,6 +177,14 @@ def test_a_run_is_known_again_by_what_its_model_and_devices_are(tmp_path: Path) 
         digest({**BASE, "engine": {"fleet": {"csv": str(tmp_path / "nothing.csv")}}})
 
 
+def test_a_range_is_no_search_for_whole_numbers() -> None:
+    """Told before anything is played."""
+    knobs = {"adapter.rank": {"low": 4, "high": 16}}
+    with pytest.raises(ConfigError, match=r"adapter\.rank: input should be a valid integer, got .* fractional part"):
+        study(tuning={"search": knobs, "trials": 2}).resolved()
+    assert study(tuning={"search": {"adapter.rank": [4, 16]}, "trials": 2}).resolved()
+
+
 def test_results_of_before_are_known_again() -> None:
     """These are in benchmarks/results: another digest would have all of it played anew."""
     assert digest(BASE) == "4b76a39250d18f05"
@@ -734,6 +742,18 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
 
 
 ONE = ["methods=[fedavg]", "seeds=1"]
+
+
+def test_a_study_of_one_s_own_is_not_overwritten(small: Path, tmp_path: Path, stage: Stage) -> None:
+    text = "# mine\n" + small.read_text()
+    (tmp_path / "study.yaml").write_text(text)
+    with pytest.raises(StoreError, match=r"study\.yaml is there, where the study as it is resolved would be written"):
+        list(play(read(tmp_path / "study.yaml", ONE), tmp_path))
+    assert (tmp_path / "study.yaml").read_text() == text
+    out = tmp_path / "out"
+    list(play(read(small, ONE), out))
+    list(play(read(out / "study.yaml", ["seeds=2"]), out))  # as its page says it is run again
+    assert record.read(out)["study"]["seeds"] == [1, 2]
 
 
 def test_methods_by_the_command_line(small: Path, tmp_path: Path, stage: Stage) -> None:

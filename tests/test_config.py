@@ -52,6 +52,7 @@ def test_an_unknown_key_is_answered_with_the_nearest(key: str, near: str) -> Non
         ("engine.failure_rate=1.1", "engine.failure_rate: input should be less than or equal to 1, got 1.1"),
         ("local.dropout=1", "local.dropout: input should be less than 1"),
         ("seed=-1", "seed: input should be greater than or equal to 0"),
+        ("adapter.targets=[]", 'adapter.targets: must be "all", or the ends of names, such as [query, value]'),
         ("local=5", "local: input should be a valid dictionary"),
         ("method=fedavg", "method: input should be a valid dictionary"),
         ("method={rank: 3}", "method.name must name a method; `fedrank methods` lists them"),

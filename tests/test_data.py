@@ -3,6 +3,7 @@
 import gzip
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,7 +64,22 @@ def test_formats_agree(tmp_path: Path, suffix: str) -> None:
     assert data.train.label.tolist() == [1, 0]
     assert data.train.client == ["x", "y"]
     assert data.labels == ("0", "1")
-    assert data.train.digest() == data.test.digest()
+    assert data.test.client is None  # whose a test row is nobody asks
+    assert replace(data.train, client=None).digest() == data.test.digest()
+
+
+def test_a_cell_of_a_table_may_be_a_whole_document(tmp_path: Path) -> None:
+    table = f"text,label\n{'long ' * 40_000},a\nshort,b\n"
+    assert len(get(write(tmp_path, {"train.csv": table, "test.csv": table})).train.text[0]) == 200_000
+
+
+def test_whose_rows_they_are_matters_to_natural_clients_alone(tmp_path: Path) -> None:
+    rows = jsonl([{"text": f"t{at}", "label": at % 2, "shop": " " * (at == 3) or "north"} for at in range(20)])
+    folder = write(tmp_path, {"train.jsonl": rows, "test.jsonl": jsonl(GOOD[:2])})
+    base = {"data": {"path": str(folder), "columns": {"client": "shop"}}}
+    assert configured(config.load(base)).train.client is None
+    with pytest.raises(DataError, match=r"train\.jsonl:4: column 'shop' holds ' '; it must be"):
+        configured(config.load(base, ["data.partition.kind=natural"]))
 
 
 def test_a_quoted_csv_field_may_span_lines_and_the_next_row_has_the_right_line(tmp_path: Path) -> None:
@@ -128,6 +144,19 @@ def test_labels_txt_names_the_ids(tmp_path: Path) -> None:
     assert data.train.label.tolist() == [1, 0, 1]
     with pytest.raises(DataError, match=r"train\.jsonl:1: unknown label 'goood' among 3, the nearest is 'good'"):
         get(write(tmp_path, {"train.jsonl": jsonl([{"text": "a", "label": "goood"}])}))
+
+
+def test_where_classes_are_called_by_numbers_a_written_number_is_a_name(tmp_path: Path) -> None:
+    """Else ids 0 and 1 would both be the first class."""
+    table = "text,label\n" + "".join(f"t{at},{at}\n" for at in range(5))
+    folder = write(tmp_path, {"labels.txt": "1\n2\n3\n4\n5\n", "train.csv": table, "test.csv": table})
+    with pytest.raises(DataError, match=r"train\.csv:2: unknown label '0' among 5"):
+        get(folder)
+    ids = jsonl([{"text": f"t{at}", "label": at} for at in range(5)])
+    (other := tmp_path / "other").mkdir()
+    found = get(write(other, {"labels.txt": "1\n2\n3\n4\n5\n", "train.jsonl": ids, "test.jsonl": ids})).train.label
+    assert found is not None
+    assert found.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_string_labels_are_the_sorted_names_of_train(tmp_path: Path) -> None:

@@ -417,6 +417,14 @@ def test_the_run_s_own_config_is_tried(tmp_path: Path, config: str) -> None:
     assert "label 9 is outside 0..3" in failed(path, None, config)["data"]
 
 
+def test_a_run_with_a_rule_against_hostile_sites_is_tried_with_one_site(tmp_path: Path) -> None:
+    server = {"aggregation": "trimmed_mean", "hostile": 1}
+    (tmp_path / "guarded.yaml").write_text(
+        yaml.safe_dump({**CONFIG, "server": server, "rounds": {"cohort": 5, "count": 2}})
+    )
+    assert failed(site(tmp_path / "a"), None, str(tmp_path / "guarded.yaml")) == {}
+
+
 @pytest.mark.parametrize("kind", ["central", "local"])
 def test_a_private_run_s_config_is_tried(tmp_path: Path, kind: str) -> None:
     """What a site withholds from a server is not missed."""

@@ -387,6 +387,12 @@ def test_there_is_no_global_accuracy_where_parts_are_private(texts: Path, tmp_pa
     assert run.summary["evaluation_bytes"] > sum(row["evaluation_bytes"] for row in run.rounds)
 
 
+def test_more_clients_than_there_are_never_answer(texts: Path, tmp_path: Path) -> None:
+    few = settings(texts, "rounds.cohort=10", "rounds.minimum=8")
+    with pytest.raises(ConfigError, match=r"rounds\.minimum=8: a round asks 4 clients at most, so it is never reached"):
+        fedrank.run(few, out=tmp_path / "run")
+
+
 def test_a_round_without_updates_is_recorded_and_skipped(texts: Path, tmp_path: Path) -> None:
     run = fedrank.run(settings(texts, "engine.failure_rate=1.0"), out=tmp_path / "run")
     assert [(row["clients_ok"], row["clients_failed"], row["train_loss"]) for row in run.rounds] == [(0, 2, None)] * 2
@@ -411,6 +417,16 @@ def test_validation_rows_come_from_train(texts: Path, tmp_path: Path) -> None:
         PartitionError, match=r"data\.split=validation with partition natural: no client has so many rows"
     ):
         experiment.prepare(load(natural, [f"data.path={tmp_path}"]))
+
+
+def test_what_a_config_was_not_told_stays_by_default(texts: Path) -> None:
+    """An override may have a default of its own."""
+    given = load({"data": {"path": str(texts)}, "clients": {"count": 2}, "local": {"max_length": 16}})
+    assert given.server.lr == 1.0
+    run = fedrank.run(
+        given, "server.optimizer=fedadam", "rounds.count=1", "rounds.personal=0", out=texts.parent / "adam"
+    )
+    assert run.config.server.lr == 0.01
 
 
 def test_natural_clients(texts: Path, tmp_path: Path) -> None:
@@ -446,6 +462,8 @@ def test_generate(tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
     assert run.summary["majority"] is None
     assert run.state.adapter.dense == {}
+    own = fedrank.run(settings(tmp_path, *options, "adapter.head=own", "rounds.count=1"), out=tmp_path / "own")
+    assert own.summary["accuracy"] is not None  # there is no head that could be a client's own
 
 
 # ---- imports

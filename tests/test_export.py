@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file, save_file
 
 import fedrank
 from exported import SHAPES, a_run, logits, pruned, saved_model
@@ -155,6 +157,22 @@ def test_import_reads_alpha_patterns_as_peft_does(tmp_path: Path, rng: np.random
     file.write_text(json.dumps(told | {"init_lora_weights": "pissa_niter_4"}))
     with pytest.raises(StoreError, match="pissa_niter_4"):
         read_peft(out)
+
+
+@pytest.mark.parametrize("half", [np.float16, ml_dtypes.bfloat16])
+def test_an_adapter_in_halves_is_imported_as_it_is(half: type, tmp_path: Path, rng: np.random.Generator) -> None:
+    """Nothing of it is rounded again, and the head that comes with it learns in float32."""
+    settings = config.load({"data": {"name": "docstrings"}, "adapter": {"rank": 6}})
+    model = models.load(settings, ("a", "b"))
+    out = export(a_run(tmp_path / "run", model, pruned(model.spec, rng)), tmp_path / "adapter")
+    for file in out.glob("*.safetensors"):
+        save_file({name: tensor.astype(half) for name, tensor in load_file(file).items()}, file)
+    found = read_peft(out)
+    begun = build({"name": "fedavg"}).begin(model.spec, 5, 0)
+    state = adopt(build({"name": "fedavg"}), begun, found)
+    for name, delta in found.delta().items():
+        np.testing.assert_allclose(state.adapter.delta()[name], delta, atol=1e-6)
+    assert {tensor.dtype for tensor in state.adapter.dense.values()} == {np.dtype(np.float32)}
 
 
 def test_import_says_what_does_not_fit(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -47,6 +47,7 @@ from fedrank.forecast import forecast
 from fedrank.frame import Refused, pack, unpack
 from fedrank.protocol import Device, Load
 from fedrank.store import Store, StoreError
+from fedrank.training.sources import DataError
 from fedrank.wire import Wire
 
 NAMES = ("north", "south", "west")
@@ -921,6 +922,14 @@ def setup_of(raw: dict[str, Any]) -> hello.Setup:
     return hello.read_setup(hello.write_setup(central.setup(made, made.run_id)))
 
 
+@pytest.mark.parametrize("key", ["split=validation", "train_limit=9"])
+def test_what_only_whole_data_have_is_refused_where_sites_have_the_rows(key: str) -> None:
+    with pytest.raises(
+        DataError, match=f"data.{key.split('=')[0]}: it is of a whole data set, and with engine.kind=flower"
+    ):
+        setup_of(config.load(settings(), [f"data.{key}"]).model_dump(mode="json", exclude_unset=True))
+
+
 def test_another_base_model_is_refused(files: dict[str, Path], tmp_path: Path) -> None:
     setup = setup_of(settings())
     desk = sites.Desk(sites.read(files["north"]))
@@ -1314,6 +1323,7 @@ UNPLANNED = {name: section for name, section in private().items() if name != "cl
     (private(clients={"count": 1}), "clients.count=1: the run is planned for fewer sites than a round asks"),
     (private(privacy={"delta": 0.4}), "privacy.delta=0.4: it must be below one over the 3 clients"),
     (private(method={"name": "flora"}), "method flora has no private form"),
+    (private(server={"max_examples": 5}), "server.max_examples=5: with privacy.kind=central all clients count alike; null"),
     (private(rounds={"minimum": 2}), "rounds.minimum=2: with privacy.kind=central only a clipped, noised sum"),
 ])  # fmt: skip
 def test_sites_that_cannot_be_protected_are_told_before_a_run(raw: dict[str, Any], says: str, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_a_record_becomes_prompts_and_completions(
 def test_with_a_chat_template_a_prompt_is_what_the_user_says(
     tmp_path: Path, row: Row, turn: str, completions: list[str]
 ) -> None:
-    rows = get(tmp_path, row, template="chat", separator=" -> ")
+    rows = get(tmp_path, row, template="chat")
     assert rows.turns == [(("user", turn),)] * len(completions)
     assert pairs(rows) == [(turn, text) for text in completions]
 
@@ -339,6 +339,14 @@ def test_the_completions_of_a_prompt_stay_together_when_a_file_is_cut(tmp_path: 
     data = cut(tmp_path / "all.jsonl", *rows, *rows[:5], template=template)
     assert (len(set(data.train.text)), len(set(data.test.text))) == (16, 4)
     assert not set(data.train.text) & set(data.test.text)
+
+
+@pytest.mark.parametrize(
+    ("row", "template"), [({"instruction": "q", "output": "a"}, "plain"), ({"prompt": "q", "completion": "a"}, "chat")]
+)
+def test_a_separator_that_would_part_nothing_is_refused(tmp_path: Path, row: Row, template: str) -> None:
+    with pytest.raises(DataError, match=r"data\.instructions\.separator is of plain prompts"):
+        cut(tmp_path / "all.jsonl", *[row] * 9, template=template, separator="\n")
 
 
 def test_a_group_is_one_prompt_or_all_turns_of_one_conversation(tmp_path: Path) -> None:

@@ -399,6 +399,40 @@ def test_a_decoder_without_a_pad_token_gets_one(tmp_path):
     torch.testing.assert_close(model.network(**alone), model.network(**beside)[:1], rtol=1e-4, atol=1e-5)
 
 
+def test_a_head_pools_by_the_pad_that_rows_are_filled_with(tmp_path):
+    """A model's config may name another than its tokenizer has."""
+    folder = toy.saved("llama", tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    model = models.load(toy.settings(model={"name": str(folder)}), toy.LABELS)
+    encoded = tasks.encode(toy.texts(4, 0), model.tokenizer, "classify", 16)
+    lengths = np.diff(encoded.starts)
+    assert lengths.min() < lengths.max()
+    one = int(lengths.argmin())
+    (alone, _), (beside, _) = (encoded.batch(np.array(rows), "cpu") for rows in ([one], [0, 1, 2, 3]))
+    torch.testing.assert_close(model.network(**alone), model.network(**beside)[one : one + 1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "opt"])
+def test_dropout_is_found_wherever_a_model_has_it(kind, tmp_path):
+    found = models.dropouts(toy.loaded(kind, tmp_path).network)
+    assert found
+    assert all(0 <= getattr(layer, name) < 1 for layer, name in found)
+
+
+def test_dropout_where_there_is_none_is_refused(monkeypatch):
+    monkeypatch.setattr(models, "dropouts", lambda network: [])
+    with pytest.raises(ModelError, match=r"local\.dropout=0\.1: tiny-encoder has no dropout anywhere; 0"):
+        models.load(toy.settings(local={"dropout": 0.1}), toy.LABELS)
+    models.load(toy.settings(), toy.LABELS)
+
+
+def test_a_device_that_nobody_tried_is_refused():
+    with pytest.raises(ModelError, match="device=meta was never tried with fedrank: cpu, cuda"):
+        models.load(toy.settings(device="meta"), toy.LABELS)
+
+
 def test_a_tokenizer_that_ends_nothing_cannot_generate(tmp_path):
     folder = toy.saved("gpt2", tmp_path / "one")
     bare = transformers.AutoTokenizer.from_pretrained(folder)

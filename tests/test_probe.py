@@ -52,4 +52,7 @@ def test_the_head_on_the_features_gives_the_logits(name: str, config: dict[str, 
 def test_what_they_cannot_do_is_said_first(config: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="they classify; this config's task is generate"):
         probe.check(load(config | {"task": "generate"}))
+    natural = ["data.split=validation", "data.partition.kind=natural"]
+    with pytest.raises(ConfigError, match=r"natural clients are scored on their own rows; data\.split=test"):
+        probe.check(load(config, natural))
     probe.check(load(config))

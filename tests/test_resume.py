@@ -24,10 +24,10 @@ from safetensors.numpy import load_file
 
 import fedrank
 import toy
-from fedrank import ledger, store
+from fedrank import experiment, ledger, store
 from fedrank.aggregation import average
 from fedrank.cli import app
-from fedrank.config import ConfigError
+from fedrank.config import ConfigError, load
 from fedrank.methods.fedavg import FedAvg
 from fedrank.protocol import ClientId, Job, ModelSpec, Plan, State, Update, Updates
 from fedrank.selection import everything
@@ -321,6 +321,33 @@ def test_extended_equals_longer_from_the_start(texts: Path, tmp_path: Path) -> N
     assert one["clients.jsonl"] == two["clients.jsonl"]
     assert one["adapter/adapter_model.safetensors"] == two["adapter/adapter_model.safetensors"]
     assert found.summary["rounds"] == 5
+
+
+@pytest.mark.parametrize("how", ["rounds.evaluate_every=2", "generation.when=end"])
+def test_the_last_round_has_the_evaluation_of_a_last(how: str, texts: Path, tmp_path: Path) -> None:
+    """A run that was stopped before may end early only where that has been."""
+    pairs = [json.dumps({"prompt": f"{at}:", "completion": "ab"}) for at in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(pairs))
+    written = [
+        "task=generate",
+        "model.name=tiny-decoder",
+        f"data.path={tmp_path / 'pairs.jsonl'}",
+        "adapter.targets=all",
+        "data.partition.kind=iid",
+    ]
+    more = written if how.startswith("generation") else []
+    events = experiment.start(
+        load(settings(texts), [*more, how, "rounds.count=4", "rounds.personal=0"]), tmp_path / "run"
+    )
+    for event in events:
+        if event["event"] == "round" and event["round"] == 3:
+            break
+    events.close()
+    with pytest.raises(
+        ConfigError, match=r"rounds\.count=3: that round was played as one that others follow.*; 4 or more"
+    ):
+        fedrank.resume(tmp_path / "run", "rounds.count=3")
+    assert fedrank.resume(tmp_path / "run").summary["rounds"] == 4
 
 
 def test_extended_by_count_and_refused_to_shrink(texts: Path, tmp_path: Path) -> None:

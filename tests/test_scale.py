@@ -20,7 +20,7 @@ from fedrank.methods.pf2lora import PF2LoRA
 from fedrank.protocol import Load, Plan, State, Updates
 from fedrank.roster import Names, Roster
 from fedrank.store import Store, StoreError
-from fedrank.training.data import ClientData
+from fedrank.training.data import ClientData, natural
 from fedrank.training.partition import LISTED, Kind, partition
 from fedrank.training.sources import DataError
 
@@ -203,6 +203,12 @@ def own(clients: int = 12, **changes: Any) -> ClientData:
     return ClientData(
         "own", clients, **{"rows": rows, "test": list(rows(-1 % 999, 20)), "labels": tuple("0123"), **changes}
     )
+
+
+@pytest.mark.parametrize("name", ["Ward 1", ".a", "a/b", ""])
+def test_a_client_s_name_that_no_folder_may_have_is_told_before_a_round(name: str) -> None:
+    with pytest.raises(DataError, match=r"own: client id .* must be letters, digits"):
+        natural(settings(), own(1, names=(name,)))
 
 
 def settings(*overrides: str) -> Any:

@@ -116,6 +116,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
                         "intermediate_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}),
     "albert": ("Albert", {"embedding_size": 16, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
                           "intermediate_size": 48}),
+    "opt": ("OPT", {"hidden_size": 32, "word_embed_proj_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 48,
+                    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}),
     "xlnet": ("XLNet", {"d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 48}),
 }  # fmt: skip
 

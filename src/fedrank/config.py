@@ -162,6 +162,13 @@ class AdapterSettings(BaseModel, extra="forbid", frozen=True):
     targets: Literal["all"] | tuple[str, ...] = "all"
     head: Literal["train", "frozen", "own"] = "train"
 
+    @field_validator("targets")
+    @classmethod
+    def _some(cls, given: Any) -> Any:
+        if not given:
+            raise ValueError('must be "all", or the ends of names, such as [query, value]')
+        return given
+
 
 class FleetSettings(BaseModel, extra="forbid", frozen=True):
     """The clients' devices. devices: kind -> share or count, of which only the proportions matter; or csv: a file of
@@ -438,6 +445,8 @@ class Config(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants
 
     @model_validator(mode="after")
     def _possible(self) -> "Config":
+        if self.task == "generate" and self.model.pooling != "auto":
+            raise ValueError(f"model.pooling={self.model.pooling}: with task generate nothing is pooled; auto")
         if (self.engine.workers or 1) > 1 and (self.device != "cpu" or sys.platform != "linux"):
             raise ValueError(
                 f"engine.workers: processes that share the work are for CPUs under Linux; with device {self.device} "
@@ -458,6 +467,10 @@ class Config(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants
         kind = self.privacy.kind
         if kind == "none":
             return self
+        if self.server.max_examples is not None:
+            raise ValueError(
+                f"server.max_examples={self.server.max_examples}: with privacy.kind={kind} all clients count alike; null"
+            )
         if kind == "central":  # what hangs on others' updates is no sum of clipped ones
             server = ServerSettings()
             for key, value, default in (

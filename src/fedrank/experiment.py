@@ -79,7 +79,7 @@ def run(
     the config's data. Hand the same ones to `resume`. watch: called with every event. Raises ConfigError, DataError, ModelError or StoreError with what to mend.
     """
     named = [] if data is None else ["data.path=null", f"data.name={json.dumps(data.name)}"]
-    raw = source.model_dump(mode="json") if isinstance(source, Config) else source
+    raw = source.model_dump(mode="json", exclude_unset=True) if isinstance(source, Config) else source
     config = settings.load(raw, [*overrides, *named])
     path = default_out(config) if out is None else Path(out)
     _watched(start(config, path, method, data=data), watch)
@@ -168,6 +168,12 @@ def go_on(
             raise ConfigError(
                 f"generation: {path} has played all its rounds, so its global model is not asked again; "
                 "rounds.count=+1 goes on"
+            )
+        cut_short = config.rounds.count == state.round != before.rounds.count
+        if cut_short and (state.round % before.rounds.evaluate_every or config.generation.when == "end"):
+            raise ConfigError(
+                f"rounds.count={state.round}: that round was played as one that others follow, without the evaluation of the "
+                f"last; {state.round + 1} or more"
             )
         if "object" in config.method and method is None:
             raise ConfigError(

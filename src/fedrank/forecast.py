@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fedrank import privacy
+from fedrank import privacy, remote
 from fedrank.client import Site
 from fedrank.config import Config, ConfigError, PrivacySettings
 from fedrank.cost import Cost
@@ -99,6 +99,7 @@ def _spent(config: Config, parts: Parts, told: Iterable[tuple[float, Collection[
 
 def _apart(config: Config, method: Method | None) -> dict[str, Any]:
     """The epsilon of a private run on Flower, from its plans; local: of a client that is asked in every round."""
+    remote.check()
     from fedrank import central  # it needs flwr
 
     parts, one, told = central.prepare(config, method, grid=None), Device("site", 1), []

@@ -67,8 +67,12 @@ def _written_out(config: Config, method: Method) -> Config:
 
 
 def enough(config: Config, clients: int) -> None:
-    """ConfigError where a round in which everyone answers lacks the updates that the server's rule needs."""
+    """ConfigError where a round in which everyone answers lacks the updates that it needs."""
     server, most, needed = config.server, min(config.rounds.cohort, clients), robust.least(config.server)
+    if config.rounds.minimum > most:
+        raise ConfigError(
+            f"rounds.minimum={config.rounds.minimum}: a round asks {most} clients at most, so it is never reached"
+        )
     if most < needed:
         raise ConfigError(
             f"server.hostile={server.hostile}: {server.aggregation} then needs {needed} updates in a round, which has at "

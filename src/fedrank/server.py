@@ -352,7 +352,8 @@ class Server:
             return {}
         scores: dict[str, Any] = {}
         asked = self._plans(after, cohort).values() or [self._common(after)]  # a cohort may be empty
-        mine = any(self.head == "own" or set(plan.own) & set("BeA") for plan in asked)
+        head = self.head == "own" and after.adapter.dense
+        mine = any(head or set(plan.own) & set("BeA") for plan in asked)
         if self.evaluate is not None and not mine:  # with private parts there is no one global model
             scores = dict(self.evaluate(after.adapter, tuple(after.base_updates.values()), after.round == after.rounds))
             scores.pop("rows", None)

@@ -76,11 +76,18 @@ def secret(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _of(folder: Path, client: ClientId) -> Path:
-    """The client's place in a folder; ValueError where its id might lead out of that."""
+def named(client: ClientId) -> ClientId:
+    """The same; ValueError where it is no name for a client, as it might lead out of a folder."""
     if not CLIENT.fullmatch(client):
-        raise ValueError(f"client id {client[:200]!r} must be letters, digits, '_', '-' or '.', at most 128")
-    return folder / client
+        raise ValueError(
+            f"client id {client[:200]!r} must be letters, digits, '_', '-' or '.', not '.' first, at most 128"
+        )
+    return client
+
+
+def _of(folder: Path, client: ClientId) -> Path:
+    """The client's place in a folder."""
+    return folder / named(client)
 
 
 def _numbered(folder: Path) -> dict[int, Path]:

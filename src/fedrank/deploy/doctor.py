@@ -36,7 +36,8 @@ from fedrank.wire import Wire
 LEAST_BYTES = 1e9  # of free disk: a few adapters, Flower's log and its copy of the app are far below it
 PATIENCE = 10.0  # seconds of a connection
 Found = TypeVar("Found")
-ONE_STEP = ("local.steps=1", "rounds.cohort=1", "rounds.minimum=1", "rounds.deadline=null", "engine.kind=flower")
+ONE_STEP = ("local.steps=1", "rounds.cohort=1", "rounds.minimum=1", "rounds.deadline=null", "engine.kind=flower",
+            "server.aggregation=mean", "server.hostile=null")  # fmt: skip
 NOBODY = "0" * hello.RUN  # the run of a dry frame
 
 

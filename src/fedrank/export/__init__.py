@@ -38,6 +38,7 @@ def export(
     The adapter as PEFT loads it, or merged: the whole model as transformers loads it. client: with this client's own
     parts. StoreError where parts are the clients' own and none is named, or `out` holds what is no export.
     """
+    Store.open(run)  # before a folder is made
     with provenance.placed(out) as place:
         _write(run, place, round, client, _merging(run) if merged else None)
     return out

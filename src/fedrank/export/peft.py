@@ -75,6 +75,7 @@ def read_peft(folder: Path) -> Adapter:
     odd += [start] if start.startswith(("pissa", "olora", "corda", "loftq")) else []  # these change the base model
     if settings.get("peft_type") != "LORA" or odd:
         raise StoreError(f"{folder} is {settings.get('peft_type')} with {odd}; plain LoRA can be imported")
+    tensors = {name: _single(tensor) for name, tensor in tensors.items()}
     blocks, scale, suffix = {}, None, ".lora_A.weight"
     if other := [k for k in tensors if ".lora_" in k and not k.endswith((suffix, suffix.replace("A", "B")))]:
         raise StoreError(f"{folder}: {other[0]} is neither lora_A nor lora_B of a linear layer; it cannot be imported")
@@ -91,8 +92,13 @@ def read_peft(folder: Path) -> Adapter:
         raise StoreError(f"{folder} holds no lora_A tensors")
     dense = {k.removeprefix(PREFIX): t for k, t in tensors.items() if ".lora_" not in k}
     if (folder / HEAD).exists():
-        dense |= load_file(folder / HEAD)
+        dense |= {name: _single(tensor) for name, tensor in load_file(folder / HEAD).items()}
     return Adapter(blocks, scale, dense)
+
+
+def _single(tensor: np.ndarray) -> np.ndarray:
+    """In float32 at least, as adapters are trained: halves are kept exactly, and what comes after is not rounded to them."""
+    return tensor.astype(np.float32) if tensor.itemsize < 4 else tensor
 
 
 def origin(folder: Path) -> dict[str, Any]:

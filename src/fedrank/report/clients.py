@@ -31,7 +31,12 @@ def clients(run: Played) -> Section | None:
         if run.holders:
             blocks.append(over_rows(run, scored))
     elif run.rounds and run.config.rounds.personal != 0:
-        blocks.append(Text("Every client is scored on its own rows when the run ends.", "note"))
+        when = (
+            "No client has test rows enough to be scored."
+            if run.summary
+            else "Clients are scored on their own rows when the run ends."
+        )
+        blocks.append(Text(when, "note"))
     if run.holders:
         blocks.append(held(run))
     elif isinstance(some := run.facts.get("partition", {}).get("clients"), dict):
@@ -176,7 +181,9 @@ def fleet(run: Played) -> Section | None:
     counts = (run.facts.get("fleet") or {}).get("kinds") or {}
     if run.private or not timed or not known(run.rounds, "round_seconds"):  # rows of clients come before their round's
         return None
-    if run.config.engine.fleet is None:
+    if run.config.engine.kind == "flower":
+        lead = "Devices are as the sites registered them."
+    elif run.config.engine.fleet is None:
         lead = "No fleet was named: every client has the same nominal laptop."
     elif len(counts) > 1 and not run.kinds:
         lead = "Which client has which device cannot be told any more, so all are shown together."

@@ -221,7 +221,7 @@ def privacy(run: Played) -> Section | None:
     kept = run.config.privacy
     if kept.kind == "none":
         return None
-    spent = [{**row, "round": row["round"]} for row in run.rounds if row.get("epsilon") is not None]
+    spent = [row for row in run.rounds if row.get("epsilon") is not None]
     about = Facts([
         ("Protection", kept.kind, "the server clips and noises" if kept.kind == "central" else "each client clips and noises"),
         ("Clip", f"{kept.clip:g}", "largest norm of a change"), ("Noise", f"{kept.noise:g}", "in clips"),

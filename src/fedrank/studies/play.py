@@ -8,10 +8,10 @@ from typing import Any
 import yaml
 
 from fedrank.engines.workers import cores
-from fedrank.store import Store, write
+from fedrank.store import Store, StoreError, write
 from fedrank.studies.comparison import Event, Key, opened
 from fedrank.studies.estimate import forecast
-from fedrank.studies.record import FILE
+from fedrank.studies.record import FILE, RESOLVED
 from fedrank.studies.study import Study, read
 from fedrank.studies.tables import save
 
@@ -40,6 +40,10 @@ def play(
     stop after the forecast. A run that fails is told and left out. StoreError where comparison.json cannot be read, or
     another process plays there.
     """
+    if (out / RESOLVED).exists() and not (out / FILE).exists():  # somebody's own
+        raise StoreError(
+            f"{out / RESOLVED} is there, where the study as it is resolved would be written; another --out"
+        )
     out.mkdir(parents=True, exist_ok=True)
     with Store(out).locked():
         comparison = opened(study, out, runs or out / "runs", workers or cores())
@@ -49,7 +53,7 @@ def play(
         if ahead:
             return
         comparison.save()
-        write(out / "study.yaml", yaml.safe_dump(comparison.found["study"], sort_keys=False).encode())
+        write(out / RESOLVED, yaml.safe_dump(comparison.found["study"], sort_keys=False).encode())
         done, seconds, all_ = 0, list[float](), expected["trials"] + expected["runs"]
 
         def played(keys: list[Key]) -> Iterator[Event]:

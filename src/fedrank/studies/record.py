@@ -7,6 +7,7 @@ from typing import Any
 from fedrank.store import StoreError
 
 FILE, SCHEMA = "comparison.json", 1
+RESOLVED = "study.yaml"  # beside it: the study with all that it leaves open written out
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A study: what is compared with what, from one YAML file, and the config of each of its runs."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
@@ -245,7 +246,9 @@ def _checked(config: Part, whose: str) -> Config:
 
 
 def _ends(knobs: Mapping[str, Knob]) -> Iterator[dict[str, Any]]:
-    """Values of each knob that show whether all are possible: a range's ends, and all of a list."""
+    """Values of each knob that show whether all are possible: a range's ends and one between, no whole number; all of a list."""
     for key, knob in knobs.items():
-        for value in (knob.low, knob.high) if isinstance(knob, Range) else knob:
+        for value in (
+            (knob.low, knob.low + (knob.high - knob.low) / math.e, knob.high) if isinstance(knob, Range) else knob
+        ):
             yield {key: value}

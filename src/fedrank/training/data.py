@@ -12,6 +12,7 @@ import numpy as np
 
 from fedrank.config import Clients, Config, Instructions
 from fedrank.protocol import rng
+from fedrank.store import named as client_name
 from fedrank.training import docstrings
 from fedrank.training.instructions import Example, Reader, Turn, opening, shape
 from fedrank.training.sources import DataError, Record, Source, from_hub, from_path, nearest
@@ -118,6 +119,11 @@ def natural(config: Config, data: ClientData) -> Config:
         raise DataError(
             f"{data.name}: names must be {data.clients}, ascending and without repeats, got {list(data.names)[:5]}"
         )
+    for name in data.names:
+        try:
+            client_name(name)
+        except ValueError as error:
+            raise DataError(f"{data.name}: {error}") from None
     if len(set(data.labels)) < len(data.labels):
         raise DataError(f"{data.name}: a label is repeated in {list(data.labels)}; names must differ")
     for key in ("train_limit", "split"):
@@ -138,15 +144,19 @@ def load(
     train_limit: int | None,
     seed: int,
     form: Instructions = AS_THEY_ARE,
+    clients: bool = True,
 ) -> Dataset:
-    """The dataset at ``path``, or the one called ``name``: docstrings, or a Hugging Face "name[:config]"."""
+    """The dataset at ``path``, or the one called ``name``: docstrings, or a Hugging Face "name[:config]".
+
+    clients: whether it matters whose the training rows are.
+    """
     if (name is None) == (path is None):
         raise DataError(f"data.name is {name!r} and data.path is {path!r}: give exactly one of them")
     if name == BUILT_IN:
         dataset = built_in(task)
     else:
         source = from_hub(name, columns) if name is not None else from_path(Path(str(path)))
-        dataset = assemble(source, task, columns, form)
+        dataset = assemble(source, task, columns, form, clients)
     return replace(dataset, train=limit(dataset.train, train_limit, seed, "train"))
 
 
@@ -155,9 +165,10 @@ def configured(settings: Config) -> Dataset:
     d = settings.data
     columns = d.columns.model_dump()
     # Natural clients' tests are of their own rows, and so of those that there are: the same ones with every seed.
-    seed = 0 if d.partition.kind == "natural" else settings.seed
-    dataset = load(d.name, d.path, settings.task, columns, d.train_limit, seed, d.instructions)
-    if d.split == "validation" and (dataset.dev is not None or d.partition.kind != "natural"):
+    natural = d.partition.kind == "natural"
+    seed = 0 if natural else settings.seed
+    dataset = load(d.name, d.path, settings.task, columns, d.train_limit, seed, d.instructions, natural)
+    if d.split == "validation" and (dataset.dev is not None or not natural):
         dataset = validation(dataset, settings.seed)  # natural clients hold their own out
     return replace(dataset, test=limit(dataset.test, d.test_limit, settings.seed, "test"))
 
@@ -168,6 +179,11 @@ def central(settings: Config) -> tuple[Rows | None, tuple[str, ...]]:
     A file is the test; of a folder test.* and labels.txt are read, and no other.
     """
     d, classes = settings.data, settings.task != "generate"
+    for key in ("train_limit", "split"):
+        if getattr(d, key) != type(d).model_fields[key].default:
+            raise DataError(
+                f"data.{key}: it is of a whole data set, and with engine.kind=flower the sites have the rows"
+            )
     labels = d.labels
     if d.name is not None:
         dataset = load(d.name, None, settings.task, d.columns.model_dump(), None, settings.seed, d.instructions)
@@ -182,10 +198,10 @@ def central(settings: Config) -> tuple[Rows | None, tuple[str, ...]]:
     if classes and not (labels := labels or source.names or ()):
         raise DataError(f"{d.path}: no labels.txt, and test rows may lack a class; write one, or give data.labels")
     place, records = source.splits.get("all") or source.splits["test"]
-    found, written = collect(place, records, settings.task, d.columns.model_dump(), d.instructions)
+    found, written = collect(place, records, settings.task, d.columns.model_dump(), d.instructions, False)
     if classes:
         ids = {label: at for at, label in enumerate(labels)}
-        found = replace(found, label=np.array([label_id(one, ids) for one in written], np.int64), client=None)
+        found = replace(found, label=np.array([label_id(one, ids) for one in written], np.int64))
     return limit(found, d.test_limit, settings.seed, "test"), labels if classes else ()
 
 
@@ -229,8 +245,13 @@ def built_in(task: str) -> Dataset:
     return Dataset(BUILT_IN, rows.take(train), rows.take(test), None, docstrings.LABELS)
 
 
-def assemble(source: Source, task: str, columns: Mapping[str, str], form: Instructions = AS_THEY_ARE) -> Dataset:
-    read = {split: collect(*place, task, columns, form) for split, place in source.splits.items()}
+def assemble(
+    source: Source, task: str, columns: Mapping[str, str], form: Instructions = AS_THEY_ARE, clients: bool = True
+) -> Dataset:
+    read = {
+        split: collect(*place, task, columns, form, clients and split in ("train", "all"))
+        for split, place in source.splits.items()
+    }
     splits = {split: rows for split, (rows, _) in read.items()}
     labels: tuple[str, ...] = ()
     if task != "generate":
@@ -265,17 +286,25 @@ def cut(rows: Rows, name: str) -> dict[str, Rows]:
 
 
 def collect(
-    place: str, records: Iterable[Record], task: str, columns: Mapping[str, str], form: Instructions = AS_THEY_ARE
+    place: str,
+    records: Iterable[Record],
+    task: str,
+    columns: Mapping[str, str],
+    form: Instructions = AS_THEY_ARE,
+    clients: bool = True,
 ) -> tuple[Rows, list[Written]]:
-    """One split's rows, and their labels still as written. The first row decides on optional columns."""
+    """One split's rows, and their labels still as written. The first row decides on optional columns.
+
+    clients: whether it matters whose rows they are; else that column is not looked at.
+    """
     if task == "generate":
-        return prompts(place, records, columns, form), []
+        return prompts(place, records, columns, form, clients), []
     keys = ["text", "label"]
     cells: dict[str, list[Any]] = {}
     places: list[str] = []
     for where, row in records:
         if not places:
-            keys += [key for key in ("text_b", "client") if there(row, key, columns)]
+            keys += [key for key in ("text_b", "client") if there(row, key, columns) and (clients or key != "client")]
             cells = {key: [] for key in keys}
         places.append(where)
         for key, values in cells.items():
@@ -291,17 +320,24 @@ def there(row: Mapping[str, Any], key: str, columns: Mapping[str, str]) -> bool:
     return columns.get(key, key) in row or columns.get(key, key) != key
 
 
-def prompts(place: str, records: Iterable[Record], columns: Mapping[str, str], form: Instructions) -> Rows:
-    """One split's rows of task generate, all of the first one's shape."""
+def prompts(
+    place: str, records: Iterable[Record], columns: Mapping[str, str], form: Instructions, whose: bool = True
+) -> Rows:
+    """One split's rows of task generate, all of the first one's shape. whose: as `collect`'s clients."""
     examples, clients, read = list[Example](), list[str](), None
     for where, row in records:
         if read is None:
-            kind, named = shape(where, row, columns, form.format), there(row, "client", columns)
+            kind, named = shape(where, row, columns, form.format), whose and there(row, "client", columns)
             if kind == "messages" and form.template == "plain":
                 raise DataError(
                     f"{where}: messages are written by a chat template; data.instructions.template=chat or auto"
                 )
             chat = form.template == "chat" or kind == "messages"
+            if form.separator and (chat or kind == "alpaca"):
+                what = "a chat template" if chat else "alpaca's headings"
+                raise DataError(
+                    f"{where}: data.instructions.separator is of plain prompts; here {what} part them; leave it out"
+                )
             read = Reader(kind, columns, chat, form.separator)
         before = len(examples)
         examples += read(where, row)
@@ -360,7 +396,7 @@ def label_id(written: Written, ids: Mapping[str, int]) -> int:
     where, label = written
     if isinstance(label, str) and label in ids:
         return ids[label]
-    if not is_id(label):
+    if not is_id(label) or (isinstance(label, str) and is_id(next(iter(ids)))):  # of two numbers it is not the id then
         raise DataError(f"{where}: unknown label {label!r} among {len(ids)}{nearest(str(label), list(ids))}")
     if not 0 <= int(label) < len(ids):
         raise DataError(f"{where}: label {label} is outside 0..{len(ids) - 1}")

@@ -24,7 +24,7 @@ from fedrank.training.compute import Compute, Increment
 from fedrank.training.course import Ask, Course, TrainingError
 from fedrank.training.frozen import Frozen, freeze
 from fedrank.training.hooks import incremented, increments, mounted
-from fedrank.training.models import Model
+from fedrank.training.models import Model, dropouts
 from fedrank.training.prefix import Kept, Prefix
 from fedrank.training.quantised import held
 from fedrank.training.tasks import Encoded
@@ -300,17 +300,17 @@ class Trainer:
         self, network: torch.nn.Module, dropout: float, job: Job, still: Iterable[torch.nn.Module] = ()
     ) -> Iterator[None]:
         """Training mode, but for what stays still, with the base's dropout at this rate, its draws addressed; then eval."""
-        layers = [m for m in network.modules() if isinstance(m, torch.nn.Dropout)]
-        rates = [layer.p for layer in layers]
+        places = dropouts(network)
+        rates = [getattr(*place) for place in places]
         with drawn(self.device, job.rng("dropout")):
             try:
-                for layer in layers:
-                    layer.p = dropout
+                for module, name in places:
+                    setattr(module, name, dropout)
                 network.train(dropout > 0)
                 for module in still:
                     module.eval()
                 yield
             finally:
                 network.eval()
-                for layer, rate in zip(layers, rates, strict=True):
-                    layer.p = rate
+                for (module, name), rate in zip(places, rates, strict=True):
+                    setattr(module, name, rate)

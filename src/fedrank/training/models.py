@@ -116,10 +116,12 @@ def load(settings: config.Config, labels: tuple[str, ...]) -> Model:
         )
     if tokenizer.pad_token_id is None:  # decoders often have none; padded places are masked anyway
         tokenizer.pad_token = tokenizer.eos_token
-    if base.config.pad_token_id is None:
+    if tokenizer.pad_token_id is not None:  # a decoder's head looks for a row's last token by the model's own
         base.config.pad_token_id = tokenizer.pad_token_id
     if settings.local.max_length > (most := longest(base, tokenizer)):
         raise ModelError(f"local.max_length={settings.local.max_length}: {name} reads at most {most} tokens")
+    if settings.local.dropout and not dropouts(network):
+        raise ModelError(f"local.dropout={settings.local.dropout:g}: {name} has no dropout anywhere; 0")
     network.requires_grad_(False).eval()
     base.config.get_text_config().use_cache = (
         False  # training needs none; a block that is computed again would fill it twice
@@ -186,6 +188,8 @@ def _device(name: str) -> None:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"device={name} cannot be used here: {str(error).splitlines()[0]}") from None
+    if torch.device(name).type not in ("cpu", "cuda"):
+        raise ModelError(f"device={name} was never tried with fedrank: cpu, cuda or cuda:0")
 
 
 @contextmanager
@@ -223,6 +227,17 @@ def minilm() -> Path:
     if got != digest:
         raise ModelError(f"{folder / 'model.safetensors'} has sha256 {got}, expected {digest}; install it again")
     return folder
+
+
+def dropouts(network: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where a network holds a rate of dropout: its dropout layers, and what its other layers hand to functions."""
+    found = [(layer, "p") for layer in network.modules() if isinstance(layer, nn.Dropout)]
+    return found + [
+        (layer, name)
+        for layer in network.modules()
+        for name, value in vars(layer).items()
+        if "dropout" in name and isinstance(value, int | float) and not isinstance(value, bool)
+    ]
 
 
 def _build(settings: config.Config, location: Path | str | None, classes: int) -> tuple[nn.Module, Any, str, set[str]]:

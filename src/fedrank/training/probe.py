@@ -21,6 +21,10 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"--baselines: they are fitted to clients' rows without noise; privacy.kind is {config.privacy.kind}"
         )
+    if config.data.split == "validation" and config.data.partition.kind == "natural":
+        raise ConfigError(
+            "--baselines: with data.split=validation natural clients are scored on their own rows; data.split=test"
+        )
     if importlib.util.find_spec("sklearn") is None:
         raise ConfigError("--baselines: they need scikit-learn; pip install 'fedrank[quickstart]'")
 

@@ -13,6 +13,7 @@ from typing import Any
 
 SPLITS = ("train", "dev", "test")
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
+LONGEST = 1 << 30  # characters of a cell of CSV, for which the standard library's own limit is 128 thousand
 
 Record = tuple[str, Mapping[str, Any]]  # where the row stands ("train.csv:12"), its columns
 
@@ -138,6 +139,7 @@ def read_csv(path: Path, kind: str) -> Iterator[Record]:
         table = csv.reader(lines(path), delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
     else:
         table = csv.reader(lines(path), strict=True)
+    csv.field_size_limit(LONGEST)
     header: list[str] = []
     start = 1
     try:
