@@ -366,6 +366,26 @@ def test_04_differences_agree_with_double_backward_in_a_transformer(copied, drop
     assert np.linalg.norm(finite - double) < 0.02 * np.linalg.norm(first - double)
 
 
+def test_dropout_ends_where_nothing_learns_in_two_levels_as_in_one():
+    """Below the lowest block that learns there is none, the embeddings' included."""
+    job, seen = work(steps=1, dropout=0.3), []
+    top = [name for name in job.adapter.blocks if f".{toy.encoder().spec.blocks - 1}." in name]
+    plan = replace(job.plan, train={name: job.plan.train[name] for name in top})
+    job = replace(job, plan=plan, adapter=replace(job.adapter, blocks={name: job.adapter.blocks[name] for name in top}))
+    teacher = toy.trainer(1e-2)
+    layers = [layer for layer in teacher.frozen.network.modules() if isinstance(layer, torch.nn.Dropout)]
+
+    def look(values: Any, grads: Any) -> None:
+        seen.append([layer.training for layer in layers])
+
+    teacher.fit(job, ROWS, look, None)
+    below = private(job=job)
+    below = replace(below, blocks={name: below.blocks[name] for name in top})
+    teacher.fit(job, ROWS, look, Lower(1.0, below, "first"))
+    assert seen[0] == seen[1]
+    assert 0 < sum(seen[0]) < len(layers)
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_04_and_in_a_decoder(kind, tmp_path):
     """With a causal mask, and heads that share keys."""
@@ -418,7 +438,7 @@ def by_hooks(job: Job) -> Update:
     trainer = toy.trainer(1e-2)
     one, frozen = course.begin(course.Ask(job, ROWS, None, None), 1e-2, "cpu"), trainer.frozen
     with (
-        trainer._training(frozen.network, job.local.dropout, job),
+        trainer._training(frozen, job, list(trainer.model.modules)),
         fused.unmounted(frozen),
         mounted(frozen.layers, frozen.heads, one.live),
     ):

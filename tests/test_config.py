@@ -207,6 +207,11 @@ def test_a_wrong_hyper_parameter_is_explained_as_any_key(given: dict[str, Any], 
     ("settings", "wrong"),
     [
         ({"device": "cuda", "engine": {"workers": 2}}, "engine.workers: processes that share the work are for CPUs"),
+        ({"engine": {"kind": "flower-simulation"}, "device": "cuda"}, "device=cuda: Flower's simulation gives"),
+        (
+            {"task": "generate", "model": {"pooling": "mean"}},
+            "model.pooling=mean: with task generate nothing is pooled",
+        ),
         ({"engine": {"timing": "measured", "stack": 2}}, "stack: the time of clients that are trained together"),
         (
             {"task": "generate", "local": {"max_length": 1}},

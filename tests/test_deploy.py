@@ -1,5 +1,6 @@
 """Deployment: keys that verify, folders that are ready, a doctor that names each mistake, a worker for its owner alone."""
 
+import importlib.util
 import json
 import logging
 import os
@@ -264,7 +265,7 @@ def test_the_folders_are_ready(tmp_path: Path, config: str) -> None:
     folder = tmp_path / "fed"
     kit.init(folder, config, ["localhost"], 8123, SITES, False)
     assert yaml.safe_load((folder / "server" / "config.yaml").read_text())["engine"] == {
-        "kind": "flower", "superlink": "127.0.0.1:8124", "root_certificate": "certificates/ca.crt",
+        "kind": "flower", "superlink": "127.0.0.1:8124", "insecure": False, "root_certificate": "certificates/ca.crt",
     }  # fmt: skip
     script = (folder / "server" / "server.sh").read_text()
     assert "flower-superlink --host 127.0.0.1 --port 8124" in script  # who reaches it may submit apps
@@ -360,6 +361,25 @@ def test_mistakes_in_init_are_named(tmp_path: Path, config: str) -> None:
     kit.init(tmp_path / "fed", config, ["localhost"], None, SITES, False)
     wrong("is there already", folder=tmp_path / "fed", config=None, hosts=[])
     wrong("is a deployment already", folder=tmp_path / "fed", sites=["east"])
+    more: dict[str, Any] = {"folder": tmp_path / "fed", "config": None, "hosts": [], "sites": ["east"]}
+    for part in ("keys", "server"):  # as the README has them put elsewhere
+        (tmp_path / "fed" / part).rename(tmp_path / "elsewhere")
+        wrong(f"--site: it needs .*{part}.*, which is not there; put it back", **more)
+        assert not (tmp_path / "fed" / "sites" / "east").exists()
+        (tmp_path / "elsewhere").rename(tmp_path / "fed" / part)
+    kit.init(tmp_path / "fed", None, [], None, ["east"], False)
+    (tmp_path / "fed" / "deploy.yaml").write_text("sites: [")
+    wrong("not what `fedrank deploy init` wrote", **{**more, "sites": ["west"]})
+
+
+def test_init_says_by_itself_how_the_link_is_kept(tmp_path: Path) -> None:
+    """Whatever the config that it was given said of another link."""
+    (open_ := tmp_path / "open.yaml").write_text(
+        yaml.safe_dump({**CONFIG, "engine": {"kind": "flower", "insecure": True}})
+    )
+    kit.init(tmp_path / "fed", str(open_), ["localhost"], None, SITES, False)
+    engine = yaml.safe_load((tmp_path / "fed" / "server" / "config.yaml").read_text())["engine"]
+    assert (engine["insecure"], engine["root_certificate"]) == (False, "certificates/ca.crt")
 
 
 def test_the_command_line(tmp_path: Path, config: str) -> None:
@@ -372,6 +392,8 @@ def test_the_command_line(tmp_path: Path, config: str) -> None:
     again = fed("deploy", "init", tmp_path / "fed", "--site", "north")
     assert again.exit_code == 2
     assert "is there already" in again.stderr
+    print_ = fed("deploy", "doctor", "--site", tmp_path / "fed" / "sites" / "north" / "site.yaml", "--fingerprint", "0")
+    assert (print_.exit_code, "--config too" in print_.stderr) == (2, True)
     assert fed("deploy", "keys", tmp_path / "fed" / "keys").output.strip() == "nothing to make: all is there"
     checked = fed("deploy", "doctor", "--site", tmp_path / "fed" / "sites" / "north" / "site.yaml", "--json")
     assert checked.exit_code == 1  # its rows are not there yet
@@ -452,6 +474,39 @@ def test_a_site_that_generates(tmp_path: Path) -> None:
     assert found["data"].text == "12 rows, task generate"
 
 
+def test_a_site_that_lacks_some_of_the_classes_is_in_order(tmp_path: Path) -> None:
+    """As sites do where data are not alike; their names are the server's."""
+    path = site(tmp_path / "a")
+    rows = [{"text": "red red", "label": 3}, {"text": "blue", "label": 7}] * 8
+    (path.parent / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert failed(path) == {}
+    assert findings(path)["data"].text == "16 rows, 8 classes"
+
+
+def test_chats_are_no_mistake_of_a_site(tmp_path: Path) -> None:
+    path = site(tmp_path / "a")
+    said = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    (path.parent / "rows.jsonl").write_text(f"{json.dumps({'messages': said})}\n" * 8)
+    found = findings(path)
+    assert [one for one in found.values() if not one.ok] == []
+    assert "a model for them is tried with --config" in found["data"].text
+    assert "model" not in found
+    (path.parent / "rows.jsonl").write_text(f"{json.dumps({'text': 'red', 'category': 'a'})}\n" * 8)
+    assert "set data.columns.label" in failed(path)["data"]
+
+
+def test_a_site_needs_no_accountant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Epsilon is told by the server."""
+    there = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "dp_accounting" else there(name, *more)
+    )
+    privacy = {"kind": "local", "clip": 1.0, "noise": 1.0, "delta": 0.1}
+    raw = {**CONFIG, "privacy": privacy, "clients": {"count": 5}, "rounds": {"count": 2, "cohort": 3, "personal": 0}}
+    (tmp_path / "private.yaml").write_text(yaml.safe_dump(raw))
+    assert failed(site(tmp_path / "a"), None, str(tmp_path / "private.yaml")) == {}
+
+
 def test_each_mistake_of_a_site_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "unknown key 'modle'" in failed(site(tmp_path / "a", modle="x"))["site"]
     assert failed(tmp_path / "none.yaml").keys() == {"site"}
@@ -469,7 +524,7 @@ def test_each_mistake_of_a_site_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     found = failed(small)
     assert "hardware.memory_gigabytes" in found["memory"]
     assert "out of memory" in found["frame"]
-    monkeypatch.setattr(doctor, "_free_bytes", lambda: 1000)
+    monkeypatch.setattr(doctor, "_free_bytes", lambda device: 1000)
     assert "1e-06 GB of memory are free" in failed(site(tmp_path / "e"))["memory"]
     monkeypatch.setattr(doctor, "LEAST_BYTES", 1e18)
     assert "are free at" in failed(site(tmp_path / "e"))["disk"]

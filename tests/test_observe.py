@@ -295,6 +295,16 @@ def test_a_clients_own_words_are_in_no_line_and_a_failed_run_says_so(
     assert (last["level"], last["round"], last["message"]) == ("ERROR", 2, "the run failed: RuntimeError: it broke")
 
 
+def test_an_end_that_is_no_mistake_is_a_stop(texts: Path, tmp_path: Path) -> None:
+    """As Flower ends a server app that is stopped."""
+    events = experiment.start(config.load(settings(texts, log=str(tmp_path / "log"))), tmp_path / "run")
+    while next(events)["event"] != "round":
+        pass
+    with pytest.raises(SystemExit):
+        events.throw(SystemExit(1))  # type: ignore[attr-defined]
+    assert lines(tmp_path / "log")[-1]["message"] == "the run was stopped"
+
+
 def test_a_stopped_run_says_so_and_closes_what_was_open(texts: Path, tmp_path: Path) -> None:
     out, at, run = tmp_path / "run.jsonl", port(), tmp_path / "run"
     events = experiment.start(config.load(settings(texts, log=str(out), prometheus=at, tensorboard=True)), run)

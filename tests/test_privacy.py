@@ -686,11 +686,15 @@ def test_what_cannot_be_private_is_told_before_a_run(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_accountant_s_library_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    method = FedAvg()
+def test_the_accountant_s_library_is_asked_for_where_it_is_missing(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(privacy.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"fedrank\[privacy\]"):
-        privacy.check(private(), method, "fedavg", method.begin(toy.small(), 3, 0), toy.cohort("c0"), 0)
+        fedrank.run(config, out=tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"fedrank\[privacy\]"):
+        forecast(load(config))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("kind", ["central", pytest.param("local", marks=slow)])

@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -294,10 +295,12 @@ def _follow(start: Callable[[], Iterator[dict[str, Any]]], path: Path, output: v
     with stoppable(lambda: f"stopped; {go_on if begun() else 'nothing had begun.'}"), mistakes():
         try:
             last = deque(views.VIEWS[output](start()), maxlen=1).pop()
-        except OSError as error:  # a full disk, a closed pipe
+        except (OSError, BrokenProcessPool) as error:  # a full disk, a closed pipe; a worker without memory
             if not begun():
                 raise
-            errors.print(f"[bold red]error:[/] {escape(str(error))}; {go_on}", highlight=False, soft_wrap=True)
+            lost = "a worker process was killed, as when memory runs out; engine.workers=1 needs less"
+            what = lost if isinstance(error, BrokenProcessPool) else escape(str(error))
+            errors.print(f"[bold red]error:[/] {what}; {go_on}", highlight=False, soft_wrap=True)
             raise typer.Exit(1) from None
         if baselines:
             _baselines(path, output)

@@ -75,6 +75,8 @@ def doctor(
         from fedrank.deploy.doctor import Link, examine
 
         link = None if superlink is None else Link(superlink, root_certificate, insecure)
+        if fingerprint is not None and config is None:
+            raise ConfigError("--fingerprint: it is of a run's model; --config too")
         for found in examine(site, link, config, fingerprint):
             wrong = wrong or not found.ok
             if as_json:

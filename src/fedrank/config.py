@@ -452,6 +452,10 @@ class Config(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants
                 f"engine.workers: processes that share the work are for CPUs under Linux; with device {self.device} "
                 f"on {sys.platform}, 1 or null"
             )
+        if self.engine.kind == "flower-simulation" and self.device != "cpu":
+            raise ValueError(
+                f"device={self.device}: Flower's simulation gives its clients no GPU; cpu, or engine.kind=local"
+            )
         if self.task != "generate" and self.generation.when != "never":
             raise ValueError(
                 f"generation.when={self.generation.when}: task {self.task} writes no texts; with it, never"

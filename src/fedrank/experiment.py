@@ -17,7 +17,7 @@ from safetensors.numpy import save
 
 import fedrank
 from fedrank import config as settings
-from fedrank import ledger, remote
+from fedrank import ledger, privacy, remote
 from fedrank.config import Config, ConfigError
 from fedrank.export import adopt, export, obstacle, origin, read_peft
 from fedrank.ledger import ASKED, OF_TEXTS, PERSONAL, Event
@@ -123,6 +123,7 @@ def start(
         _named(config, method, data)
         yield from remote.start(config, path, imported)
         return
+    privacy.accountable(config.privacy)
     with watching(config.observe, path) as told:
         with span("loading"):
             parts = (by or prepare)(config, method, data)  # before anything is written: most mistakes show here
@@ -158,6 +159,7 @@ def go_on(
         _named(config, method, data)
         yield from remote.go_on(config, path, overrides)
         return
+    privacy.accountable(config.privacy)
     with store.locked(), ExitStack() as stack:
         told = stack.enter_context(watching(config.observe, path))
         state, numerics = store.state()

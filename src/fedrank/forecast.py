@@ -46,6 +46,7 @@ def forecast(
     comes to; of one on Flower, whose sites' rows and devices are theirs, nothing else. watch: called with every event of
     the rounds.
     """
+    privacy.accountable(config.privacy)
     if config.engine.kind == "flower":
         if config.privacy.kind == "none":
             raise ConfigError(

@@ -243,6 +243,12 @@ def released(row: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
 # ---- before a run
 
 
+def accountable(settings: PrivacySettings) -> None:
+    """ConfigError where epsilon could not be told here; sites do not have to."""
+    if settings.kind != "none" and importlib.util.find_spec("dp_accounting") is None:
+        raise ConfigError("privacy.kind: the accountant needs dp-accounting: pip install 'fedrank[privacy]'; or none")
+
+
 def check(
     settings: PrivacySettings, method: Method, name: str, begin: State, devices: Mapping[ClientId, Device], seed: int
 ) -> None:
@@ -250,8 +256,6 @@ def check(
     every kind of plan in these rounds."""
     if settings.kind == "none":
         return
-    if importlib.util.find_spec("dp_accounting") is None:
-        raise ConfigError("privacy.kind: the accountant needs dp-accounting: pip install 'fedrank[privacy]'; or none")
     assert settings.delta is not None
     if settings.delta * len(devices) >= 1:
         raise ConfigError(

@@ -36,6 +36,7 @@ def profile(config: Config, rounds: int, to: Path) -> dict[str, Any]:
                 ended = time.perf_counter()
         seconds = time.perf_counter() - started
         summary = experiment.Run(Path(folder) / "run").summary
+    to.parent.mkdir(parents=True, exist_ok=True)
     trace.write(spans, to)
     found = trace.shares(spans, whole=("evaluation", "both levels"))
     found["the rest"] = seconds - sum(found.values())

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Listener
+from operator import attrgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,6 +29,9 @@ from fedrank.store import Store, StoreError
 
 APP = Path("fedrank_app", "app.py")
 NAME = "fedrank"  # of the connection in Flower's own config
+# Of what a resumed run may change, what is a place on this machine.
+PATHS = ("data.path", "model.name", "engine.root_certificate", "engine.fleet.csv", "observe.log", "observe.tensorboard",
+         "observe.mlflow")  # fmt: skip
 LOOK = 10.0  # seconds between looks at a run that has not been heard of
 UP, DOWN = 60.0, 10.0  # seconds in which a SuperLink of one's own is up, and has ended with all that it started
 STOPPED = 60.0  # seconds in which a server has ended that was stopped: it asks for that about every 20
@@ -62,8 +66,14 @@ def start(config: Config, path: Path, imported: Path | None = None) -> Iterator[
 
 
 def go_on(config: Config, path: Path, overrides: Iterable[str]) -> Iterator[Event]:
-    """Go on with a run there."""
-    yield from _play(config, path, {"overrides": json.dumps(list(overrides))})
+    """Go on with a run there, by overrides whose paths are from where one stands."""
+    resolved, _ = resolve.resolve(config)
+
+    def whole(item: str) -> str:
+        key = item.partition("=")[0]
+        return f"{key}={json.dumps(attrgetter(key)(resolved))}" if key in PATHS else item
+
+    yield from _play(config, path, {"overrides": json.dumps([whole(item) for item in overrides])})
 
 
 def write_app(folder: Path, told: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ import socket
 import ssl
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -29,7 +29,7 @@ from fedrank.protocol import ClientId, Device, Method, ModelSpec, State
 from fedrank.server import Server
 from fedrank.sites import Desk, SiteFile
 from fedrank.store import Store, StoreError
-from fedrank.training.data import class_names, collect, label_id
+from fedrank.training.data import Written, class_names, collect, is_id, label_id
 from fedrank.training.sources import numbered
 from fedrank.wire import Wire
 
@@ -80,11 +80,11 @@ def examine(
     finding, run = _try("data", lambda: _data(file, config))
     yield finding
     if run is not None:
-        free = _free_bytes()  # before anything large is loaded
+        room, free = _try("memory", lambda: ("", _free_bytes(file.device)))  # before anything large is loaded
         finding, made = _try("model", lambda: _model(path, file, run, fingerprint))
         yield finding
         if made is not None:
-            yield _try("memory", lambda: _memory(file, made, free))[0]
+            yield room if free is None else _try("memory", lambda: _memory(file, made, free))[0]
             yield _try("frame", lambda: _frame(file, run, made))[0]
     yield _try("worker", lambda: _worker(file))[0]
 
@@ -199,22 +199,31 @@ def _disk(file: SiteFile) -> tuple[str, None]:
     return f"{free / 1e9:.3g} GB free at {store}", None
 
 
-def _data(file: SiteFile, source: str | None) -> tuple[str, Setup]:
-    """Read every row, as a run will; and the run that is tried on them, of which only the base model is not known."""
+def _data(file: SiteFile, source: str | None) -> tuple[str, Setup | None]:
+    """Read every row, as a run will; and the run that is tried on them, of which only the base model is not known.
+
+    None where the small one cannot be: it has no template for chats.
+    """
     columns = file.data.columns
     given = None if source is None else settings.load(source, ONE_STEP)
     if given is None:
         first: Mapping[str, Any] = next(iter(file.records()), {})
-        classes = columns.text in first and columns.label in first
+        written_from = (columns.prompt, columns.instruction, columns.messages)
+        classes = columns.text in first and not any(column in first for column in written_from)
         task, form = "classify" if classes else "generate", settings.Instructions()
     else:
         task, form = given.task, given.data.instructions
     place = str(file.data.path)
     found, written = collect(place, numbered(place, file.records()), task, columns.model_dump(), form)
-    labels = () if task == "generate" else (() if given is None else given.data.labels) or class_names(written)
+    labels = () if task == "generate" else (() if given is None else given.data.labels) or _classes(written)
     ids = {label: at for at, label in enumerate(labels)}
     for one in written:  # DataError where it is none of the run's classes
         label_id(one, ids)
+    if given is None and found.turns is not None and file.model is None:
+        return (
+            f"{len(found)} rows of chats; a model for them is tried with --config, or a model in the site's file",
+            None,
+        )
     if given is None:
         model = "tiny-decoder" if task == "generate" else "tiny-encoder"
         raw = {"task": task, "model": {"name": model}, "data": {"labels": labels}}
@@ -224,6 +233,13 @@ def _data(file: SiteFile, source: str | None) -> tuple[str, Setup]:
     told["engine"]["stack"] = 1
     about = f"{len(labels)} classes" if labels else f"task {task}"
     return f"{len(found)} rows, {about}", Setup(NOBODY, told, tuple(labels), "", "")
+
+
+def _classes(written: Sequence[Written]) -> tuple[str, ...]:
+    """The classes by a site's own rows, which may lack some of the run's: where they are ids, those below the largest, too."""
+    if all(is_id(label) for _, label in written):
+        return tuple(str(at) for at in range(1 + max(int(label) for _, label in written)))
+    return class_names(written)
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,11 +273,7 @@ def _model(path: Path, file: SiteFile, run: Setup, fingerprint: str | None) -> t
 
 
 def _memory(file: SiteFile, made: Made, free: int) -> tuple[str, None]:
-    needed, where = made.cost.peak_memory_bytes, "memory"
-    if file.device != "cpu":
-        from fedrank.training.compute import free_bytes
-
-        free, where = free_bytes(file.device), f"memory of {file.device}"
+    needed, where = made.cost.peak_memory_bytes, "memory" if file.device == "cpu" else f"memory of {file.device}"
     said = f"training needs {needed / 1e9:.2g} GB beside the programs' own, and {free / 1e9:.3g} GB of {where} are free"
     if needed > free:
         raise ConfigError(f"{said}; a smaller batch, local.checkpoint, or model.quantise need less")
@@ -270,8 +282,12 @@ def _memory(file: SiteFile, made: Made, free: int) -> tuple[str, None]:
     return said, None
 
 
-def _free_bytes() -> int:
-    """Of the machine's memory, as Linux says what a new program may take."""
+def _free_bytes(device: str) -> int:
+    """Of the machine's memory, as Linux says what a new program may take, or of a GPU's."""
+    if device != "cpu":
+        from fedrank.training.compute import free_bytes
+
+        return free_bytes(device)
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024

@@ -62,6 +62,10 @@ def init(
         before = _read(told)
         if there := [name for name in sites if name in before.sites or (folder / "sites" / name).exists()]:
             raise ConfigError(f"--site {there[0]}: {folder / 'sites' / there[0]} is there already")
+        needed = [folder / "server" / "sites"]
+        needed += [] if before.insecure else [folder / "keys" / name for name in ("ca.key", "ca.crt", "server.crt")]
+        if gone := [path for path in needed if not path.exists()]:
+            raise ConfigError(f"--site: it needs {gone[0]}, which is not there; put it back for as long as this takes")
         made = Deployment(before.superlink, before.insecure, (*before.sites, *sites))
     else:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -85,7 +89,11 @@ def init(
 
 
 def _read(told: Path) -> Deployment:
-    match yaml.safe_load(told.read_bytes()):
+    try:
+        found = yaml.safe_load(told.read_bytes())
+    except yaml.YAMLError:
+        found = None
+    match found:
         case {"superlink": str(superlink), "insecure": bool(insecure), "sites": [*sites]} if all(
             type(name) is str for name in sites
         ):
@@ -102,8 +110,13 @@ def _address(host: str, port: int) -> str:
 
 def _played(source: str, made: Deployment) -> dict[str, Any]:
     """The run's config: what was said in it, and how the server's machine reaches the SuperLink."""
-    how = "insecure=true" if made.insecure else "root_certificate=certificates/ca.crt"
-    connection = ["kind=flower", f"superlink=127.0.0.1:{made.inner}", how]
+    how = ("true", "null") if made.insecure else ("false", "certificates/ca.crt")
+    connection = [
+        "kind=flower",
+        f"superlink=127.0.0.1:{made.inner}",
+        f"insecure={how[0]}",
+        f"root_certificate={how[1]}",
+    ]
     config = settings.load(source, [f"engine.{one}" for one in connection])
     resolved, _ = resolve.resolve(config)
     rows.central(resolved)

@@ -35,7 +35,7 @@ class LEGEND:
     """Each client trains the last k blocks, k by the seconds its rounds took; a block is averaged over its holders.
 
     budget: ranks of all blocks together (psi); None: the adapter's rank per block. least: the first block's rank.
-    min_depth: k of the slowest. slack: added to the deadline, as a share. quantile: of the fleet's full rounds, the
+    min_depth: k of the slowest. slack: added to the deadline, as a share. quantile: of the cohort's full rounds, the
     deadline's other anchor; 0 is the fastest client's. smoothing: rho of the moving averages. max_seconds,
     max_bytes: a client's local training and its two frames per round may not take more. Controls: depth "full",
     other rank orders, and download "full", in which the lower blocks' components are in the forward pass, frozen.

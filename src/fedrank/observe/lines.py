@@ -65,11 +65,11 @@ def opened(given: Observe, path: Path) -> Iterator[Watch]:
 
         try:
             yield watch
-        except (KeyboardInterrupt, GeneratorExit):
-            put(logging.WARNING, "the run was stopped", {"event": "stopped"})
-            raise
-        except BaseException as error:
+        except Exception as error:
             put(logging.ERROR, f"the run failed: {type(error).__name__}: {error}", {"event": "failed"})
+            raise
+        except BaseException:  # Ctrl-C, or Flower's end of a server app that is stopped
+            put(logging.WARNING, "the run was stopped", {"event": "stopped"})
             raise
 
 

@@ -86,7 +86,7 @@ def opened(given: Observe, path: Path) -> Iterator[Watch]:
     try:
         yield watch
     except BaseException as error:
-        status = "KILLED" if isinstance(error, KeyboardInterrupt | GeneratorExit) else "FAILED"
+        status = "FAILED" if isinstance(error, Exception) else "KILLED"
         raise
     finally:
         if begun:

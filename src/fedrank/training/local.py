@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -175,14 +175,10 @@ class Trainer:
         return [one if isinstance(one, Exception) else together.outcome(one.update) for one in courses]
 
     def _train(self, stack: list[Course], encoded: Encoded) -> None:
-        """All steps of these clients; the k-th steps of all that have so many are one pass.
-
-        What is frozen below the lowest block that learns has no dropout, whether it is kept or not.
-        """
+        """All steps of these clients; the k-th steps of all that have so many are one pass."""
         job, frozen, learning = stack[0].ask.job, self.frozen, list(stack[0].live.learning)  # alike in all of them
-        still = [] if frozen.blocks is None else frozen.blocks.below(prefix.lowest(learning, frozen.blocks.modules))
         with (
-            self._training(frozen.network, job.local.dropout, job, still),
+            self._training(frozen, job, learning),
             fused.mounted(frozen, [one.live for one in stack], *self.updated(job.base_updates)) as mounts,
             self._watched(frozen.network) as forward,
             self._kept(frozen.base, learning, job),
@@ -224,8 +220,9 @@ class Trainer:
                 "local.checkpoint: it has no second derivative; method.derivative: finite or first needs none"
             )
         others, started = course.drawn_batches(one.ask.rows, job.local, job, "lower batches"), time.perf_counter()
+        learning = [*two.upper.learning, *(two.lower.learning if two.lower else ())]
         with (
-            self._training(frozen.network, job.local.dropout, job),
+            self._training(frozen, job, learning),
             fused.unmounted(frozen, *self.updated(job.base_updates)),
             mounted(frozen.layers, frozen.heads, two.upper),
             mounted(frozen.layers, frozen.heads, two.lower) if two.lower else nullcontext(),
@@ -296,10 +293,13 @@ class Trainer:
         return self.working[key]
 
     @contextmanager
-    def _training(
-        self, network: torch.nn.Module, dropout: float, job: Job, still: Iterable[torch.nn.Module] = ()
-    ) -> Iterator[None]:
-        """Training mode, but for what stays still, with the base's dropout at this rate, its draws addressed; then eval."""
+    def _training(self, frozen: Frozen, job: Job, learning: Sequence[str]) -> Iterator[None]:
+        """Training mode with the job's dropout of the base, its draws addressed; then eval.
+
+        What is frozen below the lowest block that learns has none, whether it is kept or not.
+        """
+        network, dropout = frozen.network, job.local.dropout
+        still = [] if frozen.blocks is None else frozen.blocks.below(prefix.lowest(learning, frozen.blocks.modules))
         places = dropouts(network)
         rates = [getattr(*place) for place in places]
         with drawn(self.device, job.rng("dropout")):
