@@ -5,6 +5,7 @@ import os
 import re
 import signal
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,18 @@ def jaxtyped(*, typechecker: Callable, real: Callable = jaxtyping.jaxtyped) -> C
 jaxtyping.jaxtyped = jaxtyped
 hook = install_import_hook(SHAPED, "beartype.beartype")
 
+import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import fedrank  # noqa: E402, F401
+from fedrank.training import docstrings  # noqa: E402
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("tests", deadline=None)  # a busy machine is no mistake
+hypothesis.settings.load_profile("tests")
+docstrings.labelled = cache(docstrings.labelled)  # the standard library's are the same for all, and take a second
 # A shell's job in the background ignores Ctrl-C, and so would the programs that tests stop by it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

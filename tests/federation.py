@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fedrank.deploy import keys
 
 WORDS = {"colour": ("red", "green", "blue"), "animal": ("dog", "cat", "cow"), "motion": ("run", "walk", "jump")}
 LABELS = tuple(WORDS)
+PORTS = count(12000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")), 2)
 # Program and home of what can be killed; None: a site's.
 PROGRAMS = {
     "the worker": ("site", None), "the client app": ("flwr-clientapp", None), "the SuperNode": ("flower-supernode", None),
@@ -43,9 +45,15 @@ def write_rows(path: Path, found: Sequence[Mapping[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in found))
 
 
+def _open(port: int) -> bool:
+    with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+        return True
+    return False
+
+
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    """One that is free, as is the next. Each is given out once, below those that lines of other programs get."""
+    return next(port for port in PORTS if _open(port) and _open(port + 1))
 
 
 def answers(port: int) -> bool:

@@ -96,11 +96,10 @@ def test_a_round_lasts_as_long_as_its_slowest_client(played: fedrank.Run) -> Non
     assert summary["waiting_seconds"] == pytest.approx(np.mean([row["waiting_seconds"] for row in played.rounds]))
 
 
-def test_rounds_differ_by_jitter_and_modes(played: fedrank.Run) -> None:
+def test_rounds_differ_by_jitter(played: fedrank.Run) -> None:
     for client in {row["client"] for row in rows(played)}:
         mine = [row for row in rows(played) if row["client"] == client]
         assert len({row["forward_seconds"] for row in mine}) == len({row["upload_seconds"] for row in mine}) == 3
-        assert len({row["peak_memory_bytes"] for row in mine}) <= 3
         for row in mine:  # one factor on both ways of the link, one on both ways through the model
             assert row["forward_seconds"] / row["backward_seconds"] == pytest.approx(
                 mine[0]["forward_seconds"] / mine[0]["backward_seconds"], rel=0.05

@@ -16,7 +16,6 @@ from pydantic import BaseModel
 
 import pages
 from fedrank import cli, config, methods
-from fedrank.training import docstrings
 
 PAGES = [page for page in pages.pages() if pages.fences(page)]
 BESIDE = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
@@ -47,18 +46,7 @@ LEFT_OUT = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def _read_once() -> Iterator[None]:
-    """The standard library's docstrings are the same for every page, and take a second."""
-    kept = docstrings.labelled
-    found = kept()
-    docstrings.labelled = lambda: found
-    yield
-    docstrings.labelled = kept
-
-
-@pytest.mark.xdist_group("docs")  # in one process, which reads once
-@pytest.mark.usefixtures("_read_once")
+@pytest.mark.xdist_group("docs")  # in one process, which reads the built-in rows once
 @pytest.mark.parametrize("page", [pytest.param(page, marks=pytest.mark.slow if page in SLOW else ()) for page in PAGES])
 def test_every_command_of_a_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As they stand, in order, in an empty folder."""

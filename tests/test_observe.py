@@ -25,6 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import fedrank
 import toy
+from federation import free_port as port
 from fedrank import config, experiment, ledger
 from fedrank.config import ConfigError, Observe
 from fedrank.engines.workers import Workers
@@ -51,13 +52,6 @@ def settings(texts: Path, **observe: Any) -> dict[str, Any]:
         "rounds": {"count": ROUNDS, "cohort": 3, "evaluate_every": 2}, "adapter": {"rank": 4},
         "local": {"batch_size": 8, "max_length": 16}, "engine": {"failure_rate": 0.3}, "observe": observe, "seed": 3,
     }  # fmt: skip
-
-
-def port() -> int:
-    """One that is free."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def scrape(port: int) -> dict[tuple[str, str], float]:

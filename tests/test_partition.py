@@ -262,6 +262,6 @@ def test_refusals(kind: str, labels: np.ndarray | None, count: int, changes: dic
 @pytest.mark.parametrize("kind", ["iid", "dirichlet", "pathological", "label_sorted", "natural"])
 def test_a_thousand_clients_take_under_a_second(kind: str) -> None:
     column = [str(i % 1000) for i in range(15000)]
-    start = time.perf_counter()
+    start = time.process_time()
     deal(kind, even_labels(150, 100), 1000, column=column, test_labels=even_labels(150, 30))
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1

@@ -40,7 +40,7 @@ def test_spans_are_recorded_over_blocks_and_functions():
     assert sorted(name for name, *_ in spans) == ["all", "failed", "work", "work", "work"]
     found = trace.shares(spans)
     assert found["work"] >= 0.03
-    assert found["all"] < 0.03
+    assert found["all"] < found["work"]
 
 
 def test_a_chrome_trace_has_every_span(tmp_path):

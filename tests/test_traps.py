@@ -6,7 +6,7 @@
 | a model is rebuilt for every message | here |
 | a runtime install shadows the installed package | here |
 | a node cannot reconnect after a restart, with TLS and authentication | test_superlink: what_is_killed_in_turn_loses_no_round |
-| one node's failure ends the run | test_flower: whatever_a_site_does_the_run_goes_on, a_site_that_is_silent_or_sends_garbage_ends_no_round |
+| one node's failure ends the run | test_flower: whatever_a_site_does_the_run_goes_on, a_site_that_sends_garbage_ends_no_round |
 | a blanket timeout hides a hang | test_flower: who_is_awaited_is_named, late_sites_are_told_apart_from_those_that_are_gone |
 | mixed ranks are summed by broadcasting | here; test_aggregation: what_a_client_without_a_component_counts_as; test_wire: tensors_that_do_not_belong_into_an_answer |
 | personal state is lost with the node | here; test_flower: a_fresh_process_for_every_frame_changes_no_bit |
@@ -15,7 +15,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import weakref
@@ -32,7 +31,7 @@ import yaml
 
 import fedrank
 import test_flower
-from federation import answered, local, state, until, write_rows
+from federation import answered, free_port, local, state, until, write_rows
 from federation import rows as drawn
 from fedrank import central, config, experiment, remote, sites
 from fedrank.deploy import kit
@@ -140,10 +139,7 @@ def test_an_app_s_own_fedrank_shadows_none(tmp_path: Path) -> None:
     raw = {key: value for key, value in settings().items() if key != "engine"}
     raw["rounds"] |= {"count": 1, "cohort": 1, "minimum": 1}
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(raw))
-    ports = []
-    for _ in range(2):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            ports.append(free.getsockname()[1])
+    ports = [free_port(), free_port()]
     fed = tmp_path / "fed"
     kit.init(fed, str(tmp_path / "my.yaml"), ["localhost"], ports[0], ["north"], False)
     write_rows(fed / "sites" / "north" / "rows.jsonl", drawn(0, 40))

@@ -279,6 +279,23 @@ def federation(
 
 
 @dataclass(frozen=True, eq=False)
+class Deaf:
+    """An engine that asks only these; what is sent to others is lost on the way."""
+
+    engine: Any
+    names: tuple[str, ...] = ()
+
+    def fleet(self) -> Mapping[str, Device]:
+        return self.engine.fleet()
+
+    def exchange(self, requests: Any, seconds: float | None) -> Iterator[tuple[str, bytes]]:
+        made = {name: build() for name, build in requests}
+        yield from self.engine.exchange(
+            ((name, partial(made.get, name)) for name in made if name in self.names), seconds
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class Tampering:
     """An engine between the server and a real one: it carries what `change` makes of each reply."""
 
