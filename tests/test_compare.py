@@ -444,14 +444,14 @@ def test_a_comparison_with_unequal_budgets_is_not_called_fair() -> None:
     assert "all: rows seen in training, times the least: fedara 2" in found["notes"]
     for codes, words in (
         ("c+d", "not all runs and trials were played with the same version of this program's code"),
-        (None, "it is not known of all runs which version of this program's code played them"),
+        (None, "it is not known of all runs and trials which version of this program's code played them"),
     ):
         half["all"]["fedara"]["1"]["facts"]["code"] = codes
         assert f"all: {words}" in fairness(study(), {"runs": half})["notes"]
-    tried = {"all": {"fedavg": {"trials": [{"code": "c"}, {}], "edge": []}}}
+    tried = {"all": {"fedavg": {"trials": [{"code": "c", "score": 0.5}, {}], "edge": []}}}
     there = "all: not all runs and trials were played with the same version of this program's code"
     assert there not in fairness(study(), {"runs": runs(), "tuning": tried})["notes"]
-    tried["all"]["fedavg"]["trials"] = [{"code": "d"}]
+    tried["all"]["fedavg"]["trials"] = [{"code": "d", "score": 0.5}]
     assert there in fairness(study(), {"runs": runs(), "tuning": tried})["notes"]
     longer = study(methods=..., arms={"fedavg": {}, "fedara": {"rounds": {"count": 9}}, "ffa_lora": {}})
     assert "rounds.count is 4 in fedavg and 9 in fedara" in fairness(longer, {"runs": runs()})["why"]

@@ -152,11 +152,23 @@ def test_where_classes_are_called_by_numbers_a_written_number_is_a_name(tmp_path
     folder = write(tmp_path, {"labels.txt": "1\n2\n3\n4\n5\n", "train.csv": table, "test.csv": table})
     with pytest.raises(DataError, match=r"train\.csv:2: unknown label '0' among 5"):
         get(folder)
+    mixed = jsonl([{"text": "a", "label": "1"}])
+    (some := tmp_path / "some").mkdir()
+    with pytest.raises(DataError, match=r"train\.jsonl:1: unknown label '1' among 2"):
+        get(write(some, {"labels.txt": "spam\n0\n", "train.jsonl": mixed, "test.jsonl": mixed}))
     ids = jsonl([{"text": f"t{at}", "label": at} for at in range(5)])
     (other := tmp_path / "other").mkdir()
     found = get(write(other, {"labels.txt": "1\n2\n3\n4\n5\n", "train.jsonl": ids, "test.jsonl": ids})).train.label
     assert found is not None
     assert found.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_ids_may_be_written_with_zeros_before_them(tmp_path: Path) -> None:
+    table = "text,label\na,00\nb,01\nc,1\n"
+    found = get(write(tmp_path, {"train.csv": table, "test.csv": table}))
+    assert found.labels == ("0", "1")
+    assert found.train.label is not None
+    assert found.train.label.tolist() == [0, 1, 1]
 
 
 def test_string_labels_are_the_sorted_names_of_train(tmp_path: Path) -> None:

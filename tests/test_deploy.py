@@ -483,6 +483,15 @@ def test_a_site_that_lacks_some_of_the_classes_is_in_order(tmp_path: Path) -> No
     assert findings(path)["data"].text == "16 rows, 8 classes"
 
 
+def test_a_column_that_instructions_have_too_makes_no_chat_of_it(tmp_path: Path) -> None:
+    path = site(tmp_path / "a")
+    rows = [{"text": "red", "label": at % 2, "prompt": "which?"} for at in range(12)]
+    (path.parent / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert failed(path) == {}
+    (path.parent / "rows.jsonl").write_text(json.dumps({"text": "red", "label": 2_000_000_000}) + "\n")
+    assert "label 2000000000, but there are 1 classes" in failed(path)["data"]
+
+
 def test_chats_are_no_mistake_of_a_site(tmp_path: Path) -> None:
     path = site(tmp_path / "a")
     said = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]

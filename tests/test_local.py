@@ -222,6 +222,23 @@ def test_dropout_is_addressed_and_leaves_no_trace():
     assert not any(m.training for m in toy.encoder().network.modules())
 
 
+def test_dropout_reaches_rates_that_a_layer_hands_to_a_function(tmp_path):
+    """As Llama's attention does, which has no layer of it."""
+    model = toy.loaded("llama", tmp_path)
+    data = tasks.encode(toy.texts(20, 0), model.tokenizer, "classify", 16)
+    teacher = local.Trainer(model, data, data, 1e-2, 1, "cpu")
+    rates = [getattr(*place) for place in models.dropouts(model.network)]
+    adapter = model.spec.with_head(kaiming(model.spec.shapes, 2, model.spec.scale, rng(0, "start")))
+
+    def trained(dropout: float) -> Any:
+        job = toy.job(model.spec, adapter, Plan(adapter.ids), print)
+        return teacher.fit(replace(job, local=Local(steps=1, batch_size=8, dropout=dropout)), np.arange(20)).adapter
+
+    assert not toy.same(trained(0.3), trained(0.0))
+    assert toy.same(trained(0.3), trained(0.3))
+    assert [getattr(*place) for place in models.dropouts(model.network)] == rates
+
+
 def test_dropout_is_off_by_default_whatever_the_model_says():
     assert max(layer.p for layer in layers()) > 0
     modes: list[bool] = []

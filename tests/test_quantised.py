@@ -504,7 +504,7 @@ def test_fedara_prunes_and_exports_what_peft_reads(pair, tmp_path):
 def test_it_writes_what_its_written_out_weights_do(pair):
     texts, before = [], held(pair.ours)
     for model in (pair.ours, pair.plain):
-        generation = toy.settings(task="generate", generation={"when": "end", "max_tokens": 6}).generation
+        generation = config.Generation(when="end", max_tokens=6)
         decoder = decoding.Decoder(trainer(model), generation, 0)
         prompts = decoder.prompts(Rows(["red 1:", "a longer prompt:"], completion=["a", "b"]))
         texts.append(decoder.write(decoding.Asked(factors(model), prompts.ids, (factors(model, 1),))))

@@ -348,6 +348,12 @@ def test_the_last_round_has_the_evaluation_of_a_last(how: str, texts: Path, tmp_
     ):
         fedrank.resume(tmp_path / "run", "rounds.count=3")
     assert fedrank.resume(tmp_path / "run").summary["rounds"] == 4
+    if not more:  # what was the last round of a run that was to go on has its evaluation
+        events = experiment.go_on(tmp_path / "run", ["rounds.count=+4"])
+        next(events)
+        events.close()
+        assert load(tmp_path / "run" / "config.yaml").rounds.count == 8
+        assert fedrank.resume(tmp_path / "run", "rounds.count=4").summary["rounds"] == 4
 
 
 def test_extended_by_count_and_refused_to_shrink(texts: Path, tmp_path: Path) -> None:

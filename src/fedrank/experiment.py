@@ -171,12 +171,6 @@ def go_on(
                 f"generation: {path} has played all its rounds, so its global model is not asked again; "
                 "rounds.count=+1 goes on"
             )
-        cut_short = config.rounds.count == state.round != before.rounds.count
-        if cut_short and (state.round % before.rounds.evaluate_every or config.generation.when == "end"):
-            raise ConfigError(
-                f"rounds.count={state.round}: that round was played as one that others follow, without the evaluation of the "
-                f"last; {state.round + 1} or more"
-            )
         if "object" in config.method and method is None:
             raise ConfigError(
                 f"{path} was started with a method of one's own, {config.method['object']}; "
@@ -193,6 +187,14 @@ def go_on(
         _same(path, numerics, parts.numerics, "numerics")
         _same(path, _contents(then), _contents(parts.facts), "data and model")
         _same(path, then["fleet"], parts.facts["fleet"], "devices")
+        played = {row["round"]: row for row in ledger.read(path / "rounds.jsonl")}
+        unscored = "personal_clients" not in played.get(state.round, {})
+        unwritten = config.generation.when == "end" and before.rounds.count != state.round
+        if config.rounds.count == state.round and (unscored or unwritten):
+            raise ConfigError(
+                f"rounds.count={state.round}: that round was played as one that others follow, without the evaluation of the "
+                f"last; {state.round + 1} or more"
+            )
         for name in ("rounds.jsonl", "clients.jsonl", "ranks.jsonl"):
             ledger.cut(path / name, state.round)
         ledger.cut(path / ASKED, state.round + 1)  # who was asked in a killed round stays asked

@@ -76,18 +76,18 @@ def secret(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def named(client: ClientId) -> ClientId:
-    """The same; ValueError where it is no name for a client, as it might lead out of a folder."""
+def check_client(client: ClientId) -> None:
+    """ValueError where it is no name for a client, as it might lead out of a folder."""
     if not CLIENT.fullmatch(client):
         raise ValueError(
             f"client id {client[:200]!r} must be letters, digits, '_', '-' or '.', not '.' first, at most 128"
         )
-    return client
 
 
 def _of(folder: Path, client: ClientId) -> Path:
     """The client's place in a folder."""
-    return folder / named(client)
+    check_client(client)
+    return folder / client
 
 
 def _numbered(folder: Path) -> dict[int, Path]:

@@ -29,11 +29,12 @@ from fedrank.protocol import ClientId, Device, Method, ModelSpec, State
 from fedrank.server import Server
 from fedrank.sites import Desk, SiteFile
 from fedrank.store import Store, StoreError
-from fedrank.training.data import Written, class_names, collect, is_id, label_id
+from fedrank.training.data import Written, class_names, collect, is_id, label_ids
 from fedrank.training.sources import numbered
 from fedrank.wire import Wire
 
 LEAST_BYTES = 1e9  # of free disk: a few adapters, Flower's log and its copy of the app are far below it
+MOST_CLASSES = 10_000  # that a site's ids may stand for
 PATIENCE = 10.0  # seconds of a connection
 Found = TypeVar("Found")
 ONE_STEP = ("local.steps=1", "rounds.cohort=1", "rounds.minimum=1", "rounds.deadline=null", "engine.kind=flower",
@@ -209,21 +210,17 @@ def _data(file: SiteFile, source: str | None) -> tuple[str, Setup | None]:
     if given is None:
         first: Mapping[str, Any] = next(iter(file.records()), {})
         written_from = (columns.prompt, columns.instruction, columns.messages)
-        classes = columns.text in first and not any(column in first for column in written_from)
+        instructs = any(column in first for column in written_from)
+        classes = columns.text in first and (columns.label in first or not instructs)
         task, form = "classify" if classes else "generate", settings.Instructions()
     else:
         task, form = given.task, given.data.instructions
     place = str(file.data.path)
     found, written = collect(place, numbered(place, file.records()), task, columns.model_dump(), form)
     labels = () if task == "generate" else (() if given is None else given.data.labels) or _classes(written)
-    ids = {label: at for at, label in enumerate(labels)}
-    for one in written:  # DataError where it is none of the run's classes
-        label_id(one, ids)
+    label_ids(written, labels)  # DataError where it is none of the run's classes
     if given is None and found.turns is not None and file.model is None:
-        return (
-            f"{len(found)} rows of chats; a model for them is tried with --config, or a model in the site's file",
-            None,
-        )
+        return f"{len(found)} rows of chats; a model for them is tried with --config, or one in the site's file", None
     if given is None:
         model = "tiny-decoder" if task == "generate" else "tiny-encoder"
         raw = {"task": task, "model": {"name": model}, "data": {"labels": labels}}
@@ -237,8 +234,9 @@ def _data(file: SiteFile, source: str | None) -> tuple[str, Setup | None]:
 
 def _classes(written: Sequence[Written]) -> tuple[str, ...]:
     """The classes by a site's own rows, which may lack some of the run's: where they are ids, those below the largest, too."""
-    if all(is_id(label) for _, label in written):
-        return tuple(str(at) for at in range(1 + max(int(label) for _, label in written)))
+    ids = [int(label) for _, label in written if is_id(label)]
+    if len(ids) == len(written) and max(ids) < MOST_CLASSES:
+        return tuple(map(str, range(1 + max(ids))))
     return class_names(written)
 
 

@@ -110,12 +110,12 @@ def _address(host: str, port: int) -> str:
 
 def _played(source: str, made: Deployment) -> dict[str, Any]:
     """The run's config: what was said in it, and how the server's machine reaches the SuperLink."""
-    how = ("true", "null") if made.insecure else ("false", "certificates/ca.crt")
+    certificate = "null" if made.insecure else "certificates/ca.crt"
     connection = [
         "kind=flower",
         f"superlink=127.0.0.1:{made.inner}",
-        f"insecure={how[0]}",
-        f"root_certificate={how[1]}",
+        f"insecure={made.insecure}",
+        f"root_certificate={certificate}",
     ]
     config = settings.load(source, [f"engine.{one}" for one in connection])
     resolved, _ = resolve.resolve(config)

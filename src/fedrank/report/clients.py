@@ -32,7 +32,7 @@ def clients(run: Played) -> Section | None:
             blocks.append(over_rows(run, scored))
     elif run.rounds and run.config.rounds.personal != 0:
         when = (
-            "No client has test rows enough to be scored."
+            "No client was scored: none answered, or none has test rows enough."
             if run.summary
             else "Clients are scored on their own rows when the run ends."
         )

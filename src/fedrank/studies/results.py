@@ -139,10 +139,13 @@ def fairness(study: Study, found: Mapping[str, Any]) -> dict[str, Any]:
         if len({one["numerics"]["compute"] for _, one in facts}) > 1:
             why.append(f"{setting}: some runs were computed in bfloat16 and some in float32 (engine.compute)")
         tried = (trial for one in found.get("tuning", {}).get(setting, {}).values() for trial in one.get("trials", []))
-        versions = [*(one["code"] or "" for _, one in facts), *(trial["code"] for trial in tried if trial.get("code"))]
+        versions = [one["code"] or "" for _, one in facts]
+        versions += [trial.get("code") or "" for trial in tried if trial.get("score") is not None]
         codes = {code for version in versions for code in version.split("+")}
         if "" in codes:  # of a run of before it was written down
-            notes.append(f"{setting}: it is not known of all runs which version of this program's code played them")
+            notes.append(
+                f"{setting}: it is not known of all runs and trials which version of this program's code played them"
+            )
         elif len(codes) > 1:
             notes.append(f"{setting}: not all runs and trials were played with the same version of this program's code")
         if len({str(one["numerics"]) for _, one in facts}) > 1:

@@ -233,28 +233,15 @@ def summaries(found: Mapping[str, Any]) -> str:
     for setting, one in found["results"].items():
         for arm, mine in one["arms"].items():
             for part, before in ((mine, ""), (one["target"]["arms"][arm], "to_target.")):
-                for name, its in ((name, its) for name, its in part.items() if isinstance(its, dict)):
-                    if its["mean"] is None:
+                for name, its in part.items():
+                    if not isinstance(its, dict) or its["mean"] is None:
                         continue
                     there = one["differences"].get(arm, {}).get(before + name) or {}
                     low, high = there.get("interval") or (None, None)
                     tests = [there.get("p"), there.get("p_corrected")] if found["fair"]["verdict"] else [None, None]
                     seeds = sum(value is not None for value in its["values"])
-                    lines.writerow(
-                        [
-                            setting,
-                            arm,
-                            name,
-                            bool(before),
-                            seeds,
-                            its["mean"],
-                            its["deviation"],
-                            there.get("mean"),
-                            low,
-                            high,
-                            *tests,
-                        ]
-                    )
+                    lines.writerow([setting, arm, name, bool(before), seeds, its["mean"], its["deviation"], there.get("mean"),
+                                    low, high, *tests])  # fmt: skip
     return text.getvalue()
 
 

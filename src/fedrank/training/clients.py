@@ -13,7 +13,7 @@ from fedrank.protocol import rng
 from fedrank.roster import Names
 from fedrank.training import partition, tasks
 from fedrank.training.choices import Choices, laid_out
-from fedrank.training.data import ClientData, Dataset, Rows, collect, label_id, limit
+from fedrank.training.data import ClientData, Dataset, Rows, collect, label_ids, limit
 from fedrank.training.sources import DataError, numbered
 from fedrank.training.tasks import Encoded
 
@@ -98,12 +98,12 @@ def elsewhere(name: str, labels: tuple[str, ...], test: Rows | None, encode: Enc
 
 def own(config: Config, data: ClientData, encode: Encode) -> Population:
     """Clients that bring their own rows; those of the last cohorts are kept."""
-    columns, ids = config.data.columns.model_dump(), {label: at for at, label in enumerate(data.labels)}
+    columns = config.data.columns.model_dump()
     called: Sequence[str] | range = data.names or range(data.clients)
 
     def read(place: str, records: Iterable[Mapping[str, Any]]) -> Rows:
         rows, written = collect(place, numbered(place, records), config.task, columns, config.data.instructions)
-        label = None if config.task == "generate" else np.array([label_id(one, ids) for one in written], np.int64)
+        label = None if config.task == "generate" else label_ids(written, data.labels)
         return replace(rows, label=label, client=None)
 
     def mine(at: int) -> Rows:

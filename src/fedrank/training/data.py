@@ -12,7 +12,7 @@ import numpy as np
 
 from fedrank.config import Clients, Config, Instructions
 from fedrank.protocol import rng
-from fedrank.store import named as client_name
+from fedrank.store import check_client
 from fedrank.training import docstrings
 from fedrank.training.instructions import Example, Reader, Turn, opening, shape
 from fedrank.training.sources import DataError, Record, Source, from_hub, from_path, nearest
@@ -121,7 +121,7 @@ def natural(config: Config, data: ClientData) -> Config:
         )
     for name in data.names:
         try:
-            client_name(name)
+            check_client(name)
         except ValueError as error:
             raise DataError(f"{data.name}: {error}") from None
     if len(set(data.labels)) < len(data.labels):
@@ -200,8 +200,7 @@ def central(settings: Config) -> tuple[Rows | None, tuple[str, ...]]:
     place, records = source.splits.get("all") or source.splits["test"]
     found, written = collect(place, records, settings.task, d.columns.model_dump(), d.instructions, False)
     if classes:
-        ids = {label: at for at, label in enumerate(labels)}
-        found = replace(found, label=np.array([label_id(one, ids) for one in written], np.int64))
+        found = replace(found, label=label_ids(written, labels))
     return limit(found, d.test_limit, settings.seed, "test"), labels if classes else ()
 
 
@@ -256,11 +255,7 @@ def assemble(
     labels: tuple[str, ...] = ()
     if task != "generate":
         labels = source.names or class_names(read["all" if "all" in read else "train"][1])
-        ids = {label: i for i, label in enumerate(labels)}
-        splits = {
-            split: replace(rows, label=np.array([label_id(w, ids) for w in written], np.int64))
-            for split, (rows, written) in read.items()
-        }
+        splits = {split: replace(rows, label=label_ids(written, labels)) for split, (rows, written) in read.items()}
     if "all" in splits:
         splits = cut(splits["all"], source.name)
     for split, rows in splits.items():
@@ -392,12 +387,23 @@ def is_id(label: int | str) -> bool:
     return isinstance(label, int) or (label.isascii() and label.isdigit())
 
 
-def label_id(written: Written, ids: Mapping[str, int]) -> int:
-    where, label = written
-    if isinstance(label, str) and label in ids:
-        return ids[label]
-    if not is_id(label) or (isinstance(label, str) and is_id(next(iter(ids)))):  # of two numbers it is not the id then
-        raise DataError(f"{where}: unknown label {label!r} among {len(ids)}{nearest(str(label), list(ids))}")
-    if not 0 <= int(label) < len(ids):
-        raise DataError(f"{where}: label {label} is outside 0..{len(ids) - 1}")
-    return int(label)
+def label_ids(written: Iterable[Written], labels: Sequence[str]) -> np.ndarray:
+    """(rows,): where each row's label stands among the classes, by its name or as an id.
+
+    Where classes are called by numbers, a number that is written as text is a name, and never an id.
+    """
+    ids = {label: at for at, label in enumerate(labels)}
+    numbers = any(map(is_id, ids))
+
+    def one(where: str, label: int | str) -> int:
+        if isinstance(label, str):
+            plain = str(int(label)) if is_id(label) else label  # 01 is 1
+            if (found := ids.get(label, ids.get(plain))) is not None:
+                return found
+            if numbers or not is_id(label):
+                raise DataError(f"{where}: unknown label {label!r} among {len(ids)}{nearest(label, list(ids))}")
+        if not 0 <= int(label) < len(ids):
+            raise DataError(f"{where}: label {label} is outside 0..{len(ids) - 1}")
+        return int(label)
+
+    return np.array([one(*label) for label in written], np.int64)

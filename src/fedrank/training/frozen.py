@@ -173,7 +173,8 @@ def freeze(model: Model, compute: Compute, device: str) -> Frozen:
 
 def _trial(model: Model) -> Encoded:
     """Three rows of different lengths, without padding's ids."""
-    padding = [pad for pad in (model.tokenizer.pad_token_id, model.base.config.pad_token_id) if pad is not None]
+    own = model.base.config.get_text_config().pad_token_id
+    padding = [pad for pad in (model.tokenizer.pad_token_id, own) if pad is not None]
     ids = np.setdiff1d(np.arange(13, dtype=np.int32), padding)[-10:]
     return Encoded({"input_ids": ids}, np.array([0, 2, 7, 10]), np.zeros(3, np.int64), {"input_ids": 0})
 

@@ -296,7 +296,8 @@ class Trainer:
     def _training(self, frozen: Frozen, job: Job, learning: Sequence[str]) -> Iterator[None]:
         """Training mode with the job's dropout of the base, its draws addressed; then eval.
 
-        What is frozen below the lowest block that learns has none, whether it is kept or not.
+        What is frozen below the lowest block that learns has none, whether it is kept or not, but for what a model drops
+        outside of its blocks by a function.
         """
         network, dropout = frozen.network, job.local.dropout
         still = [] if frozen.blocks is None else frozen.blocks.below(prefix.lowest(learning, frozen.blocks.modules))

@@ -117,7 +117,7 @@ def load(settings: config.Config, labels: tuple[str, ...]) -> Model:
     if tokenizer.pad_token_id is None:  # decoders often have none; padded places are masked anyway
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is not None:  # a decoder's head looks for a row's last token by the model's own
-        base.config.pad_token_id = tokenizer.pad_token_id
+        base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if settings.local.max_length > (most := longest(base, tokenizer)):
         raise ModelError(f"local.max_length={settings.local.max_length}: {name} reads at most {most} tokens")
     if settings.local.dropout and not dropouts(network):
@@ -231,12 +231,11 @@ def minilm() -> Path:
 
 def dropouts(network: nn.Module) -> list[tuple[nn.Module, str]]:
     """Where a network holds a rate of dropout: its dropout layers, and what its other layers hand to functions."""
-    found = [(layer, "p") for layer in network.modules() if isinstance(layer, nn.Dropout)]
-    return found + [
+    return [
         (layer, name)
         for layer in network.modules()
         for name, value in vars(layer).items()
-        if "dropout" in name and isinstance(value, int | float) and not isinstance(value, bool)
+        if (name == "p" and isinstance(layer, nn.Dropout)) or ("dropout" in name and type(value) in (int, float))
     ]
 
 
