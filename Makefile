@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt requirements-minilm.txt
 	touch $@
 
 test: install
-	$(BIN)/python -m pytest -n 4 --dist loadgroup -m "not exhaustive"
+	$(BIN)/python -m pytest -n 3 --dist loadgroup -m "not exhaustive"
 
 test-all: install
 	$(BIN)/python -m pytest -n 3 --dist loadgroup --cov --cov-report=term:skip-covered --cov-fail-under=90
