@@ -837,6 +837,14 @@ def test_an_arm_without_a_single_score_is_tuned_again(small: Path, tmp_path: Pat
     assert (forecast["trials"], forecast["runs"], stage.asked) == (0, 0, [])
 
 
+def test_what_is_no_number_is_told_as_nothing(tmp_path: Path) -> None:
+    """No mean could be taken of it."""
+    ended(tmp_path / "run", 0.5)
+    with (tmp_path / "run" / "rounds.jsonl").open("a") as file:
+        file.write(json.dumps({**curve(0.5)[0], "round": 2, "wall_seconds": 1.0, "loss": math.nan}) + "\n")
+    assert measured(tmp_path / "run")["curve"][-1]["loss"] is None
+
+
 def test_the_code_is_that_of_who_played(tmp_path: Path) -> None:
     ended(tmp_path / "run", 0.5)
     assert measured(tmp_path / "run")["facts"]["code"] == "c"

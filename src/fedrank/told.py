@@ -1,5 +1,6 @@
 """What of a run may be told elsewhere, in an export or on a page: nothing of this machine, and of a private run no rows."""
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,3 +54,12 @@ def total(values: Iterable[float | int | None]) -> float | int | None:
     """A sum, or None where one of these is not told, as of a private run."""
     known = list(values)
     return None if None in known else sum(value for value in known if value is not None)
+
+
+def finite(value: Any) -> Any:
+    """The same with null for NaN and infinity, of which a browser has no JSON, and nobody a mean."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: finite(part) for name, part in value.items()}
+    return [finite(part) for part in value] if isinstance(value, list | tuple) else value

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedrank.report.page import Row, finite
+from fedrank.report.page import Row
 from fedrank.report.played import working
 from fedrank.studies import record
 from fedrank.studies.record import FILE
+from fedrank.told import finite
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from importlib.resources import files
 from typing import Any, Literal
 
 import fedrank
+from fedrank.told import finite
 
 Cell = str | int | float | None
 Row = Mapping[str, Any]
@@ -121,15 +121,6 @@ class Page:
         """What draws each chart, by its id."""
         found = [block for section in self.sections for block in section.blocks if isinstance(block, Chart)]
         return {chart.id: {"spec": chart.spec, "axes": chart.axes} for chart in found}
-
-
-def finite(value: Any) -> Any:
-    """The same with null for NaN and infinity, which JSON in a browser does not have."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {name: finite(part) for name, part in value.items()}
-    return [finite(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def inline(value: Any) -> str:

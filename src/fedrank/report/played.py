@@ -17,8 +17,9 @@ from fedrank import config as settings
 from fedrank import fleet
 from fedrank.config import Config, ConfigError
 from fedrank.ledger import PERSONAL
-from fedrank.report.page import Row, finite
+from fedrank.report.page import Row
 from fedrank.store import Store, StoreError
+from fedrank.told import finite
 
 One = TypeVar("One")
 Read = Callable[[Path], list[Row]]

@@ -2,13 +2,12 @@
 
 import fcntl
 import json
-import math
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from fedrank import ledger
 from fedrank.client import STAYS
 from fedrank.ledger import OF_TEXTS, PERSONAL
 from fedrank.studies.configs import Part, located
+from fedrank.told import finite
 
 # What grows from round to round is told as the sum up to a round of the curve, the largest memory as the largest yet.
 SUMS = ("bytes_up", "bytes_down", "adapter_bytes_up", "adapter_bytes_down", "device_joules")
@@ -144,7 +144,7 @@ def measured(folder: Path) -> dict[str, Any]:
         if row["accuracy"] is not None or row["personal_accuracy"] is not None:
             curve.append({name: row[name] for name in AT if name in row} | sums | {"peak_memory_bytes": peak or None})
     clients, asked = ledger.read(folder / PERSONAL), ledger.read(folder / "clients.jsonl")
-    curve, summary = ([_finite(one) for one in curve], _finite(summary))
+    curve, summary = finite(curve), finite(summary)
     whole = [row for row in ledger.read(folder / "ranks.jsonl") if row["client"] is None]
     return {
         "summary": {name: summary[name] for name in CLOSING if name in summary}, "curve": curve,
@@ -154,13 +154,6 @@ def measured(folder: Path) -> dict[str, Any]:
         "facts": {"data": facts["hash"], "model": facts["model"]["fingerprint"], "numerics": summary["numerics"],
                   "code": summary.get("code")},
     }  # fmt: skip
-
-
-def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The same, with None in the place of NaN and infinity, of which no mean can be taken."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
-    }
 
 
 def late(curve: list[dict[str, Any]], score: str) -> float | None:

@@ -126,14 +126,17 @@ def natural(config: Config, data: ClientData) -> Config:
             raise DataError(f"{data.name}: {error}") from None
     if len(set(data.labels)) < len(data.labels):
         raise DataError(f"{data.name}: a label is repeated in {list(data.labels)}; names must differ")
-    for key in ("train_limit", "split"):
-        if getattr(config.data, key) != type(config.data).model_fields[key].default:
-            raise DataError(
-                f"data.{key}: it is of a whole data set, and each client of {data.name} brings its own rows"
-            )
+    _undivided(config, f"each client of {data.name} brings its own rows")
     kind = config.data.partition.model_copy(update={"kind": "natural"})
     named = config.data.model_copy(update={"name": data.name, "path": None, "partition": kind})
     return config.model_copy(update={"data": named, "clients": Clients(count=data.clients)})
+
+
+def _undivided(config: Config, why: str) -> None:
+    """DataError where what can only be of a whole data set is not as by default."""
+    for key in ("train_limit", "split"):
+        if getattr(config.data, key) != type(config.data).model_fields[key].default:
+            raise DataError(f"data.{key}: it is of a whole data set, and {why}")
 
 
 def load(
@@ -179,11 +182,7 @@ def central(settings: Config) -> tuple[Rows | None, tuple[str, ...]]:
     A file is the test; of a folder test.* and labels.txt are read, and no other.
     """
     d, classes = settings.data, settings.task != "generate"
-    for key in ("train_limit", "split"):
-        if getattr(d, key) != type(d).model_fields[key].default:
-            raise DataError(
-                f"data.{key}: it is of a whole data set, and with engine.kind=flower the sites have the rows"
-            )
+    _undivided(settings, "with engine.kind=flower the sites have the rows")
     labels = d.labels
     if d.name is not None:
         dataset = load(d.name, None, settings.task, d.columns.model_dump(), None, settings.seed, d.instructions)
